@@ -1,0 +1,2 @@
+//! How a component reaches the cluster: the Client trait, informers, the work queue.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! The controllers: one file each, a pure plan and a dull executor.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! The cluster DNS, answered from the cache.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! The node agent: pod workers, probes, volumes, status, and the kubelet's HTTPS server.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! Links, addresses and routes of the node and its pods.
+

@@ -1,0 +1,2 @@
+//! Service tables and their packets: Services and EndpointSlices to nftables.
+#![forbid(unsafe_code)]

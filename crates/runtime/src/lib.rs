@@ -1,0 +1,2 @@
+//! The container runtime: images, snapshots, pod sandboxes, containers, the shim.
+

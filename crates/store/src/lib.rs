@@ -1,0 +1,2 @@
+//! Revisions, transactions, snapshots and events, and the engines that make them durable.
+#![forbid(unsafe_code)]
