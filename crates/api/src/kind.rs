@@ -69,13 +69,21 @@ const fn sub(name: &'static str, verbs: &'static [&'static str], kind: &'static 
 
 /// The kind of the parent itself is meant where `kind` is empty.
 const STATUS: Subresource = sub("status", READ_WRITE, "");
-const SCALE: Subresource =
-    Subresource { name: "scale", verbs: READ_WRITE, kind: "Scale", group_version: Some(("autoscaling", "v1")) };
+const SCALE: Subresource = Subresource {
+    name: "scale",
+    verbs: READ_WRITE,
+    kind: "Scale",
+    group_version: Some(("autoscaling", "v1")),
+};
 const ATTACH: Subresource = sub("attach", CONNECT, "PodAttachOptions");
 const BINDING: Subresource = sub("binding", CREATE_ONLY, "Binding");
 const EPHEMERAL_CONTAINERS: Subresource = sub("ephemeralcontainers", READ_WRITE, "");
-const EVICTION: Subresource =
-    Subresource { name: "eviction", verbs: CREATE_ONLY, kind: "Eviction", group_version: Some(("policy", "v1")) };
+const EVICTION: Subresource = Subresource {
+    name: "eviction",
+    verbs: CREATE_ONLY,
+    kind: "Eviction",
+    group_version: Some(("policy", "v1")),
+};
 const EXEC: Subresource = sub("exec", CONNECT, "PodExecOptions");
 const LOG: Subresource = sub("log", &["get"], "");
 const PORT_FORWARD: Subresource = sub("portforward", CONNECT, "PodPortForwardOptions");
@@ -135,7 +143,11 @@ impl Kind {
 
     /// `v1`, `apps/v1`.
     pub fn api_version(&self) -> String {
-        if self.group.is_empty() { self.version.to_owned() } else { format!("{}/{}", self.group, self.version) }
+        if self.group.is_empty() {
+            self.version.to_owned()
+        } else {
+            format!("{}/{}", self.group, self.version)
+        }
     }
 
     /// `pods`, `deployments.apps`: how messages name the resource.
@@ -261,6 +273,9 @@ mod tests {
 
     #[test]
     fn typed_objects_find_their_row() {
-        assert_eq!(Kind::of::<k8s_openapi::api::apps::v1::Deployment>().qualified_plural(), "deployments.apps");
+        assert_eq!(
+            Kind::of::<k8s_openapi::api::apps::v1::Deployment>().qualified_plural(),
+            "deployments.apps"
+        );
     }
 }

@@ -149,7 +149,11 @@ mod tests {
         check(dns_subdomain, &["a", "a.b-c.d", &long], &["", ".a", "a..b", "A.b", "a.-b"]);
         check(dns_1035_label, &["a", "a1-b"], &["1a", "", "a.b"]);
         check(path_segment, &["system:node", "a b"], &["..", "a/b", "a%b"]);
-        check(qualified_name, &["a", "A_b.c", "example.com/a"], &["", "/a", "a/", "a/b/c", "-a", "EX/a", &long]);
+        check(
+            qualified_name,
+            &["a", "A_b.c", "example.com/a"],
+            &["", "/a", "a/", "a/b/c", "-a", "EX/a", &long],
+        );
         check(label_value, &["", "a", "A.b_c-1"], &["-a", "a b", &long]);
     }
 }

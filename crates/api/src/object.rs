@@ -199,11 +199,19 @@ fn write_member(out: &mut Vec<u8>, name: &str, value: &Value) -> Result<(), serd
 }
 
 fn prefix(kind: &Kind) -> String {
-    format!(r#"{{"kind":"{}","apiVersion":"{}","metadata":{{"resourceVersion":""#, kind.kind, kind.api_version())
+    format!(
+        r#"{{"kind":"{}","apiVersion":"{}","metadata":{{"resourceVersion":""#,
+        kind.kind,
+        kind.api_version()
+    )
 }
 
 impl Header {
-    fn read(kind: &'static Kind, value: &Value, metadata: &Map<String, Value>) -> Result<Header, EncodeError> {
+    fn read(
+        kind: &'static Kind,
+        value: &Value,
+        metadata: &Map<String, Value>,
+    ) -> Result<Header, EncodeError> {
         let text = |name: &str| metadata.get(name).and_then(Value::as_str).unwrap_or_default();
         let time = |name: &str| metadata.get(name).and_then(Value::as_str).and_then(|t| t.parse().ok());
         let list = |name: &str| metadata.get(name).and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
@@ -475,7 +483,12 @@ mod tests {
 
     #[test]
     fn what_is_no_object_is_refused() {
-        for bad in [json!([]), json!({}), json!({"metadata": {}}), json!({"metadata": {"name": "a", "resourceVersion": "x"}})] {
+        for bad in [
+            json!([]),
+            json!({}),
+            json!({"metadata": {}}),
+            json!({"metadata": {"name": "a", "resourceVersion": "x"}}),
+        ] {
             assert!(Object::from_value(kind(), &bad).is_err(), "{bad}");
         }
     }

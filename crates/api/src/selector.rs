@@ -62,7 +62,9 @@ impl LabelSelector {
                 "NotIn" => Test::NotIn(values),
                 "Exists" => Test::Exists,
                 "DoesNotExist" => Test::Absent,
-                other => return Err(SelectorError(format!("{other:?} is not a valid label selector operator"))),
+                other => {
+                    return Err(SelectorError(format!("{other:?} is not a valid label selector operator")));
+                }
             };
             selector.requirements.push(Requirement { key: expression.key.clone(), test });
         }
@@ -85,7 +87,10 @@ impl LabelSelector {
                 Token::Comma => {}
                 Token::End => return Ok(LabelSelector { requirements, nothing: false }),
                 other => {
-                    return Err(SelectorError(format!("found '{}', expected: ',' or 'end of string'", other.text())));
+                    return Err(SelectorError(format!(
+                        "found '{}', expected: ',' or 'end of string'",
+                        other.text()
+                    )));
                 }
             }
         }
@@ -200,7 +205,9 @@ fn tokenize(text: &str) -> Vec<Token> {
             '=' if rest.starts_with("==") => (Token::Equals("=="), 2),
             '=' => (Token::Equals("="), 1),
             _ => {
-                let end = rest.find([' ', '\t', '\r', '\n', ',', '(', ')', '>', '<', '!', '=']).unwrap_or(rest.len());
+                let end = rest
+                    .find([' ', '\t', '\r', '\n', ',', '(', ')', '>', '<', '!', '='])
+                    .unwrap_or(rest.len());
                 (Token::Word(rest[..end].to_owned()), end)
             }
         };
@@ -273,7 +280,9 @@ impl Parser {
 
     fn checked_value(&self, value: String) -> Result<String, SelectorError> {
         crate::names::label_value(&value).map_err(|detail| {
-            SelectorError(format!("unable to parse requirement: values[0][]: Invalid value: {value:?}: {detail}"))
+            SelectorError(format!(
+                "unable to parse requirement: values[0][]: Invalid value: {value:?}: {detail}"
+            ))
         })?;
         Ok(value)
     }
@@ -357,7 +366,9 @@ impl FieldSelector {
     }
 
     pub fn equal(path: &str, value: &str) -> FieldSelector {
-        FieldSelector { terms: vec![FieldTerm { path: path.to_owned(), value: value.to_owned(), equal: true }] }
+        FieldSelector {
+            terms: vec![FieldTerm { path: path.to_owned(), value: value.to_owned(), equal: true }],
+        }
     }
 
     /// The text form: `a=b,c!=d`, with `\\`, `\,` and `\=` escaped in values.
@@ -371,8 +382,9 @@ impl FieldSelector {
             if term.is_empty() {
                 continue;
             }
-            let (path, value, equal) = split_term(term)
-                .ok_or_else(|| SelectorError(format!("invalid selector: '{text}'; can't understand '{term}'")))?;
+            let (path, value, equal) = split_term(term).ok_or_else(|| {
+                SelectorError(format!("invalid selector: '{text}'; can't understand '{term}'"))
+            })?;
             let known = matches!(path, "metadata.name" | "metadata.namespace") || kind.fields.contains(&path);
             if !known {
                 return Err(SelectorError(format!("field label not supported: {path}")));
@@ -444,11 +456,21 @@ fn unescape(value: &str) -> Result<String, SelectorError> {
         match c {
             '\\' => match chars.next() {
                 Some(c @ ('\\' | ',' | '=')) => out.push(c),
-                Some(c) => return Err(SelectorError(format!("invalid field selector: invalid escape sequence: \\{c}"))),
-                None => return Err(SelectorError("invalid field selector: invalid escape sequence: \\".to_owned())),
+                Some(c) => {
+                    return Err(SelectorError(format!(
+                        "invalid field selector: invalid escape sequence: \\{c}"
+                    )));
+                }
+                None => {
+                    return Err(SelectorError(
+                        "invalid field selector: invalid escape sequence: \\".to_owned(),
+                    ));
+                }
             },
             ',' | '=' => {
-                return Err(SelectorError(format!("invalid field selector: unescaped character in value: {value}: '{c}'")));
+                return Err(SelectorError(format!(
+                    "invalid field selector: unescaped character in value: {value}: '{c}'"
+                )));
             }
             c => out.push(c),
         }

@@ -143,15 +143,18 @@ impl Status {
 
     /// No such path: what clients get for an unknown group, version or resource.
     pub fn no_such_resource() -> Status {
-        let mut status =
-            Status::failure(404, "NotFound", "the server could not find the requested resource");
+        let mut status = Status::failure(404, "NotFound", "the server could not find the requested resource");
         status.details = Some(Details::default());
         status
     }
 
     pub fn already_exists(kind: &Kind, name: &str) -> Status {
-        Status::failure(409, "AlreadyExists", format!("{} \"{name}\" already exists", kind.qualified_plural()))
-            .about(kind, name)
+        Status::failure(
+            409,
+            "AlreadyExists",
+            format!("{} \"{name}\" already exists", kind.qualified_plural()),
+        )
+        .about(kind, name)
     }
 
     /// `why` completes the sentence "Operation cannot be fulfilled on X: ...".

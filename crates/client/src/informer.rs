@@ -271,3 +271,154 @@ impl Informers {
         informer.clone()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{DeleteOptions, List, Patch, Target, WatchStream};
+    use futures_util::stream;
+    use minke_api::Status;
+    use serde_json::{Value, json};
+    use std::collections::VecDeque;
+
+    fn pod(name: &str, uid: &str, revision: u64, owner: Option<&str>) -> Arc<Object> {
+        let mut value = json!({"metadata": {
+            "name": name, "namespace": "default", "uid": uid, "resourceVersion": revision.to_string()
+        }});
+        if let Some(owner) = owner {
+            value["metadata"]["ownerReferences"] =
+                json!([{"apiVersion": "v1", "kind": "X", "name": "x", "uid": owner}]);
+        }
+        Arc::new(Object::from_value(pods(), &value).unwrap())
+    }
+
+    fn pods() -> &'static Kind {
+        Kind::by_plural("", "v1", "pods").unwrap()
+    }
+
+    /// One list and the events of the watch that follows it; the watch then ends, or stays open.
+    struct Round(List, Vec<Result<WatchEvent, Status>>, Then);
+
+    #[derive(PartialEq)]
+    enum Then {
+        End,
+        StayOpen,
+    }
+
+    /// Answers from a script, and from nothing else.
+    struct Scripted(Mutex<VecDeque<Round>>);
+
+    #[async_trait::async_trait]
+    impl Client for Scripted {
+        async fn list(&self, _: &'static Kind, _: &str, _: ListOptions) -> Result<List, Status> {
+            let rounds = self.0.lock().unwrap();
+            rounds.front().map(|round| round.0.clone()).ok_or_else(Status::unauthorized)
+        }
+
+        async fn watch(&self, _: &'static Kind, _: &str, _: WatchOptions) -> Result<WatchStream, Status> {
+            let round = self.0.lock().unwrap().pop_front().ok_or_else(Status::unauthorized)?;
+            let events = stream::iter(round.1);
+            if round.2 == Then::StayOpen {
+                return Ok(events.chain(stream::pending()).boxed());
+            }
+            let expired = stream::iter([Err(Status::expired("too old resource version"))]);
+            Ok(events.chain(expired).boxed())
+        }
+
+        async fn get(&self, _: Target<'_>) -> Result<Arc<Object>, Status> {
+            Err(Status::method_not_allowed())
+        }
+        async fn create(&self, _: Target<'_>, _: Value) -> Result<Arc<Object>, Status> {
+            Err(Status::method_not_allowed())
+        }
+        async fn post(&self, _: Target<'_>, _: Value) -> Result<Value, Status> {
+            Err(Status::method_not_allowed())
+        }
+        async fn update(&self, _: Target<'_>, _: Value) -> Result<Arc<Object>, Status> {
+            Err(Status::method_not_allowed())
+        }
+        async fn patch(&self, _: Target<'_>, _: Patch) -> Result<Arc<Object>, Status> {
+            Err(Status::method_not_allowed())
+        }
+        async fn delete(&self, _: Target<'_>, _: DeleteOptions) -> Result<(), Status> {
+            Err(Status::method_not_allowed())
+        }
+    }
+
+    fn list(revision: u64, items: &[&Arc<Object>]) -> List {
+        List {
+            revision: Revision(revision),
+            items: items.iter().map(|o| (*o).clone()).collect(),
+            continue_: None,
+        }
+    }
+
+    fn informer(rounds: Vec<Round>) -> Arc<Informer> {
+        let client = Arc::new(Scripted(Mutex::new(rounds.into())));
+        Informers::new(client, CancellationToken::new()).of(pods())
+    }
+
+    fn names(informer: &Informer) -> Vec<String> {
+        informer.snapshot().keys().map(|key| key.name.to_string()).collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_cache_follows_the_watch() {
+        let (a, b) = (pod("a", "1", 3, Some("rs")), pod("b", "2", 6, Some("rs")));
+        let events = vec![
+            Ok(WatchEvent::Added(b.clone())),
+            Ok(WatchEvent::Deleted(pod("a", "1", 7, Some("rs")))),
+            Ok(WatchEvent::Bookmark(Revision(9))),
+        ];
+        let informer = informer(vec![Round(list(5, &[&a]), events, Then::StayOpen)]);
+        informer.reached(Revision(9)).await;
+        assert_eq!(names(&informer), ["b"]);
+        assert!(Arc::ptr_eq(&informer.get("default", "b").unwrap(), &b), "the cache holds no copy");
+        assert_eq!(informer.owned_by("rs").len(), 1);
+        assert_eq!(informer.in_namespace("default").len(), 1);
+        assert!(informer.in_namespace("defaul").is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_new_list_tells_only_what_differs() {
+        let (same, gone) = (pod("same", "1", 3, None), pod("gone", "2", 4, None));
+        let (old, remade) = (pod("remade", "3", 5, None), pod("remade", "9", 12, None));
+        let informer = informer(vec![
+            Round(list(6, &[&same, &gone, &old]), vec![], Then::End),
+            Round(list(20, &[&same, &remade]), vec![], Then::StayOpen),
+        ]);
+        let mut changes = informer.subscribe();
+        informer.reached(Revision(20)).await;
+        let mut told = Vec::new();
+        while let Ok(change) = changes.try_recv() {
+            told.push((
+                change.object().name().to_owned(),
+                change.old.map(|o| o.uid().to_owned()),
+                change.new.map(|o| o.uid().to_owned()),
+            ));
+        }
+        let row = |name: &str, old: Option<&str>, new: Option<&str>| {
+            (name.to_owned(), old.map(str::to_owned), new.map(str::to_owned))
+        };
+        assert_eq!(
+            told,
+            [
+                row("gone", None, Some("2")),
+                row("remade", None, Some("3")),
+                row("same", None, Some("1")),
+                row("gone", Some("2"), None),
+                row("remade", Some("3"), None),
+                row("remade", None, Some("9")),
+            ]
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn late_subscribers_get_the_present_first() {
+        let a = pod("a", "1", 3, None);
+        let informer = informer(vec![Round(list(5, &[&a]), vec![], Then::StayOpen)]);
+        informer.synced().await;
+        let change = informer.subscribe().recv().await.unwrap();
+        assert!(change.old.is_none() && Arc::ptr_eq(&change.new.unwrap(), &a));
+    }
+}
