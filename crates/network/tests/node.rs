@@ -1,0 +1,272 @@
+//! A node's network in a network namespace of the test's own, with real links and packets.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use minke_network::{
+    AddressPool, ClusterId, NodeConfig, NodeNetwork, apply_nft, forget_udp_flows, leftovers, node_address,
+};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
+use tokio::time::Instant;
+
+/// Runs the test on a thread with a network namespace of its own, or says why it can't.
+fn in_own_namespace(test: impl AsyncFnOnce() + Send + 'static) {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: making a network namespace needs root");
+        return;
+    }
+    let runner = std::thread::spawn(move || {
+        unshare();
+        set_lo_up();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(test());
+    });
+    if let Err(panic) = runner.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+fn unshare() {
+    #[expect(unsafe_code, reason = "this thread shares nothing with the rest of the test but memory")]
+    // SAFETY: only the network namespace changes, not the table of file descriptors.
+    unsafe {
+        rustix::thread::unshare_unsafe(UnshareFlags::NEWNET).unwrap();
+    }
+}
+
+fn set_lo_up() {
+    let done = std::process::Command::new("ip").args(["link", "set", "lo", "up"]).status();
+    assert!(done.expect("ip is installed").success());
+}
+
+/// A namespace that lives as long as this: a thread sits in it, and does what it is asked to.
+struct Pod {
+    path: PathBuf,
+    work: std::sync::mpsc::Sender<Box<dyn FnOnce() + Send>>,
+}
+
+impl Pod {
+    fn new() -> Pod {
+        let (work, jobs) = std::sync::mpsc::channel::<Box<dyn FnOnce() + Send>>();
+        let (ready, path) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            unshare();
+            let thread = rustix::thread::gettid().as_raw_nonzero();
+            ready.send(PathBuf::from(format!("/proc/{}/task/{thread}/ns/net", std::process::id()))).unwrap();
+            jobs.into_iter().for_each(|job| job());
+        });
+        Pod { path: path.recv().unwrap(), work }
+    }
+
+    fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> T {
+        let (sender, result) = std::sync::mpsc::channel();
+        self.work.send(Box::new(move || sender.send(job()).unwrap())).unwrap();
+        result.recv().unwrap()
+    }
+}
+
+fn config() -> NodeConfig {
+    NodeConfig {
+        cluster: ClusterId::of(Path::new("/test")),
+        pod_cidr: "10.244.0.0/24".parse().unwrap(),
+        cluster_cidr: "10.244.0.0/16".parse().unwrap(),
+        service_cidr: "10.96.0.0/12".parse().unwrap(),
+        dns_address: Some(Ipv4Addr::new(10, 96, 0, 10)),
+        mtu: 1500,
+    }
+}
+
+fn serve_hello(address: Ipv4Addr) {
+    let listener = TcpListener::bind((address, 8080)).unwrap();
+    std::thread::spawn(move || {
+        for connection in listener.incoming() {
+            let mut connection = connection.unwrap();
+            let peer = connection.peer_addr().unwrap().ip();
+            write!(connection, "hello {peer}").unwrap();
+        }
+    });
+}
+
+fn fetch(address: Ipv4Addr) -> Result<String, std::io::ErrorKind> {
+    let to = SocketAddrV4::new(address, 8080);
+    let mut text = String::new();
+    let mut connection =
+        TcpStream::connect_timeout(&to.into(), Duration::from_secs(5)).map_err(|error| error.kind())?;
+    connection.read_to_string(&mut text).map_err(|error| error.kind())?;
+    Ok(text)
+}
+
+#[test]
+fn pods_reach_each_other_and_the_node_and_nothing_unknown_leaves() {
+    in_own_namespace(async || {
+        let network = NodeNetwork::setup(config()).await.unwrap();
+        let mut pool = AddressPool::new(config().pod_cidr);
+        let (a, b) = (Pod::new(), Pod::new());
+        let (a_address, b_address) = (pool.allocate().unwrap(), pool.allocate().unwrap());
+        network.attach("a", &a.path, a_address).await.unwrap();
+        let attached = network.attach("b", &b.path, b_address).await.unwrap();
+        b.run(move || serve_hello(b_address));
+
+        assert_eq!(fetch(b_address).as_deref(), Ok("hello 10.244.0.1"), "from the node");
+        assert_eq!(a.run(move || fetch(b_address)), Ok(format!("hello {a_address}")), "from a pod");
+        serve_hello(Ipv4Addr::UNSPECIFIED);
+        let own = Ipv4Addr::new(10, 244, 0, 1);
+        assert_eq!(a.run(move || fetch(own)), Ok(format!("hello {a_address}")), "a pod to the node");
+
+        use std::io::ErrorKind::{ConnectionRefused, HostUnreachable};
+        let start = Instant::now();
+        for (unknown, error) in [([10, 96, 7, 7], ConnectionRefused), ([10, 244, 3, 3], HostUnreachable)] {
+            assert_eq!(fetch(unknown.into()), Err(error), "from the node");
+            assert_eq!(a.run(move || fetch(unknown.into())), Err(error), "from a pod");
+        }
+        assert!(start.elapsed() < Duration::from_secs(1), "refused at once");
+
+        // Again, as after a restart of the agent; nothing is disturbed.
+        let network = NodeNetwork::setup(config()).await.unwrap();
+        assert_eq!(network.attach("b", &b.path, b_address).await.unwrap(), attached);
+        assert_eq!(a.run(move || fetch(b_address)), Ok(format!("hello {a_address}")));
+
+        network.detach("b").await.unwrap();
+        network.detach("b").await.unwrap();
+        assert_eq!(fetch(b_address), Err(HostUnreachable));
+        assert_eq!(leftovers(&config().cluster).await.unwrap().len(), 4, "a pod, two of the node, a table");
+        network.teardown().await.unwrap();
+        assert_eq!(leftovers(&config().cluster).await.unwrap(), Vec::<String>::new());
+        network.teardown().await.unwrap();
+    });
+}
+
+#[test]
+fn a_pod_reaches_the_outside_under_the_nodes_address() {
+    in_own_namespace(async || {
+        let outside = Pod::new();
+        let run = |command: &str| {
+            let done = std::process::Command::new("sh").args(["-c", command]).status().unwrap();
+            assert!(done.success(), "{command}");
+        };
+        run(
+            "ip link add wan type veth peer name wan1 && ip addr add 192.0.2.2/24 dev wan && ip link set wan up \
+             && ip route add default via 192.0.2.1",
+        );
+        let network = NodeNetwork::setup(config()).await.unwrap();
+        let thread = outside.path.components().nth(4).unwrap().as_os_str().to_str().unwrap().to_owned();
+        run(&format!("ip link set wan1 netns {thread}"));
+        outside.run(|| {
+            let done = std::process::Command::new("sh")
+                .args(["-c", "ip addr add 192.0.2.1/24 dev wan1 && ip link set wan1 up"])
+                .status();
+            assert!(done.unwrap().success());
+            serve_hello(Ipv4Addr::new(192, 0, 2, 1));
+        });
+        let found = node_address().await.unwrap().unwrap();
+        assert_eq!((found.address, found.mtu), (Ipv4Addr::new(192, 0, 2, 2), 1500));
+
+        let pod = Pod::new();
+        network.attach("pod", &pod.path, Ipv4Addr::new(10, 244, 0, 9)).await.unwrap();
+        assert_eq!(pod.run(|| fetch(Ipv4Addr::new(192, 0, 2, 1))).as_deref(), Ok("hello 192.0.2.2"));
+    });
+}
+
+#[test]
+fn a_pod_cannot_use_anothers_address() {
+    in_own_namespace(async || {
+        let network = NodeNetwork::setup(config()).await.unwrap();
+        let (a, b) = (Pod::new(), Pod::new());
+        let (a_address, b_address) = (Ipv4Addr::new(10, 244, 0, 2), Ipv4Addr::new(10, 244, 0, 3));
+        network.attach("a", &a.path, a_address).await.unwrap();
+        network.attach("b", &b.path, b_address).await.unwrap();
+        let receiver = b.run(move || UdpSocket::bind((b_address, 9000)).unwrap());
+        receiver.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+        let send_as = move |source: [u8; 4]| {
+            a.run(move || {
+                let address = format!("{}/32", Ipv4Addr::from(source));
+                std::process::Command::new("ip")
+                    .args(["addr", "add", &address, "dev", "eth0"])
+                    .status()
+                    .unwrap();
+                UdpSocket::bind((Ipv4Addr::from(source), 0))
+                    .unwrap()
+                    .send_to(b"x", (b_address, 9000))
+                    .unwrap();
+            });
+        };
+        send_as(a_address.octets());
+        assert_eq!(receiver.recv_from(&mut [0; 9]).unwrap().1.ip(), a_address);
+        send_as([10, 244, 0, 77]);
+        assert!(receiver.recv_from(&mut [0; 9]).is_err(), "a false source gets through");
+    });
+}
+
+#[test]
+fn a_namespace_that_is_gone_is_an_error_and_leaves_nothing() {
+    in_own_namespace(async || {
+        let network = NodeNetwork::setup(config()).await.unwrap();
+        let error = network.attach("x", Path::new("/proc/0/ns/net"), Ipv4Addr::new(10, 244, 0, 2)).await;
+        assert_eq!(error.unwrap_err().to_string(), "open network namespace /proc/0/ns/net");
+        assert_eq!(leftovers(&config().cluster).await.unwrap().len(), 3);
+    });
+}
+
+#[test]
+fn udp_connections_are_forgotten_by_choice() {
+    in_own_namespace(async || {
+        apply_nft(
+            "table ip t { chain c { type nat hook output priority -100; ip daddr 127.0.0.9 dnat to 127.0.0.1; }; }\n",
+        )
+        .unwrap();
+        let server = UdpSocket::bind("127.0.0.1:9000").unwrap();
+        let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+        client.send_to(b"x", "127.0.0.9:9000").unwrap();
+        server.recv_from(&mut [0; 9]).unwrap();
+        let stale = |flow: &minke_network::Flow| {
+            flow.to == "127.0.0.9:9000".parse().unwrap()
+                && flow.answered_by == "127.0.0.1:9000".parse().unwrap()
+        };
+        assert_eq!(forget_udp_flows(move |flow| !stale(flow)).await.unwrap(), 0);
+        assert_eq!(forget_udp_flows(stale).await.unwrap(), 1);
+        assert_eq!(forget_udp_flows(|_| true).await.unwrap(), 0);
+    });
+}
+
+/// Not a limit: prints what attaching costs on this machine (`--nocapture`).
+#[test]
+fn attaching_takes_milliseconds() {
+    in_own_namespace(async || {
+        let network = NodeNetwork::setup(config()).await.unwrap();
+        let mut pool = AddressPool::new(config().pod_cidr);
+        let pods: Vec<Pod> = (0..30).map(|_| Pod::new()).collect();
+        let (mut attach, mut detach) = (Vec::new(), Vec::new());
+        for (i, pod) in pods.iter().enumerate() {
+            let start = Instant::now();
+            network.attach(&i.to_string(), &pod.path, pool.allocate().unwrap()).await.unwrap();
+            attach.push(start.elapsed());
+        }
+        for i in 0..pods.len() {
+            let start = Instant::now();
+            network.detach(&i.to_string()).await.unwrap();
+            detach.push(start.elapsed());
+        }
+        attach.sort();
+        detach.sort();
+        println!("attach: median {:?}, max {:?}; detach: median {:?}", attach[15], attach[29], detach[15]);
+    });
+}
+
+#[test]
+fn the_thread_that_attaches_is_not_the_callers() {
+    in_own_namespace(async || {
+        let network = NodeNetwork::setup(config()).await.unwrap();
+        let before = File::open("/proc/thread-self/ns/net").unwrap();
+        let pod = Pod::new();
+        network.attach("x", &pod.path, Ipv4Addr::new(10, 244, 0, 2)).await.unwrap();
+        let same =
+            |a: &File, b: &File| rustix::fs::fstat(a).unwrap().st_ino == rustix::fs::fstat(b).unwrap().st_ino;
+        assert!(same(&before, &File::open("/proc/thread-self/ns/net").unwrap()));
+        assert!(!same(&before, &File::open(&pod.path).unwrap()));
+        move_into_link_name_space(before.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+    });
+}
