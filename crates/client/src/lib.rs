@@ -5,9 +5,13 @@
 //! [`Informers`] keep a shared, indexed picture of what is watched; [`WorkQueue`] hands out keys.
 #![forbid(unsafe_code)]
 
+mod clock;
+mod events;
 mod informer;
 mod queue;
 
+pub use clock::Clock;
+pub use events::{EventRecorder, EventSource, Happening, reference};
 pub use informer::{Change, Informer, Informers};
 pub use queue::WorkQueue;
 
