@@ -1,8 +1,16 @@
 //! The API server: HTTP, discovery, authentication, authorization, admission, the generic registry.
 #![forbid(unsafe_code)]
 
+mod admission;
+mod authz;
+mod config;
 mod kinds;
+mod server;
+mod snapshots;
 mod strategy;
 mod user;
 
+pub use config::{Config, kubernetes_service_address};
+pub use server::{ApiServer, BuildError};
+pub use snapshots::Snapshots;
 pub use user::{Attributes, UserInfo};
