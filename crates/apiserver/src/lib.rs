@@ -2,13 +2,18 @@
 #![forbid(unsafe_code)]
 
 mod admission;
+mod allocate;
+mod authn;
 mod authz;
 mod config;
 mod kinds;
+mod reviews;
 mod server;
 mod snapshots;
 mod strategy;
+mod tokens;
 mod user;
+mod validation;
 
 pub use config::{Config, kubernetes_service_address};
 pub use server::{ApiServer, BuildError};

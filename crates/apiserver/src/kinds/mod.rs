@@ -1,5 +1,7 @@
 //! The kinds that behave: which file holds the strategy of which kind.
 
+pub mod tree;
+
 use minke_api::Kind;
 
 use crate::strategy::Strategy;
