@@ -2,15 +2,22 @@
 //! selectors, patches and the `Status` error. No I/O, no clock, no randomness.
 #![forbid(unsafe_code)]
 
+pub mod codec;
 mod field_errors;
+pub mod intstr;
 mod kind;
 pub mod names;
 mod object;
+pub mod patch;
+pub mod quantity;
+pub mod schema;
 mod selector;
 mod status;
+pub mod time;
 
 pub use field_errors::FieldErrors;
 pub use kind::{KINDS, Kind, Subresource};
+pub use quantity::Quantity;
 pub use object::{Draft, EncodeError, Key, Labels, Object, OwnerReference, Revision};
 pub use selector::{FieldSelector, LabelSelector, SelectorError};
 pub use status::{Cause, Details, ListMeta, Status};

@@ -1,0 +1,124 @@
+//! Times as the API writes them: RFC 3339, in seconds or microseconds, in UTC.
+
+use jiff::Timestamp;
+
+const LAYOUT: &str = "2006-01-02T15:04:05Z07:00";
+
+/// `2026-01-02T03:04:05Z`, cut to the second.
+pub fn format_seconds(time: Timestamp) -> String {
+    time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
+}
+
+/// `2026-01-02T03:04:05.000006Z`.
+pub fn format_micros(time: Timestamp) -> String {
+    let micros = time.subsec_nanosecond().rem_euclid(1_000_000_000) / 1000;
+    format!("{}.{micros:06}Z", time.strftime("%Y-%m-%dT%H:%M:%S"))
+}
+
+/// Parses RFC 3339; the error is in upstream's words.
+pub fn parse(text: &str) -> Result<Timestamp, String> {
+    if let Some((rest, element)) = first_mismatch(text) {
+        return Err(format!("parsing time {text:?} as {LAYOUT:?}: cannot parse {rest:?} as {element:?}"));
+    }
+    text.parse().map_err(|_| format!("parsing time {text:?}: {} out of range", out_of_range(text)))
+}
+
+/// The canonical spelling to the second; `None` when `text` already has it.
+pub(crate) fn canonical_seconds(text: &str) -> Result<Option<String>, String> {
+    let canonical = format_seconds(parse(text)?);
+    Ok((canonical != text).then_some(canonical))
+}
+
+/// The canonical spelling to the microsecond; `None` when `text` already has it.
+pub(crate) fn canonical_micros(text: &str) -> Result<Option<String>, String> {
+    let canonical = format_micros(parse(text)?);
+    Ok((canonical != text).then_some(canonical))
+}
+
+/// Where `text` leaves the form: what is left of it and the part of the layout that was due.
+fn first_mismatch(text: &str) -> Option<(&str, &'static str)> {
+    let mut rest = text;
+    let parts = [
+        ("2006", 4),
+        ("-", 0),
+        ("01", 2),
+        ("-", 0),
+        ("02", 2),
+        ("T", 0),
+        ("15", 2),
+        (":", 0),
+        ("04", 2),
+        (":", 0),
+        ("05", 2),
+    ];
+    for (element, digits) in parts {
+        let fits = match digits {
+            0 => rest.starts_with(element),
+            n => rest.len() >= n && rest.as_bytes()[..n].iter().all(u8::is_ascii_digit),
+        };
+        if !fits {
+            return Some((rest, element));
+        }
+        rest = &rest[if digits == 0 { 1 } else { digits }..];
+    }
+    let fraction = rest.strip_prefix('.').map(|r| r.trim_start_matches(|c: char| c.is_ascii_digit()));
+    match fraction {
+        Some(after) if after.len() + 1 < rest.len() => rest = after,
+        _ => {}
+    }
+    let bytes = rest.as_bytes();
+    let digits = |r: std::ops::Range<usize>| bytes[r].iter().all(u8::is_ascii_digit);
+    let offset = bytes.len() == 6
+        && (bytes[0] == b'+' || bytes[0] == b'-')
+        && bytes[3] == b':'
+        && digits(1..3)
+        && digits(4..6);
+    (rest != "Z" && !offset).then_some((rest, "Z07:00"))
+}
+
+fn out_of_range(text: &str) -> &'static str {
+    let number = |r: std::ops::Range<usize>| text.get(r).and_then(|t| t.parse::<u32>().ok()).unwrap_or(0);
+    match () {
+        () if !(1..=12).contains(&number(5..7)) => "month",
+        () if number(11..13) > 23 => "hour",
+        () if number(14..16) > 59 => "minute",
+        () if number(17..19) > 59 => "second",
+        () => "day",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(text: &str, want: Result<&str, &str>) {
+        let got = parse(text).map(format_seconds);
+        assert_eq!(got.as_deref().map_err(String::as_str), want);
+    }
+
+    #[test]
+    fn times_are_read_in_any_zone_and_written_in_utc() {
+        check("2026-01-02T03:04:05Z", Ok("2026-01-02T03:04:05Z"));
+        check("2026-01-02T03:04:05.999+02:00", Ok("2026-01-02T01:04:05Z"));
+        assert_eq!(
+            canonical_micros("2026-01-02T03:04:05.1Z"),
+            Ok(Some("2026-01-02T03:04:05.100000Z".into()))
+        );
+        assert_eq!(canonical_micros("2026-01-02T03:04:05.123456Z"), Ok(None));
+    }
+
+    #[test]
+    fn mistakes_are_told_in_upstreams_words() {
+        check(
+            "foo",
+            Err(r#"parsing time "foo" as "2006-01-02T15:04:05Z07:00": cannot parse "foo" as "2006""#),
+        );
+        check(
+            "2026-01-02",
+            Err(r#"parsing time "2026-01-02" as "2006-01-02T15:04:05Z07:00": cannot parse "" as "T""#),
+        );
+        check("2026-13-02T03:04:05Z", Err(r#"parsing time "2026-13-02T03:04:05Z": month out of range"#));
+        check("2026-02-30T03:04:05Z", Err(r#"parsing time "2026-02-30T03:04:05Z": day out of range"#));
+    }
+}
