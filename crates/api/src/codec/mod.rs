@@ -1,6 +1,7 @@
 //! Decoders of what clients send. Each is pure, and bounded in depth and growth on hostile input.
 
 pub mod json;
+pub mod protobuf;
 mod scan;
 pub mod yaml;
 
