@@ -7,6 +7,7 @@
 
 mod clock;
 mod events;
+pub mod https;
 mod informer;
 mod queue;
 
