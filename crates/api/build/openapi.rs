@@ -29,10 +29,20 @@ pub fn write(
             .collect();
         if !kinds.is_empty() {
             schema["x-kubernetes-group-version-kind"] = Value::Array(kinds);
+            optional_metadata(&mut schema);
         }
         writeln!(file, "{name}\t{schema}").expect("OUT_DIR can be written");
     }
     file.finish().expect("OUT_DIR can be written");
+}
+
+/// The crate's types always have metadata, but clients need not send any.
+fn optional_metadata(schema: &mut Value) {
+    let Some(required) = schema.get_mut("required").and_then(Value::as_array_mut) else { return };
+    required.retain(|name| name != "metadata");
+    if required.is_empty() {
+        schema.as_object_mut().expect("a schema is an object").remove("required");
+    }
 }
 
 /// In OpenAPI v3 nothing may stand beside `$ref`, so a described reference becomes an `allOf` of one.
@@ -76,7 +86,7 @@ fn annotate(name: &str, schema: &mut Value, facts: &Facts) {
     if facts.merge(name, "(type)").is_some_and(|m| m.list_type == "map-type=atomic") {
         schema["x-kubernetes-map-type"] = "atomic".into();
     }
-    for (field, schema) in schema["properties"].as_object_mut().into_iter().flatten() {
+    for (field, schema) in schema.get_mut("properties").and_then(Value::as_object_mut).into_iter().flatten() {
         if let Some(merge) = facts.merge(name, field) {
             annotate_field(schema, merge);
         }

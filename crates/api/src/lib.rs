@@ -8,6 +8,7 @@ pub mod intstr;
 mod kind;
 pub mod names;
 mod object;
+pub mod openapi;
 pub mod patch;
 pub mod quantity;
 pub mod schema;

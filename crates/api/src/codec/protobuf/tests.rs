@@ -90,6 +90,35 @@ fn zeros_that_the_reference_client_writes_count_only_where_there_is_a_pointer() 
     assert_eq!(decode(&bytes, None), Ok(want));
 }
 
+/// Bodies that kubectl 1.33 sent, and what it prints for the same commands with `-o json`.
+#[test]
+fn what_a_client_sends_is_read_as_its_json() {
+    #[track_caller]
+    fn check(base64: &str, want: Value) {
+        use base64::Engine;
+        let bytes = base64::engine::general_purpose::STANDARD.decode(base64).unwrap();
+        assert_eq!(decode(&bytes, None), Ok(want));
+    }
+    // create deployment x --image=y --replicas=0 --port=80
+    check(
+        "azhzAAoVCgdhcHBzL3YxEgpEZXBsb3ltZW50EqcBChsKAXgSABoAIgAqADIAOABCAFoICgNhcHASAXgSeggAEgoKCAoDYXBw \
+         EgF4GmIKGgoAEgAaACIAKgAyADgAQgBaCAoDYXBwEgF4EkQSJgoBeRIBeSoAMgoKABAAGFAiACoAQgBqAHIAgAEAiAEAkAEA \
+         ogEAGgAyAEIASgBSAFgAYABoAIIBAIoBAJoBAMIBACICCgAoADgAGgwIABAAGAAgACgAOAAaACIA",
+        json!({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"labels": {"app": "x"}, "name": "x"}, "status": {},
+               "spec": {"replicas": 0, "selector": {"matchLabels": {"app": "x"}}, "strategy": {},
+                        "template": {"metadata": {"labels": {"app": "x"}},
+                                     "spec": {"containers": [{"image": "y", "name": "y", "ports": [{"containerPort": 80}], "resources": {}}]}}}}),
+    );
+    // create service nodeport s --tcp=80:http --node-port=30080
+    check(
+        "azhzAAoNCgJ2MRIHU2VydmljZRJnChsKAXMSABoAIgAqADIAOABCAFoICgNhcHASAXMSRAogCgc4MC1odHRwEgNUQ1AYUCIK \
+         CAEQABoEaHR0cCiA6wESCAoDYXBwEgFzGgAiCE5vZGVQb3J0OgBCAFIAWgBgAGgAGgIKABoAIgA=",
+        json!({"apiVersion": "v1", "kind": "Service", "metadata": {"labels": {"app": "s"}, "name": "s"}, "status": {"loadBalancer": {}},
+               "spec": {"ports": [{"name": "80-http", "nodePort": 30080, "port": 80, "protocol": "TCP", "targetPort": "http"}],
+                        "selector": {"app": "s"}, "type": "NodePort"}}),
+    );
+}
+
 #[test]
 fn options_say_their_kind_or_have_it_assumed() {
     let options = ty("", "v1", "DeleteOptions");
