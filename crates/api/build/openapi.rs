@@ -51,7 +51,8 @@ fn convert(schema: &Value) -> Value {
     for (key, value) in schema.as_object().into_iter().flatten() {
         match (key.as_str(), value) {
             ("$ref", _) => {}
-            ("x-kubernetes-int-or-string", _) => {}
+            // Upstream leaves unions without a form.
+            ("x-kubernetes-int-or-string" | "oneOf", _) => {}
             ("properties", Value::Object(fields)) => {
                 let fields = fields.iter().map(|(name, field)| (name.clone(), convert(field))).collect();
                 out.insert(key.clone(), Value::Object(fields));

@@ -101,8 +101,8 @@ fn what_a_client_sends_is_read_as_its_json() {
     }
     // create deployment x --image=y --replicas=0 --port=80
     check(
-        "azhzAAoVCgdhcHBzL3YxEgpEZXBsb3ltZW50EqcBChsKAXgSABoAIgAqADIAOABCAFoICgNhcHASAXgSeggAEgoKCAoDYXBw \
-         EgF4GmIKGgoAEgAaACIAKgAyADgAQgBaCAoDYXBwEgF4EkQSJgoBeRIBeSoAMgoKABAAGFAiACoAQgBqAHIAgAEAiAEAkAEA \
+        "azhzAAoVCgdhcHBzL3YxEgpEZXBsb3ltZW50EqcBChsKAXgSABoAIgAqADIAOABCAFoICgNhcHASAXgSeggAEgoKCAoDYXBw\
+         EgF4GmIKGgoAEgAaACIAKgAyADgAQgBaCAoDYXBwEgF4EkQSJgoBeRIBeSoAMgoKABAAGFAiACoAQgBqAHIAgAEAiAEAkAEA\
          ogEAGgAyAEIASgBSAFgAYABoAIIBAIoBAJoBAMIBACICCgAoADgAGgwIABAAGAAgACgAOAAaACIA",
         json!({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"labels": {"app": "x"}, "name": "x"}, "status": {},
                "spec": {"replicas": 0, "selector": {"matchLabels": {"app": "x"}}, "strategy": {},
@@ -111,7 +111,7 @@ fn what_a_client_sends_is_read_as_its_json() {
     );
     // create service nodeport s --tcp=80:http --node-port=30080
     check(
-        "azhzAAoNCgJ2MRIHU2VydmljZRJnChsKAXMSABoAIgAqADIAOABCAFoICgNhcHASAXMSRAogCgc4MC1odHRwEgNUQ1AYUCIK \
+        "azhzAAoNCgJ2MRIHU2VydmljZRJnChsKAXMSABoAIgAqADIAOABCAFoICgNhcHASAXMSRAogCgc4MC1odHRwEgNUQ1AYUCIK\
          CAEQABoEaHR0cCiA6wESCAoDYXBwEgFzGgAiCE5vZGVQb3J0OgBCAFIAWgBgAGgAGgIKABoAIgA=",
         json!({"apiVersion": "v1", "kind": "Service", "metadata": {"labels": {"app": "s"}, "name": "s"}, "status": {"loadBalancer": {}},
                "spec": {"ports": [{"name": "80-http", "nodePort": 30080, "port": 80, "protocol": "TCP", "targetPort": "http"}],
