@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Event, ObjectReference};
+use minke_api::time::{format_micros, format_seconds};
 use minke_api::{Kind, Object, Status};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
@@ -345,12 +346,12 @@ fn event(source: &EventSource, happening: &Happening, series: &Series, now: Time
         event["source"] = json!({});
         event["firstTimestamp"] = Value::Null;
         event["lastTimestamp"] = Value::Null;
-        event["eventTime"] = micros(series.first).into();
+        event["eventTime"] = format_micros(series.first).into();
         if source.host.is_empty() {
             event["reportingInstance"] = source.component.clone().into();
         }
         if series.count > 1 {
-            event["series"] = json!({ "count": series.count, "lastObservedTime": micros(now) });
+            event["series"] = json!({ "count": series.count, "lastObservedTime": format_micros(now) });
         }
     } else {
         event["source"] = match source.host.as_str() {
@@ -358,19 +359,11 @@ fn event(source: &EventSource, happening: &Happening, series: &Series, now: Time
             host => json!({ "component": source.component, "host": host }),
         };
         event["count"] = series.count.into();
-        event["firstTimestamp"] = seconds(series.first).into();
-        event["lastTimestamp"] = seconds(now).into();
+        event["firstTimestamp"] = format_seconds(series.first).into();
+        event["lastTimestamp"] = format_seconds(now).into();
         event["eventTime"] = Value::Null;
     }
     event
-}
-
-fn seconds(time: Timestamp) -> String {
-    time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
-}
-
-fn micros(time: Timestamp) -> String {
-    time.strftime("%Y-%m-%dT%H:%M:%S.%6fZ").to_string()
 }
 
 #[cfg(test)]
