@@ -211,7 +211,9 @@ fn node_table(config: &NodeConfig) -> String {
     let (table, prefix) = (cluster.node_table(), cluster.link_prefix());
     let (node, void) = (cluster.node_link(), cluster.void_link());
     // The guard must come before connection tracking translates addresses (priority raw): the reply to a
-    // connection from 127.0.0.1 to a node port has a loopback address only after that.
+    // connection from 127.0.0.1 to a node port has a loopback address only after that. In the output hook
+    // `oifname` is where the packet would have gone before its address was translated; so a translated
+    // one to a pod that is no more passes, and ends when nobody answers the ARP request for it.
     format!(
         r#"add table ip {table}
 delete table ip {table}
@@ -233,6 +235,7 @@ table ip {table} {{
     }}
     chain refuse_local {{
         type filter hook output priority filter; policy accept;
+        ct status dnat return
         oifname "{node}" goto refuse
     }}
     chain masquerade_outside {{

@@ -1,73 +1,19 @@
 //! A node's network in a network namespace of the test's own, with real links and packets.
 
+mod support;
+
 use std::fs::File;
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use minke_network::{
     AddressPool, ClusterId, NodeConfig, NodeNetwork, apply_nft, forget_udp_flows, leftovers, node_address,
 };
-use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use support::{Pod, fetch, in_own_namespace, serve_hello, with_outside};
 use tokio::time::Instant;
-
-/// Runs the test on a thread with a network namespace of its own, or says why it can't.
-fn in_own_namespace(test: impl AsyncFnOnce() + Send + 'static) {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("skipped: making a network namespace needs root");
-        return;
-    }
-    let runner = std::thread::spawn(move || {
-        unshare();
-        set_lo_up();
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(test());
-    });
-    if let Err(panic) = runner.join() {
-        std::panic::resume_unwind(panic);
-    }
-}
-
-fn unshare() {
-    #[expect(unsafe_code, reason = "this thread shares nothing with the rest of the test but memory")]
-    // SAFETY: only the network namespace changes, not the table of file descriptors.
-    unsafe {
-        rustix::thread::unshare_unsafe(UnshareFlags::NEWNET).unwrap();
-    }
-}
-
-fn set_lo_up() {
-    let done = std::process::Command::new("ip").args(["link", "set", "lo", "up"]).status();
-    assert!(done.expect("ip is installed").success());
-}
-
-/// A namespace that lives as long as this: a thread sits in it, and does what it is asked to.
-struct Pod {
-    path: PathBuf,
-    work: std::sync::mpsc::Sender<Box<dyn FnOnce() + Send>>,
-}
-
-impl Pod {
-    fn new() -> Pod {
-        let (work, jobs) = std::sync::mpsc::channel::<Box<dyn FnOnce() + Send>>();
-        let (ready, path) = std::sync::mpsc::channel();
-        std::thread::spawn(move || {
-            unshare();
-            let thread = rustix::thread::gettid().as_raw_nonzero();
-            ready.send(PathBuf::from(format!("/proc/{}/task/{thread}/ns/net", std::process::id()))).unwrap();
-            jobs.into_iter().for_each(|job| job());
-        });
-        Pod { path: path.recv().unwrap(), work }
-    }
-
-    fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> T {
-        let (sender, result) = std::sync::mpsc::channel();
-        self.work.send(Box::new(move || sender.send(job()).unwrap())).unwrap();
-        result.recv().unwrap()
-    }
-}
 
 fn config() -> NodeConfig {
     NodeConfig {
@@ -78,26 +24,6 @@ fn config() -> NodeConfig {
         dns_address: Some(Ipv4Addr::new(10, 96, 0, 10)),
         mtu: 1500,
     }
-}
-
-fn serve_hello(address: Ipv4Addr) {
-    let listener = TcpListener::bind((address, 8080)).unwrap();
-    std::thread::spawn(move || {
-        for connection in listener.incoming() {
-            let mut connection = connection.unwrap();
-            let peer = connection.peer_addr().unwrap().ip();
-            write!(connection, "hello {peer}").unwrap();
-        }
-    });
-}
-
-fn fetch(address: Ipv4Addr) -> Result<String, std::io::ErrorKind> {
-    let to = SocketAddrV4::new(address, 8080);
-    let mut text = String::new();
-    let mut connection =
-        TcpStream::connect_timeout(&to.into(), Duration::from_secs(5)).map_err(|error| error.kind())?;
-    connection.read_to_string(&mut text).map_err(|error| error.kind())?;
-    Ok(text)
 }
 
 #[test]
@@ -143,25 +69,9 @@ fn pods_reach_each_other_and_the_node_and_nothing_unknown_leaves() {
 #[test]
 fn a_pod_reaches_the_outside_under_the_nodes_address() {
     in_own_namespace(async || {
-        let outside = Pod::new();
-        let run = |command: &str| {
-            let done = std::process::Command::new("sh").args(["-c", command]).status().unwrap();
-            assert!(done.success(), "{command}");
-        };
-        run(
-            "ip link add wan type veth peer name wan1 && ip addr add 192.0.2.2/24 dev wan && ip link set wan up \
-             && ip route add default via 192.0.2.1",
-        );
+        let outside = with_outside();
         let network = NodeNetwork::setup(config()).await.unwrap();
-        let thread = outside.path.components().nth(4).unwrap().as_os_str().to_str().unwrap().to_owned();
-        run(&format!("ip link set wan1 netns {thread}"));
-        outside.run(|| {
-            let done = std::process::Command::new("sh")
-                .args(["-c", "ip addr add 192.0.2.1/24 dev wan1 && ip link set wan1 up"])
-                .status();
-            assert!(done.unwrap().success());
-            serve_hello(Ipv4Addr::new(192, 0, 2, 1));
-        });
+        outside.run(|| serve_hello(Ipv4Addr::new(192, 0, 2, 1)));
         let found = node_address().await.unwrap().unwrap();
         assert_eq!((found.address, found.mtu), (Ipv4Addr::new(192, 0, 2, 2), 1500));
 

@@ -114,7 +114,8 @@ pub fn of_service<'a>(
         return frontends;
     }
     for port in spec.ports.iter().flatten() {
-        let (Some(protocol), Ok(number)) = (Protocol::parse(port.protocol.as_deref()), u16::try_from(port.port))
+        let (Some(protocol), Ok(number)) =
+            (Protocol::parse(port.protocol.as_deref()), u16::try_from(port.port))
         else {
             continue;
         };
@@ -149,7 +150,9 @@ pub fn of_service<'a>(
                 insert(&mut frontends, Some(address), protocol, number, backends);
             }
         }
-        if let Some(node_port) = port.node_port.and_then(|port| u16::try_from(port).ok()).filter(|port| *port != 0) {
+        if let Some(node_port) =
+            port.node_port.and_then(|port| u16::try_from(port).ok()).filter(|port| *port != 0)
+        {
             insert(&mut frontends, None, protocol, node_port, external);
         }
     }
@@ -170,11 +173,13 @@ pub fn of_pod(pod: &Pod) -> Frontends {
     let sidecars = init.filter(|container| container.restart_policy.as_deref() == Some("Always"));
     let containers = spec.containers.iter().chain(sidecars);
     for port in containers.flat_map(|container| container.ports.iter().flatten()) {
-        let (Some(protocol), Ok(to)) = (Protocol::parse(port.protocol.as_deref()), u16::try_from(port.container_port))
+        let (Some(protocol), Ok(to)) =
+            (Protocol::parse(port.protocol.as_deref()), u16::try_from(port.container_port))
         else {
             continue;
         };
-        let Some(from) = port.host_port.and_then(|port| u16::try_from(port).ok()).filter(|port| *port != 0) else {
+        let Some(from) = port.host_port.and_then(|port| u16::try_from(port).ok()).filter(|port| *port != 0)
+        else {
             continue;
         };
         let host = match port.host_ip.as_deref() {
@@ -197,7 +202,14 @@ pub fn slice_addresses(slice: &EndpointSlice) -> impl Iterator<Item = Ipv4Addr> 
 }
 
 fn plain(masquerade: Masquerade, affinity: Option<u32>) -> Backends {
-    Backends { endpoints: Vec::new(), for_outside: None, elsewhere: false, affinity, masquerade, admitted: None }
+    Backends {
+        endpoints: Vec::new(),
+        for_outside: None,
+        elsewhere: false,
+        affinity,
+        masquerade,
+        admitted: None,
+    }
 }
 
 fn insert(
@@ -250,7 +262,8 @@ fn candidates<'a>(
         let Some(number) = number.and_then(|number| u16::try_from(number).ok()) else { continue };
         for endpoint in slice.endpoints.iter().flatten() {
             // The addresses of one endpoint are the same pod; upstream too uses the first.
-            let Some(address) = endpoint.addresses.first().and_then(|text| text.parse::<Ipv4Addr>().ok()) else {
+            let Some(address) = endpoint.addresses.first().and_then(|text| text.parse::<Ipv4Addr>().ok())
+            else {
                 continue;
             };
             let conditions = endpoint.conditions.clone().unwrap_or_default();
@@ -283,7 +296,9 @@ fn follow_hints(candidates: &mut [Candidate<'_>], here: &Locality) {
     };
     for hint in [&for_node as &dyn Fn(&Candidate<'_>) -> Option<bool>, &for_zone] {
         let mut ready = candidates.iter().filter(|candidate| candidate.ready);
-        if ready.clone().all(|candidate| hint(candidate).is_some()) && ready.any(|one| hint(one) == Some(true)) {
+        if ready.clone().all(|candidate| hint(candidate).is_some())
+            && ready.any(|one| hint(one) == Some(true))
+        {
             candidates.iter_mut().for_each(|candidate| candidate.near = hint(candidate) == Some(true));
             return;
         }
@@ -296,8 +311,7 @@ fn addresses(candidates: &[Candidate<'_>], local: bool, here: &Locality) -> Vec<
     let mut addresses: BTreeSet<SocketAddrV4> =
         eligible().filter(|one| one.ready && (local || one.near)).map(|one| one.address).collect();
     if addresses.is_empty() {
-        addresses =
-            eligible().filter(|one| one.last_resort).map(|one| one.address).collect();
+        addresses = eligible().filter(|one| one.last_resort).map(|one| one.address).collect();
     }
     addresses.into_iter().collect()
 }
@@ -313,7 +327,11 @@ fn load_balancer_ips(service: &Service) -> impl Iterator<Item = Ipv4Addr> {
     let balancer = service.status.as_ref().and_then(|status| status.load_balancer.as_ref());
     let ingress = balancer.into_iter().flat_map(|balancer| balancer.ingress.iter().flatten());
     // With the mode Proxy packets arrive under the node's address, not this one.
-    parsed(ingress.filter(|ingress| ingress.ip_mode.as_deref() != Some("Proxy")).filter_map(|ingress| ingress.ip.as_ref()))
+    parsed(
+        ingress
+            .filter(|ingress| ingress.ip_mode.as_deref() != Some("Proxy"))
+            .filter_map(|ingress| ingress.ip.as_ref()),
+    )
 }
 
 /// Skips "None", IPv6 and what is no address.
@@ -324,7 +342,8 @@ fn parsed<'a>(texts: impl Iterator<Item = &'a String>) -> impl Iterator<Item = I
 fn affinity(spec: &ServiceSpec) -> Option<u32> {
     (spec.session_affinity.as_deref() == Some("ClientIP")).then(|| {
         let config = spec.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref());
-        let seconds = config.and_then(|config| config.timeout_seconds).and_then(|seconds| u32::try_from(seconds).ok());
+        let seconds =
+            config.and_then(|config| config.timeout_seconds).and_then(|seconds| u32::try_from(seconds).ok());
         seconds.filter(|seconds| *seconds > 0).unwrap_or(DEFAULT_AFFINITY_SECONDS)
     })
 }

@@ -39,7 +39,12 @@ pub struct ProxyConfig {
 }
 
 /// Keeps this node's table right until `stop`, and leaves it in place then: pods go on without us.
-pub async fn run(config: ProxyConfig, informers: &Informers, requests: DrainRequests, stop: CancellationToken) {
+pub async fn run(
+    config: ProxyConfig,
+    informers: &Informers,
+    requests: DrainRequests,
+    stop: CancellationToken,
+) {
     let services = informers.of_type::<Service>();
     let slices = informers.of_type::<EndpointSlice>();
     let here = FieldSelector::equal("spec.nodeName", &config.node_name);
@@ -229,8 +234,13 @@ impl State {
     fn frontends_of_service(&self, key: &Key) -> (i64, Frontends) {
         let Some(object) = self.services.get(key) else { return (0, Frontends::new()) };
         let Some(service) = typed::<Service>(object) else { return (0, Frontends::new()) };
-        let slices: Vec<Arc<EndpointSlice>> =
-            self.slices.get(key).into_iter().flat_map(BTreeMap::values).filter_map(|slice| typed(slice)).collect();
+        let slices: Vec<Arc<EndpointSlice>> = self
+            .slices
+            .get(key)
+            .into_iter()
+            .flat_map(BTreeMap::values)
+            .filter_map(|slice| typed(slice))
+            .collect();
         let slices = slices.iter().map(|slice| &**slice);
         (created(object), of_service(&service, slices, &self.here, &self.draining))
     }
@@ -260,11 +270,8 @@ impl Kernel {
     /// One transaction. On a failure all who wait for it go on waiting, until it is repeated.
     async fn bring_up_to(&mut self, state: &mut State) {
         state.settle(&mut self.missing);
-        let script = if self.must_load {
-            state.tables.load()
-        } else {
-            self.missing.script(state.tables.config())
-        };
+        let script =
+            if self.must_load { state.tables.load() } else { self.missing.script(state.tables.config()) };
         if !script.is_empty() {
             let applied = tokio::task::spawn_blocking(move || apply_nft(&script)).await;
             if let Err(error) = applied.expect("running nft does not panic") {

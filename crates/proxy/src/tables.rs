@@ -41,8 +41,13 @@ pub enum Owner {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Set {
     /// Frontend -> chain.
-    Dispatch { outside: bool, node: bool },
-    Refused { node: bool },
+    Dispatch {
+        outside: bool,
+        node: bool,
+    },
+    Refused {
+        node: bool,
+    },
     /// Frontends that only some sources may use, and these sources.
     Restricted,
     Admitted,
@@ -51,7 +56,9 @@ pub(crate) enum Set {
     /// Frontend and number -> endpoint, or with affinity the mark that stands for it.
     Endpoints(Endpoints),
     /// Frontend and mark -> endpoint.
-    Backends { node: bool },
+    Backends {
+        node: bool,
+    },
 }
 
 /// Frontends with the same number of endpoints share a map.
@@ -248,8 +255,7 @@ impl Tables {
     /// longer needed end here.
     pub fn load(&mut self) -> String {
         let needed = self.claims.iter().filter_map(|(frontend, claims)| Some((frontend, claims.first()?)));
-        self.shapes =
-            needed.flat_map(|(frontend, claim)| shapes(frontend)(&claim.backends)).collect();
+        self.shapes = needed.flat_map(|(frontend, claim)| shapes(frontend)(&claim.backends)).collect();
         let table = &self.config.name;
         let mut script = format!("add table ip {table}\ndelete table ip {table}\n");
         fixed_part(&mut script, &self.config);
@@ -257,7 +263,12 @@ impl Tables {
             shape_chains(&mut script, &self.config, shape);
         }
         let elements = self.elements();
-        write_elements(&mut script, table, "add", elements.iter().map(|(element, value)| (element, value.as_ref())));
+        write_elements(
+            &mut script,
+            table,
+            "add",
+            elements.iter().map(|(element, value)| (element, value.as_ref())),
+        );
         script
     }
 }
@@ -334,7 +345,11 @@ fn lower(frontend: &Frontend, backends: &Backends) -> Elements {
     };
     if !backends.endpoints.is_empty() {
         let shape = shape(frontend, backends, &backends.endpoints, false);
-        dispatch(false, &backends.endpoints, format!("goto {}-{}", shape.chain(), suffix(backends.masquerade)));
+        dispatch(
+            false,
+            &backends.endpoints,
+            format!("goto {}-{}", shape.chain(), suffix(backends.masquerade)),
+        );
     } else if backends.elsewhere {
         dispatch(false, &[], "drop".into());
     }

@@ -93,7 +93,9 @@ fn ports_are_matched_by_name_and_protocol() {
 
 #[test]
 fn node_ports_work_on_all_addresses_of_the_node() {
-    let object = service(json!({"spec": {"type": "NodePort", "ports": [{"name": "http", "port": 80, "nodePort": 30080}]}}));
+    let object = service(
+        json!({"spec": {"type": "NodePort", "ports": [{"name": "http", "port": 80, "nodePort": 30080}]}}),
+    );
     let to = "masquerade to 10.244.0.2:8080";
     check(
         [object, slice([endpoint(0, 2, "ready")])],
@@ -231,7 +233,8 @@ fn some_services_are_none_of_ours() {
     let endpoints = || slice([endpoint(0, 2, "ready")]);
     let headless = service(json!({"spec": {"clusterIP": "None", "clusterIPs": ["None"]}}));
     let external = service(json!({"spec": {"type": "ExternalName", "externalName": "x.test"}}));
-    let labelled = service(json!({"metadata": {"labels": {"service.kubernetes.io/service-proxy-name": "x"}}}));
+    let labelled =
+        service(json!({"metadata": {"labels": {"service.kubernetes.io/service-proxy-name": "x"}}}));
     for object in [headless, external, labelled] {
         check([object, endpoints()], &[(POD, "10.96.0.7:80", "refused")]);
     }
@@ -285,11 +288,8 @@ fn host_ports_lead_to_their_pod() {
 
 #[test]
 fn nonsense_is_skipped() {
-    let mut bad = slice([
-        json!({"addresses": []}),
-        json!({"addresses": ["not an address"]}),
-        endpoint(0, 2, "ready"),
-    ]);
+    let mut bad =
+        slice([json!({"addresses": []}), json!({"addresses": ["not an address"]}), endpoint(0, 2, "ready")]);
     check([service(json!({})), bad.clone()], &[(POD, "10.96.0.7:80", "to 10.244.0.2:8080")]);
     bad["ports"][0]["port"] = json!(70000);
     check([service(json!({})), bad], &[(POD, "10.96.0.7:80", "refused")]);

@@ -47,16 +47,16 @@ impl Node {
         let (destination, port) = rest.split_once(':').expect("destination:port");
         let is_node = |address: &str| matches!(address, "192.0.2.2" | "127.0.0.1" | "10.244.0.1");
         let in_cluster = source.starts_with("10.244.");
-        let keys = [
-            (false, format!("{destination} . {protocol} . {port}")),
-            (true, format!("{protocol} . {port}")),
-        ];
-        let keys: Vec<&(bool, String)> = keys.iter().filter(|(node, _)| !node || is_node(destination)).collect();
+        let keys =
+            [(false, format!("{destination} . {protocol} . {port}")), (true, format!("{protocol} . {port}"))];
+        let keys: Vec<&(bool, String)> =
+            keys.iter().filter(|(node, _)| !node || is_node(destination)).collect();
 
         let (restricted, address_key) = (&keys[0].1, &keys[0].1);
         if self.kernel.value(Set::Restricted, restricted).is_some() {
             let ranges = self.kernel.elements.keys().filter(|element| element.set == Set::Admitted);
-            let admitted = ranges.filter_map(|element| element.key.strip_prefix(&format!("{address_key} . ")));
+            let admitted =
+                ranges.filter_map(|element| element.key.strip_prefix(&format!("{address_key} . ")));
             let source: std::net::Ipv4Addr = source.parse().unwrap();
             if !admitted.into_iter().any(|range| range.parse::<ipnet::Ipv4Net>().unwrap().contains(&source)) {
                 return "dropped".into();
@@ -76,7 +76,8 @@ impl Node {
             };
             return self.through_chain(chain, outside, node, key, is_node(source), in_cluster);
         }
-        let refused = keys.iter().any(|(node, key)| self.kernel.value(Set::Refused { node: *node }, key).is_some());
+        let refused =
+            keys.iter().any(|(node, key)| self.kernel.value(Set::Refused { node: *node }, key).is_some());
         // The node link refuses what belongs to no Service.
         if refused || destination.starts_with("10.96.") { "refused".into() } else { "-".into() }
     }

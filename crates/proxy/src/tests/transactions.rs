@@ -10,7 +10,8 @@ use crate::tables::Tables;
 
 #[test]
 fn a_change_of_endpoints_is_a_few_elements() {
-    let mut node = Node::with([service(json!({})), slice([endpoint(0, 2, "ready"), endpoint(1, 3, "ready")])]);
+    let mut node =
+        Node::with([service(json!({})), slice([endpoint(0, 2, "ready"), endpoint(1, 3, "ready")])]);
     node.tell(slice([endpoint(0, 2, "ready"), endpoint(1, 4, "ready")]));
     assert_eq!(
         node.settle(),
@@ -64,7 +65,8 @@ fn drain(node: &mut Node, address: &str) {
 
 #[test]
 fn a_draining_pod_leaves_at_once_and_serves_only_as_the_last() {
-    let mut node = Node::with([service(json!({})), slice([endpoint(0, 2, "ready"), endpoint(0, 3, "ready")])]);
+    let mut node =
+        Node::with([service(json!({})), slice([endpoint(0, 2, "ready"), endpoint(0, 3, "ready")])]);
     drain(&mut node, "10.244.0.2");
     assert_ne!(node.settle(), "");
     assert_eq!(node.trace("10.244.0.9 > 10.96.0.7:80"), "to 10.244.0.3:8080");
