@@ -14,6 +14,7 @@ pub mod quantity;
 pub mod schema;
 mod selector;
 mod status;
+pub mod table;
 pub mod time;
 
 pub use field_errors::FieldErrors;
