@@ -39,7 +39,7 @@ pub fn review(
     body.set("kind", kind.kind);
     let metadata = body.object("metadata");
     if kind.kind == "SelfSubjectReview" {
-        metadata.set("creationTimestamp", crate::validation::seconds(now));
+        metadata.set("creationTimestamp", minke_api::time::format_seconds(now));
     }
     body.set("status", status);
     Ok(body)

@@ -191,11 +191,11 @@ impl Tokens {
         request["kind"] = "TokenRequest".into();
         request["metadata"] = json!({
             "name": name, "namespace": namespace,
-            "creationTimestamp": crate::validation::seconds(now),
+            "creationTimestamp": minke_api::time::format_seconds(now),
         });
         request["spec"]["audiences"] = audiences.into();
         request["spec"]["expirationSeconds"] = seconds.into();
-        request["status"] = json!({"token": token, "expirationTimestamp": crate::validation::seconds(expires)});
+        request["status"] = json!({"token": token, "expirationTimestamp": minke_api::time::format_seconds(expires)});
         Ok(request)
     }
 

@@ -2,7 +2,6 @@
 //!
 //! Upstream: apimachinery pkg/api/validation/objectmeta.
 
-use jiff::Timestamp;
 use minke_api::{FieldErrors, names};
 use serde_json::Value;
 
@@ -10,11 +9,6 @@ use crate::kinds::tree::Tree;
 
 /// All annotations of an object together, keys included, in bytes.
 pub const MAX_ANNOTATIONS_BYTES: usize = 256 * 1024;
-
-/// A moment as metadata shows it: RFC 3339 in whole seconds.
-pub fn seconds(at: Timestamp) -> String {
-    Timestamp::from_second(at.as_second()).map(|at| at.to_string()).unwrap_or_default()
-}
 
 /// Checks the metadata of an object that is to be created or replaced. `name` is the kind's rule.
 pub fn validate_metadata(

@@ -1,0 +1,300 @@
+//! Checks of the volumes of a pod. Upstream: ValidateVolumes.
+
+use std::collections::HashSet;
+
+use minke_api::{FieldErrors, names};
+use serde_json::Value;
+
+use super::check::{self, at};
+use super::container_validation::{field_ref, relative_path, resource_field_ref};
+use super::tree::Tree;
+
+const HOST_PATH_TYPES: [&str; 8] =
+    ["", "BlockDevice", "CharDevice", "Directory", "DirectoryOrCreate", "File", "FileOrCreate", "Socket"];
+/// What a volume may show of its pod.
+const FIELD_PATHS: [&str; 5] =
+    ["metadata.annotations", "metadata.labels", "metadata.name", "metadata.namespace", "metadata.uid"];
+const ACCESS_MODES: [&str; 4] = ["ReadOnlyMany", "ReadWriteMany", "ReadWriteOnce", "ReadWriteOncePod"];
+
+/// Checks `spec.volumes`, and returns the names.
+pub fn validate_volumes<'a>(spec: &'a Value, path: &str, errors: &mut FieldErrors) -> HashSet<&'a str> {
+    let mut seen = HashSet::new();
+    for (n, volume) in spec.items("volumes").iter().enumerate() {
+        let path = format!("{path}[{n}]");
+        match volume.text("name") {
+            "" => errors.required(&at(&path, "name"), ""),
+            name => {
+                check::name(name, &at(&path, "name"), names::dns_label, errors);
+                if !seen.insert(name) {
+                    errors.duplicate(&at(&path, "name"), name);
+                }
+            }
+        }
+        validate_volume(volume, &path, errors);
+    }
+    seen
+}
+
+fn validate_volume(volume: &Value, path: &str, errors: &mut FieldErrors) {
+    let sources = volume.as_object().into_iter().flatten();
+    let mut sources = sources.filter(|(name, source)| *name != "name" && source.is_object());
+    let Some((kind, source)) = sources.next() else {
+        errors.required(path, "must specify a volume type");
+        return;
+    };
+    for (extra, _) in sources {
+        errors.forbidden(&at(path, extra), "may not specify more than 1 volume type");
+    }
+    validate_source(kind, source, &at(path, kind), errors);
+}
+
+fn validate_source(kind: &str, source: &Value, path: &str, errors: &mut FieldErrors) {
+    let needs = |fields: &[&str], errors: &mut FieldErrors| {
+        for field in fields {
+            check::required(source, path, field, errors);
+        }
+    };
+    match kind {
+        "emptyDir" => {
+            if source.has("sizeLimit") {
+                check::quantity(source.at("sizeLimit"), &at(path, "sizeLimit"), errors);
+            }
+        }
+        "hostPath" => {
+            needs(&["path"], errors);
+            no_way_up(source.text("path"), &at(path, "path"), errors);
+            if !HOST_PATH_TYPES.contains(&source.text("type")) {
+                errors.not_supported(&at(path, "type"), source.text("type"), &HOST_PATH_TYPES);
+            }
+        }
+        "secret" => {
+            needs(&["secretName"], errors);
+            files(source, path, errors);
+        }
+        "configMap" => {
+            needs(&["name"], errors);
+            files(source, path, errors);
+        }
+        "downwardAPI" => {
+            mode(source, path, "defaultMode", errors);
+            downward_files(source, path, errors);
+        }
+        "projected" => projected(source, path, errors),
+        "persistentVolumeClaim" => needs(&["claimName"], errors),
+        "ephemeral" => {
+            if !source.at("volumeClaimTemplate").is_object() {
+                errors.required(&at(path, "volumeClaimTemplate"), "");
+            } else {
+                let path = at(path, "volumeClaimTemplate.spec");
+                claim_spec(source.at("volumeClaimTemplate").at("spec"), &path, errors);
+            }
+        }
+        "nfs" => {
+            needs(&["server", "path"], errors);
+            if source.has("path") && !source.text("path").starts_with('/') {
+                errors.invalid(&at(path, "path"), source.text("path"), "must be an absolute path");
+            }
+        }
+        "csi" => needs(&["driver"], errors),
+        "image" => {
+            needs(&["reference"], errors);
+            check::one_of_if_set(source, path, "pullPolicy", &["Always", "IfNotPresent", "Never"], errors);
+        }
+        "gitRepo" => needs(&["repository"], errors),
+        "iscsi" => needs(&["targetPortal", "iqn"], errors),
+        "glusterfs" => needs(&["endpoints", "path"], errors),
+        "rbd" => needs(&["monitors", "image"], errors),
+        "cephfs" => needs(&["monitors"], errors),
+        "flexVolume" => needs(&["driver"], errors),
+        "azureFile" => needs(&["secretName", "shareName"], errors),
+        "azureDisk" => needs(&["diskName", "diskURI"], errors),
+        "awsElasticBlockStore" | "cinder" | "portworxVolume" => needs(&["volumeID"], errors),
+        "gcePersistentDisk" => needs(&["pdName"], errors),
+        "photonPersistentDisk" => needs(&["pdID"], errors),
+        "vsphereVolume" => needs(&["volumePath"], errors),
+        "scaleIO" => needs(&["gateway", "system", "volumeName"], errors),
+        "quobyte" => needs(&["registry", "volume"], errors),
+        // Kinds that have no field of which something could be wrong, and those of a later version.
+        _ => {}
+    }
+}
+
+fn no_way_up(target: &str, path: &str, errors: &mut FieldErrors) {
+    if target.split('/').any(|part| part == "..") {
+        errors.invalid(path, target, "must not contain '..'");
+    }
+}
+
+fn mode(holder: &Value, path: &str, field: &str, errors: &mut FieldErrors) {
+    if let Some(bits) = holder.int(field).filter(|bits| !(0..=0o777).contains(bits)) {
+        errors.invalid(&at(path, field), bits, "must be a number between 0 and 0777 (octal), both inclusive");
+    }
+}
+
+/// The mode and items of a Secret or ConfigMap.
+fn files(source: &Value, path: &str, errors: &mut FieldErrors) {
+    mode(source, path, "defaultMode", errors);
+    for (n, item) in source.items("items").iter().enumerate() {
+        let path = format!("{path}.items[{n}]");
+        check::required(item, &path, "key", errors);
+        check::required(item, &path, "path", errors);
+        file_path(item.text("path"), &at(&path, "path"), errors);
+        mode(item, &path, "mode", errors);
+    }
+}
+
+fn file_path(target: &str, path: &str, errors: &mut FieldErrors) {
+    relative_path(target, path, errors);
+    if target.starts_with("..") && !target.split('/').any(|part| part == "..") {
+        errors.invalid(path, target, "must not start with '..'");
+    }
+}
+
+fn downward_files(source: &Value, path: &str, errors: &mut FieldErrors) {
+    for (n, item) in source.items("items").iter().enumerate() {
+        let path = format!("{path}.items[{n}]");
+        check::required(item, &path, "path", errors);
+        file_path(item.text("path"), &at(&path, "path"), errors);
+        mode(item, &path, "mode", errors);
+        let (field, resource) = (item.at("fieldRef"), item.at("resourceFieldRef"));
+        match (field.is_object(), resource.is_object()) {
+            (true, true) => {
+                errors.invalid(&path, "resource", "fieldRef and resourceFieldRef can not be specified simultaneously");
+            }
+            (true, false) => field_ref(field, &FIELD_PATHS, &at(&path, "fieldRef"), errors),
+            (false, true) => resource_field_ref(resource, true, &at(&path, "resourceFieldRef"), errors),
+            (false, false) => errors.required(&path, "one of fieldRef and resourceFieldRef is required"),
+        }
+    }
+}
+
+fn projected(source: &Value, path: &str, errors: &mut FieldErrors) {
+    const KINDS: [&str; 6] =
+        ["secret", "configMap", "downwardAPI", "serviceAccountToken", "clusterTrustBundle", "podCertificate"];
+    mode(source, path, "defaultMode", errors);
+    let mut paths = HashSet::new();
+    for (n, part) in source.items("sources").iter().enumerate() {
+        let path = format!("{path}.sources[{n}]");
+        let mut given = KINDS.into_iter().filter(|kind| part.at(kind).is_object());
+        let Some(kind) = given.next() else {
+            errors.required(&path, "must specify at least one source");
+            continue;
+        };
+        for extra in given {
+            errors.forbidden(&at(&path, extra), "may not specify more than 1 volume type");
+        }
+        let (part, path) = (part.at(kind), at(&path, kind));
+        match kind {
+            "secret" | "configMap" => {
+                check::required(part, &path, "name", errors);
+                files(part, &path, errors);
+            }
+            "downwardAPI" => downward_files(part, &path, errors),
+            "serviceAccountToken" => {
+                if let Some(seconds) = part.int("expirationSeconds") {
+                    let path = at(&path, "expirationSeconds");
+                    if seconds < 600 {
+                        errors.invalid(&path, seconds, "may not specify a duration less than 10 minutes");
+                    } else if seconds > 1 << 32 {
+                        errors.invalid(&path, seconds, "may not specify a duration larger than 2^32 seconds");
+                    }
+                }
+                check::required(part, &path, "path", errors);
+                file_path(part.text("path"), &at(&path, "path"), errors);
+            }
+            _ => {}
+        }
+        let items = part.items("items").iter().map(|item| item.text("path"));
+        let alone = std::iter::once(part.text("path"));
+        for target in items.chain(alone).filter(|target| !target.is_empty()) {
+            if !paths.insert(target.to_owned()) {
+                errors.invalid(&path, target, "conflicting duplicate paths");
+            }
+        }
+    }
+}
+
+/// A PersistentVolumeClaimSpec.
+pub fn claim_spec(spec: &Value, path: &str, errors: &mut FieldErrors) {
+    if !spec.has("accessModes") {
+        errors.required(&at(path, "accessModes"), "at least 1 access mode is required");
+    }
+    access_modes(spec, path, errors);
+    if spec.at("selector").is_object() {
+        check::selector(spec.at("selector"), &at(path, "selector"), errors);
+    }
+    let path_of_size = at(path, "resources[storage]");
+    match spec.at("resources").at("requests").get("storage") {
+        None => errors.required(&path_of_size, ""),
+        Some(size) => positive(size, &path_of_size, errors),
+    }
+    check::one_of_if_set(spec, path, "volumeMode", &["Block", "Filesystem"], errors);
+    if spec.has("storageClassName") {
+        check::name(spec.text("storageClassName"), &at(path, "storageClassName"), names::dns_subdomain, errors);
+    }
+}
+
+/// Storage of a size.
+pub fn positive(size: &Value, path: &str, errors: &mut FieldErrors) {
+    if check::quantity(size, path, errors).is_some_and(|quantity| quantity.is_zero()) {
+        errors.invalid(path, size, "must be greater than zero");
+    }
+}
+
+pub fn access_modes(spec: &Value, path: &str, errors: &mut FieldErrors) {
+    let modes: Vec<&str> = spec.items("accessModes").iter().filter_map(Value::as_str).collect();
+    for mode in &modes {
+        if !ACCESS_MODES.contains(mode) {
+            errors.not_supported(&at(path, "accessModes"), *mode, &ACCESS_MODES);
+        }
+    }
+    if modes.len() > 1 && modes.contains(&"ReadWriteOncePod") {
+        errors.forbidden(
+            &at(path, "accessModes"),
+            "may not use ReadWriteOncePod with other access modes",
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use minke_api::Kind;
+    use serde_json::json;
+
+    use super::*;
+
+    #[track_caller]
+    fn check(volume: Value, want: &str) {
+        let mut errors = FieldErrors::default();
+        validate_volumes(&json!({"volumes": [volume]}), "v", &mut errors);
+        let kind = Kind::by_plural("", "v1", "pods").unwrap();
+        let message = errors.into_result(kind, "p").err().map(|s| s.message).unwrap_or_default();
+        let got = message.strip_prefix("Pod \"p\" is invalid: ").unwrap_or(&message);
+        assert!(if want.is_empty() { got.is_empty() } else { got.starts_with(want) }, "{got}");
+    }
+
+    #[test]
+    fn volumes_are_checked() {
+        check(json!({"name": "a", "emptyDir": {}}), "");
+        check(json!({"name": "a"}), "v[0]: Required value: must specify a volume type");
+        check(json!({"name": "A", "emptyDir": {}}), "v[0].name: Invalid value: \"A\"");
+        check(
+            json!({"name": "a", "emptyDir": {}, "hostPath": {"path": "/"}}),
+            "v[0].hostPath: Forbidden: may not specify more than 1 volume type",
+        );
+        check(json!({"name": "a", "hostPath": {"path": "/a/../b"}}), "v[0].hostPath.path: Invalid value: \"/a/../b\": must not contain '..'");
+        check(json!({"name": "a", "secret": {}}), "v[0].secret.secretName: Required value");
+        check(
+            json!({"name": "a", "configMap": {"name": "c", "defaultMode": 0o1000}}),
+            "v[0].configMap.defaultMode: Invalid value: 512: must be a number between 0 and 0777 (octal), both inclusive",
+        );
+        check(
+            json!({"name": "a", "projected": {"sources": [{"serviceAccountToken": {"path": "t", "expirationSeconds": 5}}]}}),
+            "v[0].projected.sources[0].serviceAccountToken.expirationSeconds: Invalid value: 5: may not specify a duration less than 10 minutes",
+        );
+        check(
+            json!({"name": "a", "ephemeral": {"volumeClaimTemplate": {"spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "0"}}}}}}),
+            "v[0].ephemeral.volumeClaimTemplate.spec.resources[storage]: Invalid value: \"0\": must be greater than zero",
+        );
+    }
+}
