@@ -16,6 +16,9 @@ use serde::{Deserialize, Serialize};
 use crate::ports;
 
 pub const DEFAULT: &str = "/var/lib/minke";
+/// Held by the server, and by an agent of its own process.
+pub const SERVER_LOCK: &str = "minke.lock";
+pub const AGENT_LOCK: &str = "agent.lock";
 /// One file per cluster of this machine that is up, so that a new one can keep out of their way.
 const REGISTRY: &str = "/run/minke/clusters";
 
@@ -84,6 +87,11 @@ impl DataDir {
 
     pub fn is_default(&self) -> bool {
         self.0 == Path::new(DEFAULT)
+    }
+
+    /// The cgroup that all of this cluster's are in, relative to the root of each hierarchy.
+    pub fn cgroup(&self) -> String {
+        format!("minke-{}", self.id())
     }
 
     /// The name of the context in kubeconfig files that other clusters share.
@@ -188,9 +196,10 @@ impl DataDir {
         let _ = fs::remove_file(Path::new(REGISTRY).join(self.id().as_str()));
     }
 
-    /// Takes the directory for this process, for as long as the answer lives. `None` when a server has it.
-    pub fn lock(&self) -> Result<Option<Lock>> {
-        let mut file = self.lock_file()?;
+    /// Takes the directory for this process, for as long as the answer lives; `None` when another process has it.
+    /// The server's lock is [`SERVER_LOCK`].
+    pub fn lock(&self, name: &str) -> Result<Option<Lock>> {
+        let mut file = self.lock_file(name)?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
@@ -201,19 +210,24 @@ impl DataDir {
         Ok(Some(Lock { _file: file }))
     }
 
-    fn lock_file(&self) -> Result<File> {
-        let path = self.join("minke.lock");
+    fn lock_file(&self, name: &str) -> Result<File> {
+        let path = self.join(name);
         let mut options = OpenOptions::new();
         options.create(true).truncate(false).read(true).write(true).mode(0o600);
         options.open(&path).with_context(|| format!("open {}", path.display()))
     }
 
-    /// The process that holds the directory, if any: a handle that cannot come to mean another process.
+    /// The process of the server, if any: a handle that cannot come to mean another process.
     pub fn holder(&self) -> Result<Option<Holder>> {
-        if !self.join("minke.lock").exists() {
+        self.holder_of(SERVER_LOCK)
+    }
+
+    /// The process that holds the lock `name`.
+    pub fn holder_of(&self, name: &str) -> Result<Option<Holder>> {
+        if !self.join(name).exists() {
             return Ok(None);
         }
-        let mut file = self.lock_file()?;
+        let mut file = self.lock_file(name)?;
         let mut text = String::new();
         file.read_to_string(&mut text)?;
         let Some(pid) = text.trim().parse().ok().and_then(Pid::from_raw) else { return Ok(None) };
@@ -286,8 +300,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let data = DataDir::new(dir.path()).unwrap();
         assert!(data.holder().unwrap().is_none());
-        let lock = data.lock().unwrap().expect("nobody has it");
-        assert!(data.lock().unwrap().is_none());
+        let lock = data.lock(SERVER_LOCK).unwrap().expect("nobody has it");
+        assert!(data.lock(SERVER_LOCK).unwrap().is_none());
         let holder = data.holder().unwrap().expect("we hold it");
         assert_eq!(holder.pid, rustix::process::getpid());
         drop(lock);

@@ -1,0 +1,5 @@
+//! What the scenario runner and the benchmarks share: clusters of their own, and a language for scenarios.
+#![forbid(unsafe_code)]
+
+pub mod cluster;
+pub mod scenario;

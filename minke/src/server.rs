@@ -1,0 +1,331 @@
+//! `minke server`: the whole cluster in one process, or its control plane alone.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use anyhow::{Context, Result, anyhow, bail};
+use async_trait::async_trait;
+use clap::Args;
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{Node, Pod};
+use minke_api::{FieldSelector, Kind};
+use minke_apiserver::{ApiServer, UserInfo};
+use minke_client::{Client, Clock, Informers, ListOptions, typed};
+use minke_cluster::control::{self, Handler, Reply, Request};
+use minke_cluster::data_dir::{Lock, SERVER_LOCK, write_file};
+use minke_cluster::keys::{Keys, Names};
+use minke_cluster::kubeconfig::Entry;
+use minke_cluster::startup::{Progress, Stage, write_stage};
+use minke_cluster::{Config, DataDir, Wishes};
+use minke_store::{Embedded, Store};
+use serde_json::{Value, json};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::node::{NodeClients, NodeParts};
+use crate::{KUBERNETES, logging};
+
+pub const CLUSTER_DOMAIN: &str = "cluster.local";
+/// Ports of NodePort services.
+const NODE_PORTS: std::ops::RangeInclusive<u16> = 30000..=32767;
+
+/// Run the server in the foreground: API server, controllers, scheduler and this machine's node.
+///
+/// SIGTERM ends it and leaves pods running; a later start takes them over.
+#[derive(Debug, Args)]
+pub struct ServerArgs {
+    /// The address to serve the API on; every address of the machine when not given
+    #[arg(long, value_name = "ADDRESS", default_value_t = IpAddr::V4(Ipv4Addr::UNSPECIFIED))]
+    listen: IpAddr,
+    /// The port of the API server
+    #[arg(long, value_name = "PORT")]
+    port: Option<u16>,
+    /// The name of the node; the default is the host's
+    #[arg(long, value_name = "NAME")]
+    node_name: Option<String>,
+    /// The address of the node; the default is the one of the default route
+    #[arg(long, value_name = "ADDRESS")]
+    node_ip: Option<Ipv4Addr>,
+    /// Run no pods in this process: `minke agent` does, or another machine
+    #[arg(long)]
+    disable_agent: bool,
+    /// Started by `up`: leave the terminal, and tell on standard output how far it is
+    #[arg(long, hide = true)]
+    detached: bool,
+}
+
+impl ServerArgs {
+    pub fn run(self, data: &DataDir) -> Result<()> {
+        if self.detached {
+            // Already the leader of a session when it was started in an unusual way; that is as good.
+            let _ = rustix::process::setsid();
+        }
+        logging::start(self.detached.then_some(data));
+        let detached = self.detached;
+        let outcome = runtime()?.block_on(self.serve(data));
+        if let Err(error) = &outcome
+            && detached
+        {
+            write_stage(&Stage::Failed(format!("{error:#}")));
+        }
+        outcome
+    }
+
+    async fn serve(self, data: &DataDir) -> Result<()> {
+        let stop = CancellationToken::new();
+        stop_on_signals(&stop)?;
+        let progress = Progress::default();
+        let wishes = Wishes { api_port: self.port, node_name: self.node_name.clone(), node_ip: self.node_ip };
+        let setting = Setting::prepare(data, &wishes, SERVER_LOCK).await?;
+        let tasks = TaskTracker::new();
+        let control = control::bind(data)?;
+        if self.detached {
+            tasks.spawn(progress.clone().report());
+        }
+
+        progress.step("Starting the API server");
+        let server = self.api_server(data, &setting).await?;
+        let client = |name: &str, groups: &[&str]| server.client(UserInfo::new(name, groups));
+        let admin = client("system:admin", &["system:masters"]);
+        let handler = Local {
+            progress: progress.clone(),
+            client: admin.clone(),
+            setting: setting.clone(),
+            started: Timestamp::now(),
+        };
+        tasks.spawn(control::serve(control, Arc::new(handler), stop.clone()));
+
+        let manager = client("system:kube-controller-manager", &[]);
+        let scheduler = client("system:kube-scheduler", &[]);
+        let node_user = format!("system:node:{}", setting.node_name);
+        let clients = NodeClients {
+            kubelet: client(&node_user, &["system:nodes"]),
+            proxy: client("system:kube-proxy", &[]),
+        };
+        let accounts: Arc<dyn Fn(&str) -> Arc<dyn Client> + Send + Sync> = {
+            let clients = server.clients();
+            Arc::new(move |name| clients.client(UserInfo::service_account("kube-system", name)))
+        };
+        let api = tasks.spawn(server.run(stop.clone()));
+
+        let informers = Informers::new(manager, stop.clone());
+        let config = minke_controllers::Config { root_ca: setting.keys.ca.certificate.clone(), ..Default::default() };
+        let shared = informers.clone();
+        let ending = stop.clone();
+        tasks.spawn(async move { minke_controllers::run(config, move |name| accounts(name), shared, ending).await });
+        let seen_by_scheduler = Informers::new(scheduler, stop.clone());
+        tasks.spawn(minke_scheduler::run(minke_scheduler::Config::default(), seen_by_scheduler, stop.clone()));
+
+        let parts = if self.disable_agent {
+            None
+        } else {
+            progress.step("Starting the node");
+            Some(NodeParts::start(data, &setting, clients, &tasks, &stop).await?)
+        };
+        progress.step(&format!("Waiting until node {} is Ready", setting.node_name));
+        let ready = async {
+            if parts.is_some() {
+                node_ready(&admin, &setting.node_name, &stop).await;
+            }
+        };
+        tokio::pin!(api);
+        tokio::select! {
+            () = ready => {
+                progress.ready();
+                tracing::info!(node = setting.node_name, "Ready");
+                stop.cancelled().await;
+            }
+            () = stop.cancelled() => {}
+            ended = &mut api => {
+                stop.cancel();
+                tasks.close();
+                ended.context("the API server panicked")?;
+                bail!("the API server ended by itself");
+            }
+        }
+        tracing::info!("Ending; pods stay");
+        tasks.close();
+        tasks.wait().await;
+        Ok(())
+    }
+
+    async fn api_server(&self, data: &DataDir, setting: &Setting) -> Result<ApiServer> {
+        let path = data.join("store.redb");
+        let store = tokio::task::spawn_blocking(move || -> Result<Store> {
+            Ok(Store::open(Embedded::open(&path)?, minke_store::EVENT_BYTES)?)
+        });
+        let store = store.await.context("opening the store")??;
+        let Setting { config, keys, .. } = setting;
+        let config = minke_apiserver::Config {
+            store,
+            clock: Clock::System,
+            listen: vec![SocketAddr::new(self.listen, config.api_port)],
+            advertise: SocketAddr::new(setting.node_ip.into(), config.api_port),
+            service_cidr: config.service_cidr.into(),
+            node_ports: NODE_PORTS,
+            serving_cert: keys.apiserver.certificate.clone(),
+            serving_key: keys.apiserver.key.clone(),
+            serving_ca: keys.ca.certificate.clone(),
+            client_ca: keys.ca.certificate.clone(),
+            service_account_key: keys.service_account.clone(),
+            issuer: format!("https://kubernetes.default.svc.{CLUSTER_DOMAIN}"),
+            kubelet_client_cert: keys.apiserver_kubelet_client.certificate.clone(),
+            kubelet_client_key: keys.apiserver_kubelet_client.key.clone(),
+            kubelet_ca: keys.ca.certificate.clone(),
+        };
+        Ok(ApiServer::build(config).await?)
+    }
+}
+
+/// What both halves of the program start from.
+#[derive(Clone)]
+pub struct Setting {
+    pub config: Config,
+    pub node_name: String,
+    pub node_ip: Ipv4Addr,
+    /// Bytes of the link that the node's address is on.
+    pub mtu: u32,
+    pub keys: Arc<Keys>,
+    _lock: Arc<Lock>,
+}
+
+impl Setting {
+    /// Takes the data directory for this process, and decides and makes what the cluster needs.
+    pub async fn prepare(data: &DataDir, wishes: &Wishes, lock: &str) -> Result<Setting> {
+        minke_cluster::up::require_root(data)?;
+        data.create()?;
+        let lock = data.lock(lock)?.ok_or_else(|| anyhow!("another minke uses {}", data.path().display()))?;
+        let config = data.config_with(wishes)?;
+        let found = minke_network::node_address().await?;
+        let (node_ip, mtu) = match (config.node_ip, found) {
+            (Some(address), found) => (address, found.map_or(1500, |found| found.mtu)),
+            (None, Some(found)) => (found.address, found.mtu),
+            (None, None) => bail!("this machine has no address but loopback: choose the node's with --node-ip"),
+        };
+        let node_name = config.node_name.clone().unwrap_or_else(|| minke_network::host_name().to_ascii_lowercase());
+        let service_ip = minke_apiserver::kubernetes_service_address(&config.service_cidr.into());
+        let names = Names {
+            node_name: node_name.clone(),
+            node_ip: node_ip.into(),
+            service_ip,
+            cluster_domain: CLUSTER_DOMAIN.to_owned(),
+        };
+        let keys = Keys::ensure(&data.join("pki"), &names, SystemTime::now())?;
+        let setting =
+            Setting { config, node_name, node_ip, mtu, keys: Arc::new(keys), _lock: Arc::new(lock) };
+        let server = setting.server();
+        let entry = Entry { name: "minke", server: &server, ca: &setting.keys.ca.certificate, user: &setting.keys.admin };
+        write_file(&data.join("kubeconfig"), entry.to_yaml().as_bytes(), 0o600)?;
+        data.register(&setting.config)?;
+        Ok(setting)
+    }
+
+    /// `https://192.0.2.2:6443`
+    pub fn server(&self) -> String {
+        format!("https://{}:{}", self.node_ip, self.config.api_port)
+    }
+}
+
+/// As many workers as cores, and few threads for what blocks: each costs memory.
+pub fn runtime() -> Result<tokio::runtime::Runtime> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    Ok(builder.enable_all().max_blocking_threads(32).thread_stack_size(1 << 20).thread_name("minke").build()?)
+}
+
+pub fn stop_on_signals(stop: &CancellationToken) -> Result<()> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let stop = stop.clone();
+    tokio::spawn(async move {
+        tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+        stop.cancel();
+    });
+    Ok(())
+}
+
+fn is_ready(node: &Node) -> bool {
+    let conditions = node.status.iter().flat_map(|status| status.conditions.iter().flatten());
+    conditions.into_iter().any(|condition| condition.type_ == "Ready" && condition.status == "True")
+}
+
+/// Waits until the node says of itself that it is Ready, since this start.
+async fn node_ready(client: &Arc<dyn Client>, name: &str, stop: &CancellationToken) {
+    let watch = stop.child_token();
+    let informers = Informers::new(client.clone(), watch.clone());
+    let informer = informers.selected(Kind::of::<Node>(), FieldSelector::equal("metadata.name", name));
+    let mut changes = informer.subscribe();
+    while let Some(change) = changes.recv().await {
+        if change.new.as_deref().and_then(typed::<Node>).is_some_and(|node| is_ready(&node)) {
+            break;
+        }
+    }
+    watch.cancel();
+}
+
+/// Answers the commands of this machine.
+struct Local {
+    progress: Progress,
+    client: Arc<dyn Client>,
+    setting: Setting,
+    started: Timestamp,
+}
+
+#[async_trait]
+impl Handler for Local {
+    async fn handle(&self, request: Request, replies: mpsc::Sender<Reply>) -> Result<Value> {
+        match request {
+            Request::Wait => {
+                let mut stages = self.progress.subscribe();
+                loop {
+                    let stage = stages.borrow_and_update().clone();
+                    let ready = stage == Stage::Ready;
+                    replies.send(Reply::Stage(stage)).await?;
+                    if ready {
+                        return Ok(Value::Null);
+                    }
+                    stages.changed().await?;
+                }
+            }
+            Request::Status => self.status().await,
+        }
+    }
+}
+
+impl Local {
+    async fn status(&self) -> Result<Value> {
+        let (state, step) = match self.progress.stage() {
+            Stage::Ready => ("Ready", None),
+            Stage::Step(step) => ("Starting", Some(step)),
+            Stage::Failed(why) => ("Failed", Some(why)),
+        };
+        let nodes = self.client.list(Kind::of::<Node>(), "", ListOptions::default()).await?;
+        let node = nodes.items.iter().find(|node| node.name() == self.setting.node_name);
+        let ready = node.and_then(|node| typed::<Node>(node)).is_some_and(|node| is_ready(&node));
+        let pods = self.client.list(Kind::of::<Pod>(), "", ListOptions::default()).await?.items;
+        let running = pods.iter().filter(|pod| pod.field("status.phase") == Some("Running")).count();
+        let mut status = json!({
+            "state": if state == "Ready" && !ready { "NotReady" } else { state },
+            "version": concat!("v", env!("CARGO_PKG_VERSION")),
+            "kubernetesVersion": KUBERNETES,
+            "server": self.setting.server(),
+            "pid": std::process::id(),
+            "startedAt": self.started.strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
+            "memoryMiB": resident_mib(),
+            "node": {"name": self.setting.node_name, "address": self.setting.node_ip.to_string(), "ready": ready},
+            "pods": {"total": pods.len(), "running": running},
+        });
+        if let Some(step) = step {
+            status["step"] = step.into();
+        }
+        Ok(status)
+    }
+}
+
+/// This process's memory.
+fn resident_mib() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).map_or(0, |kib| kib / 1024)
+}
