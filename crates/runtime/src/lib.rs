@@ -5,5 +5,18 @@
 //! again: a binary that uses this crate calls [`shim::entry`] first thing in `main`.
 
 mod api;
+pub mod cgroup;
+mod device;
+mod files;
+mod image;
+mod local;
+mod seccomp;
+pub mod shim;
+mod spec;
+mod sys;
+mod users;
 
 pub use api::*;
+pub use local::{LocalRuntime, RuntimeConfig};
+pub use image::reference::Reference;
+pub use image::{ImageStore, Limits, Mirror, Prepared, RegistryConfig};

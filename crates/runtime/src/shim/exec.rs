@@ -1,0 +1,253 @@
+//! Starts one more process in a running container, under the limits the container itself is under.
+//!
+//! libcontainer's tenant builder leaves the seccomp filter out, so joining is ours; capabilities and the
+//! filter are set by the same libcontainer code as the container's own.
+
+use std::ffi::{CString, OsString};
+use std::fs;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use libcontainer::oci_spec::runtime::{Process, Spec};
+use nix::sched::CloneFlags;
+use rustix::process::{Pid, PidfdFlags};
+use rustix::thread::{Gid, Uid};
+
+use super::proto::{ContainerRecord, Report, Started};
+use super::{log, wire};
+use crate::api::ExecSpec;
+use crate::sys;
+
+/// Arguments: the report socket's number, the container's directory, its first process.
+pub fn main(mut args: impl Iterator<Item = OsString>) -> i32 {
+    let mut next = || args.next().and_then(|a| a.into_string().ok());
+    let (Some(socket), Some(dir), Some(pid)) = (next(), next(), next()) else { return 2 };
+    let Some(socket) = socket.parse().ok().and_then(|n| sys::inherited_fd(n).ok()) else { return 2 };
+    let (report, master) = match run(&socket, Path::new(&dir), pid.parse().unwrap_or(0)) {
+        Ok((pid, master)) => (Report::Started(Started { pid, at: log::now_ns(), ..Default::default() }), master),
+        Err(e) => (Report::Failed(e), None),
+    };
+    send(&socket, &report, master)
+}
+
+/// Tells the shim how it went; the exit code of the helper.
+pub fn send(socket: &OwnedFd, report: &Report, fd: Option<OwnedFd>) -> i32 {
+    let text = serde_json::to_vec(report).expect("reports have string keys only");
+    let fds: Vec<_> = fd.iter().map(|fd| fd.as_fd()).collect();
+    i32::from(wire::send(socket, &text, &fds).is_err())
+}
+
+fn run(socket: &OwnedFd, dir: &Path, init: i32) -> Result<(i32, Option<OwnedFd>), String> {
+    let what = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
+    let mut buffer = vec![0; super::proto::FRAME_MAX];
+    let n = rustix::io::read(socket, &mut buffer).map_err(io::Error::from).map_err(what("read request"))?;
+    let exec: ExecSpec = serde_json::from_slice(&buffer[..n]).map_err(|e| e.to_string())?;
+    let record = fs::read(dir.join("container.json")).map_err(what("read container.json"))?;
+    let record: ContainerRecord = serde_json::from_slice(&record).map_err(|e| e.to_string())?;
+    let spec = Spec::load(dir.join("config.json")).map_err(|e| format!("read config.json: {e}"))?;
+    let process = spec.process().as_ref().ok_or("config.json has no process")?;
+
+    let pid = Pid::from_raw(init).ok_or("the container is not running")?;
+    let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())
+        .map_err(|_| "the container is not running".to_owned())?;
+    adjust_oom_score(record.spec.oom_score_adj);
+    join_cgroups(&record.cgroup_dirs, std::process::id() as i32)?;
+    let all = CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWPID
+        | CloneFlags::CLONE_NEWNET
+        | CloneFlags::CLONE_NEWIPC
+        | CloneFlags::CLONE_NEWUTS
+        | CloneFlags::CLONE_NEWCGROUP;
+    nix::sched::setns(&pidfd, all).map_err(|e| format!("join the container's namespaces: {e}"))?;
+    // Made here, in the container's own devpts; the child only opens it as its terminal.
+    let pty = exec.tty.then(|| open_pty(process)).transpose().map_err(what("open a terminal"))?;
+    let (master, slave) = pty.map_or((None, None), |(m, s)| (Some(m), Some(s)));
+
+    let (outcome, child_end) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+        .map_err(io::Error::from)
+        .map_err(what("pipe"))?;
+    match sys::fork(false).map_err(what("fork"))? {
+        sys::Forked::Child => {
+            let error = become_process(&spec, process, &exec, slave);
+            let _ = fs::File::from(child_end).write_all(error.as_bytes());
+            sys::exit_now(127);
+        }
+        sys::Forked::Parent(pid) => {
+            // The pipe closes by itself when the program is executed.
+            drop(child_end);
+            let mut error = String::new();
+            fs::File::from(outcome).read_to_string(&mut error).map_err(what("wait for exec"))?;
+            match error.as_str() {
+                "" => Ok((pid, master)),
+                error => Err(error.to_owned()),
+            }
+        }
+    }
+}
+
+/// Ends in the program, or returns why not.
+fn become_process(spec: &Spec, process: &Process, exec: &ExecSpec, slave: Option<OwnedFd>) -> String {
+    match prepare(spec, process, exec, slave) {
+        Ok((program, argv, env)) => match nix::unistd::execve(&program, &argv, &env) {
+            Ok(never) => match never {},
+            Err(e) => exec_error(&exec.argv[0], e),
+        },
+        Err(e) => e,
+    }
+}
+
+type Program = (CString, Vec<CString>, Vec<CString>);
+
+fn prepare(spec: &Spec, process: &Process, exec: &ExecSpec, slave: Option<OwnedFd>) -> Result<Program, String> {
+    let at = |what: &'static str| move |e: rustix::io::Errno| format!("{what}: {e}");
+    rustix::process::setsid().map_err(at("setsid"))?;
+    if let Some(slave) = slave {
+        rustix::process::ioctl_tiocsctty(&slave).map_err(at("set the controlling terminal"))?;
+        rustix::stdio::dup2_stdin(&slave).map_err(at("stdin"))?;
+        rustix::stdio::dup2_stdout(&slave).map_err(at("stdout"))?;
+        rustix::stdio::dup2_stderr(&slave).map_err(at("stderr"))?;
+    }
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+    let cwd = process.cwd();
+    std::env::set_current_dir(cwd).map_err(|e| format!("chdir to cwd ({cwd:?}) set in config.json failed: {e}"))?;
+
+    let mut env: Vec<String> = process.env().clone().unwrap_or_default();
+    if exec.tty && !env.iter().any(|e| e.starts_with("TERM=")) {
+        env.push("TERM=xterm".to_owned());
+    }
+    let path = env.iter().find_map(|e| e.strip_prefix("PATH=")).unwrap_or_default().to_owned();
+    let name = exec.argv.first().ok_or("no command given")?;
+
+    let user = process.user();
+    let groups: Vec<Gid> =
+        user.additional_gids().iter().flatten().map(|g| Gid::from_raw(*g)).collect();
+    rustix::thread::set_thread_groups(&groups).map_err(at("setgroups"))?;
+    let linux = spec.linux().as_ref();
+    let seccomp = linux.and_then(|l| l.seccomp().as_ref());
+    let no_new_privs = process.no_new_privileges() == Some(true);
+    let filter = || -> Result<(), String> {
+        let Some(profile) = seccomp else { return Ok(()) };
+        libcontainer::seccomp::initialize_seccomp(profile).map(drop).map_err(|e| format!("seccomp: {e}"))
+    };
+    // Without no_new_privs only an administrator may set a filter, so it comes before capabilities go.
+    if !no_new_privs {
+        filter()?;
+    }
+    rustix::thread::set_keep_capabilities(true).map_err(at("keep capabilities"))?;
+    let (uid, gid) = (Uid::from_raw(user.uid()), Gid::from_raw(user.gid()));
+    rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(at("setgid"))?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(at("setuid"))?;
+    let syscall = libcontainer::syscall::syscall::create_syscall();
+    libcontainer::capabilities::reset_effective(&*syscall).map_err(|e| format!("capabilities: {e}"))?;
+    if let Some(caps) = process.capabilities() {
+        libcontainer::capabilities::drop_privileges(caps, &*syscall)
+            .map_err(|e| format!("capabilities: {e}"))?;
+    }
+    rustix::thread::set_keep_capabilities(false).map_err(at("keep capabilities"))?;
+    if no_new_privs {
+        rustix::thread::set_no_new_privs(true).map_err(at("no_new_privs"))?;
+        filter()?;
+    }
+    sys::default_sigpipe();
+    sys::close_on_exec_from(3);
+    let program = find_program(name, &path)?;
+    let strings = |list: &[String]| -> Result<Vec<CString>, String> {
+        let one = |s: &String| CString::new(s.as_bytes()).map_err(|_| "a string contains a zero byte".to_owned());
+        list.iter().map(one).collect()
+    };
+    Ok((program, strings(&exec.argv)?, strings(&env)?))
+}
+
+/// The file `name` stands for, searched in `path` like a shell does; the words of a failure are runc's.
+pub fn find_program(name: &str, path: &str) -> Result<CString, String> {
+    let usable = |file: &Path| -> Result<(), nix::errno::Errno> {
+        let meta = fs::metadata(file).map_err(|e| nix::errno::Errno::from_raw(e.raw_os_error().unwrap_or(2)))?;
+        if meta.is_dir() {
+            return Err(nix::errno::Errno::EISDIR);
+        }
+        match meta.permissions().mode() & 0o111 {
+            0 => Err(nix::errno::Errno::EACCES),
+            _ => Ok(()),
+        }
+    };
+    let cstring = |file: PathBuf| {
+        CString::new(file.into_os_string().into_vec()).map_err(|_| exec_error(name, nix::errno::Errno::EINVAL))
+    };
+    if name.contains('/') {
+        usable(Path::new(name)).map_err(|e| match e {
+            nix::errno::Errno::ENOENT => format!("exec: {name:?}: stat {name}: no such file or directory"),
+            e => exec_error(name, e),
+        })?;
+        return cstring(PathBuf::from(name));
+    }
+    let mut denied = false;
+    for dir in path.split(':').filter(|_| !name.is_empty()) {
+        let file = Path::new(if dir.is_empty() { "." } else { dir }).join(name);
+        match usable(&file) {
+            Ok(()) => return cstring(file),
+            Err(e) => denied |= e == nix::errno::Errno::EACCES,
+        }
+    }
+    Err(match denied {
+        true => exec_error(name, nix::errno::Errno::EACCES),
+        false => format!("exec: {name:?}: executable file not found in $PATH"),
+    })
+}
+
+pub fn exec_error(name: &str, e: nix::errno::Errno) -> String {
+    let text = e.desc();
+    let mut lower: String = text.chars().take(1).flat_map(char::to_lowercase).collect();
+    lower.extend(text.chars().skip(1));
+    format!("exec: {name:?}: {lower}")
+}
+
+pub fn join_cgroups(dirs: &[PathBuf], pid: i32) -> Result<(), String> {
+    for dir in dirs {
+        let file = dir.join("cgroup.procs");
+        fs::write(&file, pid.to_string()).map_err(|e| format!("write {}: {e}", file.display()))?;
+    }
+    Ok(())
+}
+
+/// Lowering it needs CAP_SYS_RESOURCE; without, the node's own value has to do.
+pub fn adjust_oom_score(score: Option<i32>) {
+    if let Some(score) = score {
+        let _ = fs::write("/proc/self/oom_score_adj", score.to_string());
+    }
+}
+
+/// A terminal of the mount namespace we are in, owned by the user of `process`.
+fn open_pty(process: &Process) -> io::Result<(OwnedFd, OwnedFd)> {
+    use rustix::pty::OpenptFlags;
+    let master = rustix::pty::openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+    rustix::pty::unlockpt(&master)?;
+    let slave = rustix::pty::ioctl_tiocgptpeer(&master, OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+    let _ = rustix::fs::fchown(&slave, Some(rustix::fs::Uid::from_raw(process.user().uid())), None);
+    Ok((master, slave))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(name: &str, want: Result<&str, &str>) {
+        let got = find_program(name, "/nowhere:/usr/bin:/bin");
+        let got = got.as_ref().map(|p| p.to_str().unwrap()).map_err(String::as_str);
+        assert_eq!(got, want);
+    }
+
+    #[test]
+    fn programs_are_found_and_missed_in_runcs_words() {
+        check("env", Ok("/usr/bin/env"));
+        check("/bin/sh", Ok("/bin/sh"));
+        check("nope", Err("exec: \"nope\": executable file not found in $PATH"));
+        check("", Err("exec: \"\": executable file not found in $PATH"));
+        check("/nope", Err("exec: \"/nope\": stat /nope: no such file or directory"));
+        check("/etc", Err("exec: \"/etc\": is a directory"));
+        check("/etc/passwd", Err("exec: \"/etc/passwd\": permission denied"));
+    }
+}

@@ -1,0 +1,217 @@
+//! Makes and starts one container with libcontainer, then ends; the container stays as the shim's child.
+//!
+//! A process of its own because libcontainer changes the working directory, forks and allocates, and so that
+//! its memory does not stay with the shim. Mounts are made in a private mount namespace, so that whatever
+//! goes wrong leaves none behind.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::oci_spec::runtime::Spec;
+use libcontainer::syscall::syscall::SyscallType;
+use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
+use nix::mount::{MsFlags, mount};
+use nix::sched::CloneFlags;
+
+use super::exec::{adjust_oom_score, exec_error, find_program, join_cgroups, send};
+use super::proto::{ContainerRecord, Report, SandboxRecord, Started};
+use super::{log, wire};
+use crate::{spec, sys, users};
+
+/// Arguments: the report socket's number, the data directory, the container's id, the shim's pid, and the
+/// number of the node's mount namespace.
+pub fn main(mut args: impl Iterator<Item = OsString>) -> i32 {
+    let mut next = || args.next().and_then(|a| a.into_string().ok());
+    let (Some(socket), Some(root), Some(id), Some(shim), Some(node)) = (next(), next(), next(), next(), next())
+    else {
+        return 2;
+    };
+    let fd = |n: String| n.parse().ok().and_then(|n| sys::inherited_fd(n).ok());
+    let (Some(socket), Some(node)) = (fd(socket), fd(node)) else { return 2 };
+    let run = Run { root: PathBuf::from(root), id, shim: shim.parse().unwrap_or(0), node };
+    let (report, master) = match run.start() {
+        Ok((started, master)) => (Report::Started(started), master),
+        Err(e) => (Report::Failed(e), None),
+    };
+    send(&socket, &report, master)
+}
+
+struct Run {
+    root: PathBuf,
+    id: String,
+    shim: i32,
+    node: OwnedFd,
+}
+
+impl Run {
+    fn start(&self) -> Result<(Started, Option<OwnedFd>), String> {
+        sys::default_sigpipe();
+        let dir = self.root.join("containers").join(&self.id);
+        let record: ContainerRecord = read_json(&dir.join("container.json"))?;
+        let sandbox: SandboxRecord =
+            read_json(&self.root.join("shims").join(&record.sandbox_id).join("sandbox.json"))?;
+        adjust_oom_score(record.spec.oom_score_adj);
+
+        let at = |what: &'static str| move |e: nix::errno::Errno| format!("{what}: {e}");
+        if record.shares_mounts() {
+            nix::sched::setns(&self.node, CloneFlags::CLONE_NEWNS).map_err(at("join the node's mounts"))?;
+        } else {
+            nix::sched::unshare(CloneFlags::CLONE_NEWNS).map_err(at("unshare mounts"))?;
+            let slave = MsFlags::MS_SLAVE | MsFlags::MS_REC;
+            mount(None::<&str>, "/", None::<&str>, slave, None::<&str>).map_err(at("make mounts private"))?;
+        }
+        self.mount_rootfs(&dir, &record)?;
+        let rootfs = dir.join("rootfs");
+        let user = users::resolve(&rootfs, &record.spec.user, &record.image.user)?;
+        let config = spec::oci_spec(&record, &sandbox, &dir, self.shim, &user).map_err(|e| e.to_string())?;
+        let cwd = config["process"]["cwd"].as_str().unwrap_or("/");
+        users::make_dir_in(&rootfs, Path::new(cwd)).map_err(|e| format!("mkdir {cwd}: {e}"))?;
+        let text = serde_json::to_vec(&config).map_err(|e| e.to_string())?;
+        fs::write(dir.join("config.json"), text).map_err(|e| format!("write config.json: {e}"))?;
+
+        let (pid, master) = self.create(&dir, &record)?;
+        let groups = user.groups;
+        Ok((Started { pid, at: log::now_ns(), uid: user.uid, gid: user.gid, groups }, master))
+    }
+
+    /// The image's layers with a writable one on top. Layers are named relative to the working directory so
+    /// that 127 of them fit the page that `mount` takes.
+    fn mount_rootfs(&self, dir: &Path, record: &ContainerRecord) -> Result<(), String> {
+        let snapshots = self.root.join("snapshots");
+        std::env::set_current_dir(&snapshots).map_err(|e| format!("{}: {e}", snapshots.display()))?;
+        let up = Path::new("../containers").join(&self.id);
+        let options = format!(
+            "lowerdir={},upperdir={},workdir={}",
+            record.layers.join(":"),
+            up.join("upper").display(),
+            up.join("work").display(),
+        );
+        let rootfs = dir.join("rootfs");
+        let mounted = mount(Some("overlay"), &rootfs, Some("overlay"), MsFlags::empty(), Some(options.as_str()));
+        std::env::set_current_dir("/").map_err(|e| e.to_string())?;
+        mounted.map_err(|e| format!("mount overlay ({} layers): {e}", record.layers.len()))
+    }
+
+    fn create(&self, dir: &Path, record: &ContainerRecord) -> Result<(i32, Option<OwnedFd>), String> {
+        let state = dir.join("state");
+        let _ = fs::remove_dir_all(&state);
+        fs::create_dir_all(&state).map_err(|e| format!("{}: {e}", state.display()))?;
+        let (outcome, report) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+            .map_err(|e| format!("pipe: {e}"))?;
+        let console = record.spec.tty.then(|| Console::bind(dir)).transpose().map_err(|e| format!("console: {e}"))?;
+        let executor = Program { report: report.as_raw_fd() };
+        let built = ContainerBuilder::new(self.id.clone(), SyscallType::default())
+            .with_executor(executor)
+            .with_console_socket(console.as_ref().map(|c| c.path.clone()))
+            .with_root_path(&state)
+            .and_then(|builder| {
+                builder.as_init(dir).with_systemd(false).with_detach(true).build()
+            });
+        let mut container = match built {
+            Ok(container) => container,
+            Err(e) => return Err(plain(&e)),
+        };
+        let pid = container.pid().map(|p| p.as_raw()).ok_or("the container has no process")?;
+        // libcontainer knows v1's controllers or v2; the named and the extra hierarchies are ours.
+        join_cgroups(&record.cgroup_dirs, pid)?;
+        let master = console.map(|c| c.receive()).transpose().map_err(|e| format!("console: {e}"))?;
+        container.start().map_err(|e| plain(&e))?;
+        drop(report);
+        // Closes when the program is executed, and says why if it cannot be.
+        let mut error = String::new();
+        fs::File::from(outcome).read_to_string(&mut error).map_err(|e| e.to_string())?;
+        let _ = fs::remove_dir_all(&state);
+        match error.as_str() {
+            "" => Ok((pid, master)),
+            error => Err(error.to_owned()),
+        }
+    }
+}
+
+/// What went wrong, without the layers it came through: the innermost cause is what a user can act on.
+fn plain(error: &dyn std::error::Error) -> String {
+    let (mut text, mut cause) = (error.to_string(), error.source());
+    while let Some(inner) = cause {
+        let inner_text = inner.to_string();
+        if !text.contains(&inner_text) {
+            text = format!("{text}: {inner_text}");
+        }
+        cause = inner.source();
+    }
+    // Ours, from `Program::validate`, is a sentence of its own.
+    match text.find("exec: \"") {
+        Some(at) => text[at..].to_owned(),
+        None => format!("error during container init: {text}"),
+    }
+}
+
+/// Runs the program in place of libcontainer's own executor: finds it as runc does (which takes any execute
+/// bit), and reports when `execve` itself fails.
+#[derive(Clone)]
+struct Program {
+    report: RawFd,
+}
+
+impl Program {
+    fn find(spec: &Spec) -> Result<(std::ffi::CString, Vec<String>), String> {
+        let process = spec.process().as_ref().ok_or("no process")?;
+        let args = process.args().clone().unwrap_or_default();
+        let name = args.first().ok_or("no command specified")?;
+        let env = process.env().clone().unwrap_or_default();
+        let path = env.iter().find_map(|e| e.strip_prefix("PATH=")).unwrap_or_default();
+        Ok((find_program(name, path)?, args))
+    }
+}
+
+impl Executor for Program {
+    fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
+        Self::find(spec).map(drop).map_err(ExecutorValidationError::ArgValidationError)
+    }
+
+    fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
+        let failed = |error: String| {
+            sys::write_raw(self.report, error.as_bytes());
+            ExecutorError::Other(error)
+        };
+        let (program, args) = Self::find(spec).map_err(failed)?;
+        let argv: Vec<std::ffi::CString> =
+            args.iter().filter_map(|a| std::ffi::CString::new(a.as_bytes()).ok()).collect();
+        match nix::unistd::execv(&program, &argv) {
+            Ok(never) => match never {},
+            Err(e) => Err(failed(exec_error(&args[0], e))),
+        }
+    }
+}
+
+/// The socket over which libcontainer hands out the terminal.
+struct Console {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Console {
+    fn bind(dir: &Path) -> io::Result<Self> {
+        let path = dir.join("console.sock");
+        let _ = fs::remove_file(&path);
+        let (_dir, short) = wire::short_path(&path)?;
+        Ok(Self { listener: UnixListener::bind(short)?, path })
+    }
+
+    fn receive(self) -> io::Result<OwnedFd> {
+        let (stream, _) = self.listener.accept()?;
+        let (mut fds, mut name) = (Vec::new(), [0u8; 256]);
+        wire::receive(&stream, &mut name, &mut fds)?;
+        let _ = fs::remove_file(&self.path);
+        fds.pop().ok_or_else(|| io::Error::other("no terminal came"))
+    }
+}
+
+pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, String> {
+    let text = fs::read(path).map_err(|e| format!("{}: {e}", path.display()))?;
+    serde_json::from_slice(&text).map_err(|e| format!("{}: {e}", path.display()))
+}

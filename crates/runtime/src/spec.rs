@@ -1,0 +1,392 @@
+//! A container as the OCI runtime specification writes it down, with the field's defaults.
+
+use std::io;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::api::{Capabilities, ContainerSpec, Mount, Propagation, Seccomp};
+use crate::shim::proto::{ContainerRecord, SandboxRecord};
+use crate::users::Resolved;
+use crate::{device, seccomp};
+
+const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// What a container may do unless it is told otherwise.
+const DEFAULT_CAPABILITIES: [&str; 14] = [
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FSETID",
+    "CAP_FOWNER",
+    "CAP_MKNOD",
+    "CAP_NET_RAW",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETFCAP",
+    "CAP_SETPCAP",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_SYS_CHROOT",
+    "CAP_KILL",
+    "CAP_AUDIT_WRITE",
+];
+
+/// Every capability, by the number the kernel gives it.
+const ALL_CAPABILITIES: [&str; 41] = [
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_DAC_READ_SEARCH",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETPCAP",
+    "CAP_LINUX_IMMUTABLE",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_BROADCAST",
+    "CAP_NET_ADMIN",
+    "CAP_NET_RAW",
+    "CAP_IPC_LOCK",
+    "CAP_IPC_OWNER",
+    "CAP_SYS_MODULE",
+    "CAP_SYS_RAWIO",
+    "CAP_SYS_CHROOT",
+    "CAP_SYS_PTRACE",
+    "CAP_SYS_PACCT",
+    "CAP_SYS_ADMIN",
+    "CAP_SYS_BOOT",
+    "CAP_SYS_NICE",
+    "CAP_SYS_RESOURCE",
+    "CAP_SYS_TIME",
+    "CAP_SYS_TTY_CONFIG",
+    "CAP_MKNOD",
+    "CAP_LEASE",
+    "CAP_AUDIT_WRITE",
+    "CAP_AUDIT_CONTROL",
+    "CAP_SETFCAP",
+    "CAP_MAC_OVERRIDE",
+    "CAP_MAC_ADMIN",
+    "CAP_SYSLOG",
+    "CAP_WAKE_ALARM",
+    "CAP_BLOCK_SUSPEND",
+    "CAP_AUDIT_READ",
+    "CAP_PERFMON",
+    "CAP_BPF",
+    "CAP_CHECKPOINT_RESTORE",
+];
+
+const MASKED_PATHS: [&str; 12] = [
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/sys/devices/virtual/powercap",
+    "/sys/firmware",
+];
+
+const READONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+
+/// `config.json` of a container whose pod's namespaces are those of process `shim`.
+pub fn oci_spec(
+    record: &ContainerRecord,
+    sandbox: &SandboxRecord,
+    dir: &Path,
+    shim: i32,
+    user: &Resolved,
+) -> io::Result<Value> {
+    let spec = &record.spec;
+    // A capability that this process does not have cannot be given.
+    let capabilities: Vec<String> = capabilities(&spec.capabilities, spec.privileged)
+        .into_iter()
+        .filter(|c| own_bounding_set().contains(c))
+        .collect();
+    let mut process = json!({
+        "terminal": spec.tty,
+        "user": { "uid": user.uid, "gid": user.gid, "umask": 0o022, "additionalGids": user.groups },
+        "args": arguments(spec, &record.image.entrypoint, &record.image.cmd),
+        "env": environment(record, sandbox, user),
+        "cwd": working_dir(spec, &record.image.working_dir),
+        "capabilities": {
+            "bounding": capabilities, "effective": capabilities, "permitted": capabilities,
+            // Empty since CVE-2022-24769: nothing is gained by executing a file.
+            "inheritable": [], "ambient": [],
+        },
+    });
+    // libcontainer asks whether the field is there, not what it says.
+    if spec.no_new_privs {
+        process["noNewPrivileges"] = true.into();
+    }
+    let unmask = spec.privileged;
+    let paths = |given: &Option<Vec<String>>, default: &[&str]| match given {
+        Some(paths) => json!(paths),
+        None if unmask => json!([]),
+        None => json!(default),
+    };
+    let mut linux = json!({
+        "namespaces": namespaces(sandbox, shim, record.cgroup_namespace()),
+        "cgroupsPath": format!("/{}", record.cgroup.trim_start_matches('/')),
+        "maskedPaths": paths(&spec.masked_paths, &MASKED_PATHS),
+        "readonlyPaths": paths(&spec.readonly_paths, &READONLY_PATHS),
+        "devices": devices(spec)?,
+    });
+    if record.shares_mounts() {
+        linux["rootfsPropagation"] = "shared".into();
+    }
+    match &spec.seccomp {
+        _ if spec.privileged => {}
+        Seccomp::Unconfined => {}
+        Seccomp::RuntimeDefault => linux["seccomp"] = seccomp::default_profile(&capabilities),
+        Seccomp::Localhost(path) => {
+            let text = std::fs::read(path)
+                .map_err(|e| io::Error::new(e.kind(), format!("seccomp profile {}: {e}", path.display())))?;
+            linux["seccomp"] = serde_json::from_slice(&text)?;
+        }
+    }
+    Ok(json!({
+        "ociVersion": "1.2.0",
+        "root": { "path": dir.join("rootfs"), "readonly": spec.readonly_rootfs },
+        "process": process,
+        "mounts": mounts(record, sandbox, dir),
+        "linux": linux,
+    }))
+}
+
+/// The given command, or the image's; the image's cmd only ever follows the image's entrypoint.
+pub fn arguments(spec: &ContainerSpec, entrypoint: &[String], cmd: &[String]) -> Vec<String> {
+    let (head, tail) = match (spec.command.is_empty(), spec.args.is_empty()) {
+        (true, true) => (entrypoint, cmd),
+        (true, false) => (entrypoint, &spec.args[..]),
+        (false, _) => (&spec.command[..], &spec.args[..]),
+    };
+    head.iter().chain(tail).cloned().collect()
+}
+
+fn working_dir<'a>(spec: &'a ContainerSpec, image: &'a str) -> &'a str {
+    [spec.cwd.as_str(), image].into_iter().find(|d| !d.is_empty()).unwrap_or("/")
+}
+
+/// The image's variables with ours over them, each name once.
+fn environment(record: &ContainerRecord, sandbox: &SandboxRecord, user: &Resolved) -> Vec<String> {
+    let mut env: Vec<String> = vec![DEFAULT_PATH.to_owned()];
+    let hostname = match sandbox.spec.hostname.as_str() {
+        "" => rustix::system::uname().nodename().to_string_lossy().into_owned(),
+        name => name.to_owned(),
+    };
+    let mut set = |entry: String| {
+        let name = entry.split('=').next().unwrap_or_default().to_owned();
+        let same = |e: &String| e.strip_prefix(&name).is_some_and(|rest| rest.starts_with('='));
+        match env.iter().position(same) {
+            Some(at) => env[at] = entry,
+            None => env.push(entry),
+        }
+    };
+    set(format!("HOSTNAME={hostname}"));
+    if record.spec.tty {
+        set("TERM=xterm".to_owned());
+    }
+    let image = record.image.env.iter().filter(|e| e.contains('=')).cloned();
+    let given = record.spec.env.iter().map(|(name, value)| format!("{name}={value}"));
+    image.chain(given).for_each(&mut set);
+    if !env.iter().any(|e| e.starts_with("HOME=")) {
+        env.push(format!("HOME={}", user.home));
+    }
+    env
+}
+
+/// The default set, changed; `ALL` is applied before single names, as upstream does it.
+pub fn capabilities(changes: &Capabilities, privileged: bool) -> Vec<String> {
+    let name = |c: &String| match c.to_ascii_uppercase() {
+        c if c == "ALL" || c.starts_with("CAP_") => c,
+        c => format!("CAP_{c}"),
+    };
+    let (add, drop): (Vec<_>, Vec<_>) =
+        (changes.add.iter().map(name).collect(), changes.drop.iter().map(name).collect());
+    let all = |list: &[String]| list.iter().any(|c| c == "ALL");
+    let base: &[&str] = match (privileged || all(&add), all(&drop)) {
+        (true, _) => &ALL_CAPABILITIES,
+        (false, true) => &[],
+        (false, false) => &DEFAULT_CAPABILITIES,
+    };
+    let kept = |c: &str| privileged || !drop.iter().any(|d| d == c);
+    let mut set: Vec<String> = base.iter().filter(|c| kept(c)).map(|c| (*c).to_owned()).collect();
+    for c in add.into_iter().filter(|c| c != "ALL" && ALL_CAPABILITIES.contains(&c.as_str())) {
+        if !set.contains(&c) {
+            set.push(c);
+        }
+    }
+    set
+}
+
+fn own_bounding_set() -> Vec<String> {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let bits = status.lines().find_map(|l| l.strip_prefix("CapBnd:"));
+    let bits = bits.and_then(|b| u64::from_str_radix(b.trim(), 16).ok()).unwrap_or(u64::MAX);
+    (0..).zip(ALL_CAPABILITIES).filter(|(n, _)| bits >> n & 1 == 1).map(|(_, c)| c.to_owned()).collect()
+}
+
+fn namespaces(sandbox: &SandboxRecord, shim: i32, cgroup: bool) -> Value {
+    let joined = |kind: &str, file: &str| json!({ "type": kind, "path": format!("/proc/{shim}/ns/{file}") });
+    let mut list = vec![json!({ "type": "mount" })];
+    let spec = &sandbox.spec;
+    match (spec.host_pid, sandbox.pause_pid) {
+        (true, _) => {}
+        (false, Some(pause)) => list.push(json!({ "type": "pid", "path": format!("/proc/{pause}/ns/pid") })),
+        (false, None) => list.push(json!({ "type": "pid" })),
+    }
+    if !spec.host_network {
+        list.push(joined("network", "net"));
+        list.push(joined("uts", "uts"));
+    }
+    if !spec.host_ipc {
+        list.push(joined("ipc", "ipc"));
+    }
+    if cgroup {
+        list.push(json!({ "type": "cgroup" }));
+    }
+    json!(list)
+}
+
+fn mounts(record: &ContainerRecord, sandbox: &SandboxRecord, dir: &Path) -> Value {
+    let spec = &record.spec;
+    let mount = |target: &str, kind: &str, source: &str, options: &[&str]| {
+        json!({ "destination": target, "type": kind, "source": source, "options": options })
+    };
+    let kernel = if spec.privileged { "rw" } else { "ro" };
+    let mut list = vec![
+        mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"]),
+        mount("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
+        mount(
+            "/dev/pts",
+            "devpts",
+            "devpts",
+            &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+        ),
+        mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
+        mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", kernel]),
+        mount("/sys/fs/cgroup", "cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", kernel]),
+    ];
+    let shims = dir.parent().and_then(Path::parent).map(|root| root.join("shims").join(&sandbox.spec.id));
+    let taken = |path: &str| spec.mounts.iter().any(|m| m.container_path == Path::new(path));
+    match shims {
+        _ if taken("/dev/shm") => {}
+        _ if sandbox.spec.host_ipc => {
+            list.push(mount("/dev/shm", "bind", "/dev/shm", &["rbind", "rw", "nosuid", "noexec", "nodev"]));
+        }
+        // The pod's own lies in the shim's mount namespace, out of reach from the node's.
+        Some(shim) if !record.shares_mounts() => {
+            let source = shim.join("shm");
+            let options = ["rbind", "rw", "nosuid", "noexec", "nodev"];
+            list.push(mount("/dev/shm", "bind", &source.to_string_lossy(), &options));
+        }
+        _ => {
+            let options = ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"];
+            list.push(mount("/dev/shm", "tmpfs", "shm", &options));
+        }
+    }
+    // A mount may lie below another: parents first.
+    let mut given: Vec<&Mount> = spec.mounts.iter().collect();
+    given.sort_by_key(|m| m.container_path.components().count());
+    for m in given {
+        let propagation = match m.propagation {
+            Propagation::Private => "rprivate",
+            Propagation::HostToContainer => "rslave",
+            Propagation::Bidirectional => "rshared",
+        };
+        let access = match (m.readonly, m.recursive_readonly) {
+            (_, true) => "rro",
+            (true, false) => "ro",
+            (false, false) => "rw",
+        };
+        list.push(json!({
+            "destination": m.container_path, "type": "bind", "source": m.host_path,
+            "options": ["rbind", propagation, access],
+        }));
+    }
+    json!(list)
+}
+
+/// The devices asked for; for a privileged container those of the node.
+fn devices(spec: &ContainerSpec) -> io::Result<Value> {
+    let mut list = Vec::new();
+    for wanted in &spec.devices {
+        list.push(device_node(&wanted.host_path, &wanted.container_path)?);
+    }
+    if spec.privileged {
+        let mut found = Vec::new();
+        device::host_nodes(Path::new("/dev"), &mut found);
+        list.extend(found.iter().filter_map(|path| device_node(path, path).ok()));
+    }
+    Ok(json!(list))
+}
+
+fn device_node(host: &Path, container: &Path) -> io::Result<Value> {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    let meta = std::fs::metadata(host)?;
+    let rule = device::rule_for(&crate::api::Device {
+        host_path: host.to_owned(),
+        container_path: container.to_owned(),
+        permissions: String::new(),
+    })?;
+    Ok(json!({
+        "path": container, "type": rule.kind.to_string(), "major": rule.major, "minor": rule.minor,
+        "fileMode": meta.permissions().mode() & 0o777, "uid": meta.uid(), "gid": meta.gid(),
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn strings(list: &[&str]) -> Vec<String> {
+        list.iter().map(|s| (*s).to_owned()).collect()
+    }
+
+    #[track_caller]
+    fn check_args(command: &[&str], args: &[&str], want: &[&str]) {
+        let spec = ContainerSpec { command: strings(command), args: strings(args), ..Default::default() };
+        assert_eq!(arguments(&spec, &strings(&["entry"]), &strings(&["cmd"])), strings(want));
+    }
+
+    #[test]
+    fn command_and_args_replace_the_images() {
+        check_args(&[], &[], &["entry", "cmd"]);
+        check_args(&[], &["a"], &["entry", "a"]);
+        check_args(&["c"], &[], &["c"]);
+        check_args(&["c"], &["a"], &["c", "a"]);
+    }
+
+    #[track_caller]
+    fn check_caps(add: &[&str], drop: &[&str], privileged: bool, count: usize, has: &str, want: bool) {
+        let got = capabilities(&Capabilities { add: strings(add), drop: strings(drop) }, privileged);
+        assert_eq!((got.len(), got.iter().any(|c| c == has)), (count, want), "{got:?}");
+    }
+
+    #[test]
+    fn capabilities_change_the_default_set() {
+        check_caps(&[], &[], false, 14, "CAP_CHOWN", true);
+        check_caps(&["NET_ADMIN"], &[], false, 15, "CAP_NET_ADMIN", true);
+        check_caps(&["cap_net_admin", "KILL"], &["CHOWN"], false, 14, "CAP_CHOWN", false);
+        check_caps(&["NET_BIND_SERVICE"], &["ALL"], false, 1, "CAP_NET_BIND_SERVICE", true);
+        check_caps(&["ALL"], &["SYS_ADMIN"], false, 40, "CAP_SYS_ADMIN", false);
+        check_caps(&["NONSENSE"], &[], false, 14, "CAP_NONSENSE", false);
+        check_caps(&[], &[], true, 41, "CAP_SYS_ADMIN", true);
+    }
+
+    #[test]
+    fn later_variables_win_and_names_come_once() {
+        let mut record = ContainerRecord::default();
+        record.image.env = strings(&["PATH=/image", "A=1", "broken"]);
+        record.spec.env = vec![("A".into(), "2".into()), ("AA".into(), "3".into())];
+        let mut sandbox = SandboxRecord::default();
+        sandbox.spec.hostname = "web-0".into();
+        let user = Resolved { home: "/srv".into(), ..Default::default() };
+        let env = environment(&record, &sandbox, &user);
+        assert_eq!(env, strings(&["PATH=/image", "HOSTNAME=web-0", "A=2", "AA=3", "HOME=/srv"]));
+    }
+}

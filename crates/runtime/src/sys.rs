@@ -1,0 +1,156 @@
+//! The few system calls that need `unsafe`, behind safe functions.
+
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::libc;
+use tokio::io::unix::AsyncFd;
+
+/// Takes over a descriptor that the parent left open for us under a known number.
+pub fn inherited_fd(number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: fcntl on a number has no memory effects; it only tells whether the number is open.
+    if unsafe { libc::fcntl(number, libc::F_GETFD) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is open, and each number is handed over to one place by the protocol between us
+    // and the parent that started us, so nothing else in this process owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Writes all of `data` to a descriptor known by number only; for the moment before `execve`.
+pub fn write_raw(number: RawFd, data: &[u8]) {
+    // SAFETY: the pointer and length are of one slice; a number that is not open gives EBADF.
+    unsafe { libc::write(number, data.as_ptr().cast(), data.len()) };
+}
+
+/// Registers a descriptor with the tokio runtime we are in.
+pub fn async_fd(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` names the same open descriptor until it is dropped, which the `AsyncFd` does last.
+    Ok(unsafe { AsyncFd::register(fd) }?)
+}
+
+pub enum Forked {
+    Parent(i32),
+    Child,
+}
+
+/// Forks a process that has one thread. With `sibling`, the child is a child of our parent.
+pub fn fork(sibling: bool) -> io::Result<Forked> {
+    let flags = if sibling { libc::CLONE_PARENT } else { libc::SIGCHLD };
+    // SAFETY: a raw clone with no new stack and no shared memory is fork. Only single-threaded processes
+    // (the runner and exec helpers, which never start a thread) call this, so no lock can be held by a thread
+    // that is missing in the child. The last argument is the TLS/ctid the flags do not ask for.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags as libc::c_long, 0, 0, 0, 0) };
+    match pid {
+        -1 => Err(io::Error::last_os_error()),
+        0 => Ok(Forked::Child),
+        pid => Ok(Forked::Parent(pid as i32)),
+    }
+}
+
+/// Ends the process at once, without the clean-up that belongs to the parent's copy of memory.
+pub fn exit_now(code: i32) -> ! {
+    // SAFETY: _exit never returns and touches no memory of ours.
+    unsafe { libc::_exit(code) }
+}
+
+/// Undoes what Rust's start-up did: a container's program expects SIGPIPE to end it.
+pub fn default_sigpipe() {
+    // SAFETY: SIG_DFL installs no handler, so no code of ours can run in signal context.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+}
+
+/// Marks every descriptor from `first` on to be closed by `execve`.
+pub fn close_on_exec_from(first: u32) {
+    // SAFETY: only sets a flag on descriptors of this process.
+    unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+}
+
+/// Brings the loopback interface of the current network namespace up.
+pub fn loopback_up() -> io::Result<()> {
+    let socket = rustix::net::socket(
+        rustix::net::AddressFamily::INET,
+        rustix::net::SocketType::DGRAM,
+        None,
+    )?;
+    // SAFETY: an all-zero ifreq is a valid value of the C struct (integers, byte arrays and a union of them).
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    request.ifr_name[0] = b'l' as libc::c_char;
+    request.ifr_name[1] = b'o' as libc::c_char;
+    // SAFETY: the kernel reads the name from, and writes the flags into, the ifreq we own.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS as _, &mut request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call above filled in the flags member of the union.
+    unsafe { request.ifr_ifru.ifru_flags |= libc::IFF_UP as libc::c_short };
+    // SAFETY: the kernel only reads the ifreq.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// `BPF_PROG_LOAD` of a device program and `BPF_PROG_ATTACH` to a v2 cgroup, which then holds it.
+pub fn attach_device_program(cgroup: &File, code: &[u64]) -> io::Result<()> {
+    const PROG_LOAD: libc::c_int = 5;
+    const PROG_ATTACH: libc::c_int = 8;
+    const TYPE_CGROUP_DEVICE: u32 = 15;
+    const ATTACH_CGROUP_DEVICE: u32 = 6;
+    const ALLOW_MULTI: u32 = 2;
+
+    /// The start of `union bpf_attr` for BPF_PROG_LOAD; the kernel takes what is missing as zero.
+    #[repr(C)]
+    struct Load {
+        prog_type: u32,
+        insn_cnt: u32,
+        insns: u64,
+        license: u64,
+        log_level: u32,
+        log_size: u32,
+        log_buf: u64,
+        kern_version: u32,
+        prog_flags: u32,
+    }
+    /// The same for BPF_PROG_ATTACH.
+    #[repr(C)]
+    struct Attach {
+        target_fd: u32,
+        attach_bpf_fd: u32,
+        attach_type: u32,
+        attach_flags: u32,
+    }
+    let license = c"Apache-2.0";
+    let load = Load {
+        prog_type: TYPE_CGROUP_DEVICE,
+        insn_cnt: code.len() as u32,
+        insns: code.as_ptr() as u64,
+        license: license.as_ptr() as u64,
+        log_level: 0,
+        log_size: 0,
+        log_buf: 0,
+        kern_version: 0,
+        prog_flags: 0,
+    };
+    // SAFETY: the struct and what it points to live until the call returns, and the sizes are theirs. The
+    // kernel verifies the program.
+    let program = unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, &load, size_of::<Load>()) };
+    if program < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call above returned a new descriptor that nothing else owns.
+    let program = unsafe { OwnedFd::from_raw_fd(program as RawFd) };
+    let attach = Attach {
+        target_fd: cgroup.as_raw_fd() as u32,
+        attach_bpf_fd: program.as_raw_fd() as u32,
+        attach_type: ATTACH_CGROUP_DEVICE,
+        attach_flags: ALLOW_MULTI,
+    };
+    // SAFETY: as above; both descriptors are open.
+    if unsafe { libc::syscall(libc::SYS_bpf, PROG_ATTACH, &attach, size_of::<Attach>()) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
