@@ -1,2 +1,151 @@
 //! The node agent: pod workers, probes, volumes, status, and the kubelet's HTTPS server.
+//!
+//! [`Kubelet::build`] adopts everything that runs; [`Kubelet::run`] follows the pods that are bound to this
+//! node. What to do for a pod is decided in [`plan`] and what to tell of it in [`status`], both pure; a
+//! worker per pod carries it out. Stopping the agent, gently or not, stops no pod.
 #![forbid(unsafe_code)]
+
+mod admission;
+mod agent;
+mod container;
+mod env;
+mod etc;
+mod events;
+mod handlers;
+mod images;
+mod jobs;
+mod logs;
+mod machine;
+mod network;
+mod node;
+mod observed;
+mod plan;
+mod pod;
+mod probes;
+mod references;
+mod resources;
+mod status;
+#[cfg(test)]
+mod testing;
+mod volumes;
+mod worker;
+
+pub use network::{LocalNetwork, PodNetwork};
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1 as core;
+use minke_api::{FieldSelector, Kind};
+use minke_client::{Client, Informers};
+use minke_network::EndpointDrain;
+use minke_runtime::{ImageService, Runtime};
+use tokio_util::sync::CancellationToken;
+
+use worker::Context;
+
+/// Everything an agent is made of.
+pub struct Config {
+    pub node_name: String,
+    pub node_ip: IpAddr,
+    /// `v1.37.0`, the version that the node tells.
+    pub version: String,
+    /// More labels for the node.
+    pub node_labels: BTreeMap<String, String>,
+    /// Files of pods are in `pods` and `logs` below it.
+    pub data_dir: PathBuf,
+    pub cluster_dns: Vec<IpAddr>,
+    /// `cluster.local`
+    pub cluster_domain: String,
+    /// The addresses of this node's pods, for the node's `spec.podCIDR`.
+    pub pod_cidr: Option<String>,
+    /// The cluster's own cgroup, relative to the root of each hierarchy.
+    pub cgroup_parent: String,
+    /// Where the HTTPS server listens.
+    pub listen: SocketAddr,
+    pub serving_cert_pem: String,
+    pub serving_key_pem: String,
+    /// Who signs the certificates of callers.
+    pub client_ca_pem: String,
+    /// Containers that name no seccomp profile get the default one (upstream's `seccompDefault`).
+    pub seccomp_default: bool,
+    pub runtime: Arc<dyn Runtime>,
+    pub images: Arc<dyn ImageService>,
+    pub network: Arc<dyn PodNetwork>,
+    pub drain: Arc<dyn EndpointDrain>,
+    pub client: Arc<dyn Client>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("list what runs")]
+    Runtime(#[source] minke_runtime::Error),
+    #[error("{what}")]
+    Io { what: String, source: std::io::Error },
+    /// Certificate, key or CA are not what they should be.
+    #[error("TLS of the kubelet's server: {0}")]
+    Tls(String),
+}
+
+/// The agent, ready to run.
+pub struct Kubelet {
+    agent: agent::Agent,
+    node: node::Node,
+    stop: CancellationToken,
+}
+
+impl Kubelet {
+    /// Binds the port and takes over everything that runs. Changes nothing yet. Must be called within a
+    /// tokio runtime.
+    pub async fn build(config: Config) -> Result<Kubelet, Error> {
+        let stop = CancellationToken::new();
+        let informers = Informers::new(config.client.clone(), stop.clone());
+        let machine = machine::Machine::read(&config.data_dir);
+        let events = events::Recorder::start(config.client.clone(), &config.node_name);
+        let paths = container::Paths { data: config.data_dir.clone() };
+        let context = Arc::new(Context {
+            node_ip: config.node_ip,
+            version: config.version,
+            cgroup_root: config.cgroup_parent,
+            dns: etc::Dns {
+                servers: config.cluster_dns,
+                domain: config.cluster_domain,
+                host: std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
+            },
+            runtime: config.runtime,
+            images: images::Images { service: config.images, events: events.clone() },
+            network: config.network,
+            drain: config.drain,
+            references: references::References::new(config.client.clone()),
+            volumes: volumes::Volumes { paths: paths.clone(), client: config.client.clone() },
+            client: config.client,
+            events,
+            services: informers.of_type::<core::Service>(),
+            node_memory: machine.memory,
+            allocatable: machine.allocatable(),
+            seccomp_default: config.seccomp_default,
+            seccomp_dir: config.data_dir.join("seccomp"),
+            paths,
+            owners: worker::Owners::default(),
+            node_name: config.node_name,
+        });
+        let pods =
+            informers.selected(worker::pods(), FieldSelector::equal("spec.nodeName", &context.node_name));
+        let nodes = informers.selected(Kind::of::<core::Node>(), FieldSelector::name(&context.node_name));
+        let identity =
+            node::Identity { labels: config.node_labels, pod_cidr: config.pod_cidr, port: config.listen.port() };
+        let agent = agent::Agent::adopt(context.clone(), pods, nodes).await.map_err(Error::Runtime)?;
+        let node = node::Node::new(context, machine, identity);
+        Ok(Kubelet { agent, node, stop })
+    }
+
+    /// Runs until `shutdown`; every pod goes on without the agent.
+    pub async fn run(self, shutdown: CancellationToken) {
+        let stop = self.stop.clone();
+        let _ended = stop.clone().drop_guard();
+        let work = async { tokio::join!(self.node.run(stop.clone()), self.agent.run(stop.clone())) };
+        tokio::select! { _ = work => {}, () = shutdown.cancelled() => {} }
+    }
+}

@@ -1,0 +1,280 @@
+//! The pods of this node: a worker for each, found by uid. News from the API server and from the runtime
+//! go to the worker they are for.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use minke_client::{Change, Informer};
+use minke_runtime::{Event, SandboxStatus};
+use tokio::sync::{broadcast, mpsc};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio_util::sync::CancellationToken;
+
+use crate::admission;
+use crate::container::POD_UID_LABEL;
+use crate::jobs;
+use crate::observed::ADDRESS_ANNOTATION;
+use crate::pod::Pod;
+use crate::worker::{Context, Message, Worker};
+
+pub struct Agent {
+    context: Arc<Context>,
+    pods: Arc<Informer>,
+    nodes: Arc<Informer>,
+    events: broadcast::Receiver<Event>,
+    /// What was there when the agent started, by uid, until a worker takes it over.
+    found: HashMap<String, Vec<SandboxStatus>>,
+    workers: HashMap<String, Handle>,
+    running: JoinSet<String>,
+}
+
+struct Handle {
+    inbox: mpsc::UnboundedSender<Message>,
+    pod: Pod,
+    admitted: bool,
+    _task: AbortHandle,
+}
+
+impl Agent {
+    /// Looks at everything that runs, and takes its addresses before anything new can have them.
+    pub async fn adopt(
+        context: Arc<Context>,
+        pods: Arc<Informer>,
+        nodes: Arc<Informer>,
+    ) -> Result<Agent, minke_runtime::Error> {
+        // First the events, then the list: nothing falls between them.
+        let events = context.runtime.subscribe();
+        let mut found: HashMap<String, Vec<SandboxStatus>> = HashMap::new();
+        for sandbox in context.runtime.list().await? {
+            let address = sandbox.spec.annotations.get(ADDRESS_ANNOTATION).and_then(|text| text.parse().ok());
+            if let Some(address) = address
+                && sandbox.state == minke_runtime::SandboxState::Ready
+                && let Err(why) = context.network.reserve(address)
+            {
+                tracing::warn!(sandbox = sandbox.spec.id, %address, why, "Address of a running pod not reserved");
+            }
+            found.entry(sandbox.spec.uid.clone()).or_default().push(sandbox);
+        }
+        let agent = Agent {
+            context,
+            pods,
+            nodes,
+            events,
+            found,
+            workers: HashMap::new(),
+            running: JoinSet::new(),
+        };
+        Ok(agent)
+    }
+
+    /// Runs until `stop`. Pods go on without us.
+    pub async fn run(mut self, stop: CancellationToken) {
+        let synced = self.pods.clone();
+        tokio::select! { () = synced.synced() => {}, () = stop.cancelled() => return }
+        let mut present: Vec<Pod> = self.pods.snapshot().values().cloned().filter_map(Pod::new).collect();
+        // Those that run already come before those that may find no room, the rest by age.
+        present.sort_by_key(|pod| (!self.found.contains_key(pod.uid()), pod.object().created()));
+        let mut changes = self.pods.subscribe();
+        let mut nodes = self.nodes.subscribe();
+        for pod in present {
+            self.put(pod);
+        }
+        self.remove_orphans();
+        loop {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                event = self.events.recv() => self.take_event(event).await,
+                Some(change) = changes.recv() => self.take_change(change),
+                Some(ended) = self.running.join_next() => self.take_end(ended),
+                // Only so that the channel does not fill: admission reads the cache.
+                Some(_) = nodes.recv() => {}
+            }
+        }
+    }
+
+    fn take_change(&mut self, change: Change) {
+        if let Some(old) = &change.old
+            && change.new.as_ref().is_none_or(|new| new.uid() != old.uid())
+            && let Some(handle) = self.workers.get(old.uid())
+        {
+            let _ = handle.inbox.send(Message::Gone);
+        }
+        if let Some(pod) = change.new.and_then(Pod::new) {
+            self.put(pod);
+        }
+    }
+
+    fn put(&mut self, pod: Pod) {
+        let uid = pod.uid().to_owned();
+        if let Some(handle) = self.workers.get_mut(&uid) {
+            handle.pod = pod.clone();
+            let _ = handle.inbox.send(Message::Pod(pod));
+            return;
+        }
+        let sandboxes = self.found.remove(&uid).unwrap_or_default();
+        let rejected = self.admit(&pod, !sandboxes.is_empty());
+        let mailbox = mpsc::unbounded_channel();
+        let inbox = mailbox.0.clone();
+        let admitted = rejected.is_none();
+        let worker = Worker::new(self.context.clone(), pod.clone(), sandboxes, rejected, mailbox);
+        let key = uid.clone();
+        let task = self.running.spawn(async move {
+            worker.run().await;
+            key
+        });
+        self.workers.insert(uid, Handle { inbox, pod, admitted, _task: task });
+    }
+
+    /// Whether the node has to refuse the pod. One that was here before is not asked again.
+    fn admit(&self, pod: &Pod, runs: bool) -> Option<(String, String)> {
+        let started = pod.status().is_some_and(|status| status.start_time.is_some());
+        if runs || started || pod.is_deleted() || pod.is_terminal() {
+            return None;
+        }
+        let others = self.workers.values().filter(|handle| handle.admitted && !handle.pod.is_terminal());
+        let node = self.nodes.get("", &self.context.node_name);
+        let node = node.and_then(|node| minke_client::typed(&node));
+        let refusal = admission::check(pod, others.map(|handle| &handle.pod), node.as_deref(), &self.context.allocatable);
+        let (reason, message) = refusal?;
+        self.context.events.warning(pod, None, reason, &message);
+        Some((reason.to_owned(), format!("Pod was rejected: {message}")))
+    }
+
+    async fn take_event(&mut self, event: Result<Event, broadcast::error::RecvError>) {
+        match event {
+            Ok(event) => {
+                let uid = match &event {
+                    Event::ContainerExited { status } => match status.labels.get(POD_UID_LABEL) {
+                        Some(uid) => Some(uid.clone()),
+                        None => self.context.owners.of(&status.sandbox_id),
+                    },
+                    Event::SandboxExited { sandbox_id } => self.context.owners.of(sandbox_id),
+                    Event::ContainerStarted { .. } => None,
+                };
+                if let Some(handle) = uid.and_then(|uid| self.workers.get(&uid)) {
+                    let _ = handle.inbox.send(Message::Runtime(event));
+                }
+            }
+            Err(broadcast::error::RecvError::Lagged(missed)) => {
+                tracing::warn!(missed, "Runtime events were missed; looking at everything");
+                let Ok(sandboxes) = self.context.runtime.list().await else { return };
+                let mut by_uid: HashMap<String, Vec<SandboxStatus>> = HashMap::new();
+                for sandbox in sandboxes {
+                    by_uid.entry(sandbox.spec.uid.clone()).or_default().push(sandbox);
+                }
+                for (uid, sandboxes) in by_uid {
+                    if let Some(handle) = self.workers.get(&uid) {
+                        let _ = handle.inbox.send(Message::Resync(sandboxes));
+                    }
+                }
+            }
+            Err(broadcast::error::RecvError::Closed) => {
+                // The runtime is gone, and so is this process soon.
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    fn take_end(&mut self, ended: Result<String, tokio::task::JoinError>) {
+        match ended {
+            Ok(uid) => {
+                self.workers.remove(&uid);
+            }
+            Err(error) => {
+                tracing::error!(%error, "The task of a pod panicked");
+                self.revive();
+            }
+        }
+    }
+
+    /// A worker that panicked left its pod alone: another one adopts it.
+    fn revive(&mut self) {
+        let dead: Vec<String> = self
+            .workers
+            .iter()
+            .filter(|(_, handle)| handle.inbox.is_closed())
+            .map(|(uid, _)| uid.clone())
+            .collect();
+        for uid in dead {
+            if let Some(handle) = self.workers.remove(&uid) {
+                let (context, pod) = (self.context.clone(), handle.pod.clone());
+                let mailbox = mpsc::unbounded_channel();
+                let inbox = mailbox.0.clone();
+                let key = uid.clone();
+                let task = self.running.spawn(async move {
+                    // Not at once: what made it panic may still be there.
+                    tokio::time::sleep(std::time::Duration::from_secs(10)).await;
+                    let all = context.runtime.list().await.unwrap_or_default();
+                    let own = all.into_iter().filter(|sandbox| sandbox.spec.uid == key).collect();
+                    Worker::new(context, pod, own, None, mailbox).run().await;
+                    key
+                });
+                self.workers.insert(uid, Handle { inbox, _task: task, ..handle });
+            }
+        }
+    }
+
+    /// Removes what is left of pods that the API server has no more.
+    fn remove_orphans(&mut self) {
+        let context = self.context.clone();
+        let orphans = std::mem::take(&mut self.found);
+        let mut known: HashSet<String> = self.workers.keys().cloned().collect();
+        known.extend(orphans.keys().cloned());
+        // Looked at now, before a pod that is new can have a directory.
+        let strays = strays(&context.paths, &known);
+        tokio::spawn(async move {
+            for (uid, sandboxes) in orphans {
+                remove_orphan(&context, &uid, sandboxes).await;
+            }
+            let removed = tokio::task::spawn_blocking(move || {
+                for stray in strays {
+                    if let Err(error) = crate::volumes::clean_up(&stray) {
+                        tracing::warn!(path = %stray.display(), %error, "Files of an unknown pod not removed");
+                    }
+                }
+            });
+            let _ = removed.await;
+        });
+    }
+}
+
+async fn remove_orphan(context: &Context, uid: &str, sandboxes: Vec<SandboxStatus>) {
+    tracing::info!(uid, sandboxes = sandboxes.len(), "Removing a pod that no longer exists");
+    let mut logs = context.paths.logs().join("none");
+    for sandbox in &sandboxes {
+        let spec = &sandbox.spec;
+        logs.clone_from(&spec.log_dir);
+        for container in &sandbox.containers {
+            let grace = std::time::Duration::from_secs(1);
+            if container.state == minke_runtime::ContainerState::Running
+                && let Err(error) = context.runtime.stop_container(&container.id, grace).await
+            {
+                tracing::warn!(container = container.id, %error, "Container of an orphan not stopped");
+            }
+        }
+        if let Err(error) = context.runtime.remove_sandbox(&spec.id).await {
+            tracing::warn!(sandbox = spec.id, %error, "Sandbox of an orphan not removed");
+        }
+        if let Err(why) = context.network.detach(&spec.id).await {
+            tracing::warn!(sandbox = spec.id, why, "Network of an orphan not removed");
+        }
+        if let Some(address) = spec.annotations.get(ADDRESS_ANNOTATION).and_then(|text| text.parse().ok())
+            && sandbox.state == minke_runtime::SandboxState::Ready
+        {
+            context.network.release(address);
+        }
+    }
+    let (paths, uid) = (context.paths.clone(), uid.to_owned());
+    let cleaned = tokio::task::spawn_blocking(move || jobs::clean_up(&paths, &uid, Some(&logs))).await;
+    if let Ok(Err(why)) = cleaned {
+        tracing::warn!(why, "Files of an orphan not removed");
+    }
+}
+
+/// Directories of pods that nobody knows.
+fn strays(paths: &crate::container::Paths, known: &HashSet<String>) -> Vec<std::path::PathBuf> {
+    let entries = std::fs::read_dir(paths.pods()).into_iter().flatten().flatten();
+    let unknown = entries.filter(|entry| !known.contains(&*entry.file_name().to_string_lossy()));
+    unknown.map(|entry| entry.path()).collect()
+}

@@ -1,0 +1,267 @@
+//! Has the image of a container ready: pull policy, credentials, and upstream's words for what goes
+//! wrong (pkg/kubelet/images/image_manager.go).
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use base64::Engine;
+use k8s_openapi::api::core::v1 as core;
+use minke_runtime::{Auth, Error, Image, ImageService};
+use serde::Deserialize;
+
+use crate::events::Recorder;
+use crate::pod::{Pod, go_duration};
+use crate::references::{self, Held};
+
+pub struct Images {
+    pub service: Arc<dyn ImageService>,
+    pub events: Recorder,
+}
+
+/// Why there is no image: what the container's status shows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageFailure {
+    pub reason: &'static str,
+    pub message: String,
+    /// The registry was asked, so asking again must back off.
+    pub pulled: bool,
+}
+
+impl Images {
+    pub async fn ensure(&self, pod: &Pod, container: &core::Container, held: &Held) -> Result<Image, ImageFailure> {
+        let name = Some(container.name.as_str());
+        let reference = container.image.as_deref().unwrap_or_default();
+        let failure = |reason, message: String| ImageFailure { reason, message, pulled: false };
+        let present = match self.service.resolve(reference).await {
+            Ok(present) => present,
+            Err(Error::InvalidImageName(why)) => {
+                let message = format!("Failed to apply default image tag \"{reference}\": {why}");
+                self.events.warning(pod, name, "InspectFailed", &message);
+                return Err(failure("InvalidImageName", message));
+            }
+            Err(error) => {
+                let message = format!("Failed to inspect image \"{reference}\": {error}");
+                self.events.warning(pod, name, "InspectFailed", &message);
+                return Err(failure("ImageInspectError", message));
+            }
+        };
+        match (policy(container), present) {
+            ("IfNotPresent" | "Never", Some(image)) => {
+                let message = format!(
+                    "Container image \"{reference}\" already present on machine and can be accessed by the pod"
+                );
+                self.events.normal(pod, name, "Pulled", message);
+                Ok(image)
+            }
+            ("Never", None) => {
+                let message = format!("Container image \"{reference}\" is not present with pull policy of Never");
+                self.events.warning(pod, name, "ErrImageNeverPull", &message);
+                Err(failure("ErrImageNeverPull", message))
+            }
+            _ => self.pull(pod, container, reference, held).await,
+        }
+    }
+
+    async fn pull(
+        &self,
+        pod: &Pod,
+        container: &core::Container,
+        reference: &str,
+        held: &Held,
+    ) -> Result<Image, ImageFailure> {
+        let name = Some(container.name.as_str());
+        let waited = Instant::now();
+        let secrets = held.fetch(references::of_pulls(pod)).await;
+        let secrets = secrets.secrets.into_values().filter_map(|secret| secret.ok().flatten());
+        let auths = credentials(reference, secrets);
+        self.events.normal(pod, name, "Pulling", format!("Pulling image \"{reference}\""));
+        let started = Instant::now();
+        let mut last = None;
+        for auth in auths {
+            match self.service.pull(reference, auth, None).await {
+                Ok(image) => {
+                    let millis = |since: Instant| go_duration(Duration::from_millis(since.elapsed().as_millis() as u64));
+                    let message = format!(
+                        "Successfully pulled image \"{reference}\" in {} ({} including waiting). Image size: {} bytes.",
+                        millis(started),
+                        millis(waited),
+                        image.size
+                    );
+                    self.events.normal(pod, name, "Pulled", message);
+                    return Ok(image);
+                }
+                Err(error) => last = Some(error),
+            }
+        }
+        let error = last.expect("there is at least one way to ask");
+        self.events.warning(pod, name, "Failed", format!("Failed to pull image \"{reference}\": {error}"));
+        let reason = match error {
+            Error::InvalidImageName(_) => "InvalidImageName",
+            _ => "ErrImagePull",
+        };
+        Err(ImageFailure { reason, message: error.to_string(), pulled: true })
+    }
+}
+
+fn policy(container: &core::Container) -> &str {
+    if let Some(policy) = container.image_pull_policy.as_deref() {
+        return policy;
+    }
+    // The API server fills this in; a specification that comes another way gets the same.
+    let image = container.image.as_deref().unwrap_or_default();
+    let last = image.rsplit('/').next().unwrap_or_default();
+    match last.split_once(':') {
+        _ if last.contains('@') => "IfNotPresent",
+        None | Some((_, "latest")) => "Always",
+        Some(_) => "IfNotPresent",
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Entry {
+    username: String,
+    password: String,
+    auth: String,
+    registrytoken: String,
+}
+
+impl Entry {
+    fn auth(&self) -> Option<Auth> {
+        if !self.registrytoken.is_empty() {
+            return Some(Auth::Bearer { token: self.registrytoken.clone() });
+        }
+        if !self.username.is_empty() {
+            return Some(Auth::Basic { username: self.username.clone(), password: self.password.clone() });
+        }
+        let decoded = base64::engine::general_purpose::STANDARD.decode(self.auth.trim()).ok()?;
+        let text = String::from_utf8(decoded).ok()?;
+        let (username, password) = text.split_once(':')?;
+        Some(Auth::Basic { username: username.to_owned(), password: password.trim_end_matches('\0').to_owned() })
+    }
+}
+
+/// The ways to ask the registry of `reference`: with each fitting login, the most specific first; without
+/// one when there is none.
+fn credentials(reference: &str, secrets: impl Iterator<Item = Arc<core::Secret>>) -> Vec<Auth> {
+    #[derive(Deserialize)]
+    struct Config {
+        #[serde(default)]
+        auths: std::collections::BTreeMap<String, Entry>,
+    }
+    let target = full_path(reference);
+    let mut fitting: Vec<(usize, Auth)> = vec![];
+    for secret in secrets {
+        let data = secret.data.as_ref();
+        let get = |key: &str| data.and_then(|data| data.get(key)).map(|value| value.0.as_slice());
+        let auths = match secret.type_.as_deref() {
+            Some("kubernetes.io/dockerconfigjson") => get(".dockerconfigjson")
+                .and_then(|json| serde_json::from_slice::<Config>(json).ok())
+                .map(|config| config.auths),
+            Some("kubernetes.io/dockercfg") => get(".dockercfg").and_then(|json| serde_json::from_slice(json).ok()),
+            _ => None,
+        };
+        for (registry, entry) in auths.into_iter().flatten() {
+            let registry = registry_path(&registry);
+            if let Some(auth) = entry.auth()
+                && covers(&registry, &target)
+            {
+                fitting.push((registry.len(), auth));
+            }
+        }
+    }
+    fitting.sort_by_key(|(length, _)| std::cmp::Reverse(*length));
+    match fitting.is_empty() {
+        true => vec![Auth::Anonymous],
+        false => fitting.into_iter().map(|(_, auth)| auth).collect(),
+    }
+}
+
+/// `nginx` is `docker.io/library/nginx`.
+fn full_path(reference: &str) -> String {
+    let path = reference.split('@').next().unwrap_or(reference);
+    match path.split_once('/') {
+        Some((host, _)) if host.contains(['.', ':']) || host == "localhost" => path.to_owned(),
+        Some(_) => format!("docker.io/{path}"),
+        None => format!("docker.io/library/{path}"),
+    }
+}
+
+/// A registry as logins name it: `https://index.docker.io/v1/` is `docker.io`.
+fn registry_path(name: &str) -> String {
+    let name = name.trim_start_matches("https://").trim_start_matches("http://").trim_end_matches('/');
+    let name = name.trim_end_matches("/v1").trim_end_matches("/v2");
+    match name.strip_prefix("index.docker.io") {
+        Some(rest) => format!("docker.io{rest}"),
+        None => name.to_owned(),
+    }
+}
+
+/// Whether a login for `registry`, which may be a path or hold `*` for a part of a host name, is for `target`.
+fn covers(registry: &str, target: &str) -> bool {
+    let (host, path) = registry.split_once('/').unwrap_or((registry, ""));
+    let (target_host, target_path) = target.split_once('/').unwrap_or((target, ""));
+    let mut parts = host.split('.');
+    let mut target_parts = target_host.split('.');
+    let hosts_fit = loop {
+        match (parts.next(), target_parts.next()) {
+            (None, None) => break true,
+            (Some("*"), Some(_)) => {}
+            (Some(part), Some(target)) if part == target => {}
+            _ => break false,
+        }
+    };
+    hosts_fit && target_path.starts_with(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn basic(user: &str) -> Auth {
+        Auth::Basic { username: user.into(), password: "p".into() }
+    }
+
+    #[track_caller]
+    fn check(reference: &str, registry: &str, fits: bool) {
+        let config = json!({"auths": {registry: {"auth": "dTpw"}}}).to_string();
+        let config = base64::engine::general_purpose::STANDARD.encode(config);
+        let secret = json!({"type": "kubernetes.io/dockerconfigjson", "data": {".dockerconfigjson": config}});
+        let secret: core::Secret = serde_json::from_value(secret).expect("a secret");
+        let want = if fits { basic("u") } else { Auth::Anonymous };
+        assert_eq!(credentials(reference, [Arc::new(secret)].into_iter()), [want], "{reference} {registry}");
+    }
+
+    #[test]
+    fn logins_are_for_their_registry() {
+        check("nginx", "https://index.docker.io/v1/", true);
+        check("docker.io/library/nginx:1", "docker.io", true);
+        check("example.com/a/b:1", "example.com", true);
+        check("example.com/a/b:1", "example.com/a", true);
+        check("example.com/a/b:1", "example.com/c", false);
+        check("example.com:5000/a", "example.com:5000", true);
+        check("example.com:5000/a", "example.com", false);
+        check("x.example.com/a", "*.example.com", true);
+        check("x.y.example.com/a", "*.example.com", false);
+        check("localhost/a", "docker.io", false);
+    }
+
+    #[test]
+    fn policies_have_their_default() {
+        let policy_of = |image: &str, policy: Option<&str>| {
+            let container = core::Container {
+                image: Some(image.into()),
+                image_pull_policy: policy.map(Into::into),
+                ..core::Container::default()
+            };
+            super::policy(&container).to_owned()
+        };
+        assert_eq!(policy_of("a", None), "Always");
+        assert_eq!(policy_of("h:5000/a", None), "Always");
+        assert_eq!(policy_of("a:latest", None), "Always");
+        assert_eq!(policy_of("a:1", None), "IfNotPresent");
+        assert_eq!(policy_of("a@sha256:0", None), "IfNotPresent");
+        assert_eq!(policy_of("a", Some("Never")), "Never");
+    }
+}

@@ -1,0 +1,501 @@
+//! The work that a pod's worker gives out: each job acts on the runtime, the network or the API server,
+//! tells of it in events, and comes back with a [`Done`]. Nothing here decides what to do next.
+
+use std::fs;
+use std::io::{Read, Seek, SeekFrom};
+use std::net::IpAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1 as core;
+use minke_client::Target;
+use minke_runtime::{ContainerStatus, SandboxSpec, SandboxState, SandboxStatus};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::container::{self, Inputs, Paths};
+use crate::env::{self, Facts};
+use crate::etc;
+use crate::handlers::{self, Outcome};
+use crate::observed::ADDRESS_ANNOTATION;
+use crate::plan;
+use crate::pod::Pod;
+use crate::references::{self, Held};
+use crate::volumes::{self, Tokens};
+use crate::worker::{Context, Message, final_delete};
+
+/// A container's last words: at most this many bytes, or of its log this many bytes and lines.
+const WORDS_MAX: u64 = 4096;
+const LOG_WORDS_MAX: u64 = 2048;
+const LOG_WORDS_LINES: usize = 80;
+/// What a killed container gets at least once its `preStop` hook is through.
+const LEAST_GRACE: Duration = Duration::from_secs(2);
+
+/// How a job ended.
+pub enum Done {
+    Mounted { tokens: Tokens, renew_at: Option<Timestamp> },
+    Sandbox(Box<SandboxStatus>),
+    Started,
+    NotStarted(StartFailure),
+    TornDown { removed: bool },
+    Ok,
+    /// To be tried again, later or when an object that the pod refers to changes.
+    Failed { why: String, on_change: bool },
+}
+
+/// Why a container did not start; an empty reason means that it was called off.
+#[derive(Debug, Default)]
+pub struct StartFailure {
+    pub reason: &'static str,
+    pub message: String,
+    /// The registry was asked in vain.
+    pub pulled: bool,
+    pub on_change: bool,
+}
+
+pub async fn mount(
+    context: Arc<Context>,
+    pod: Pod,
+    held: Held,
+    mut tokens: Tokens,
+    facts: Facts,
+    cancel: CancellationToken,
+) -> Done {
+    let mounting = context.volumes.mount(&pod, &held, &mut tokens, &facts);
+    let mounted = tokio::select! {
+        mounted = mounting => mounted,
+        () = cancel.cancelled() => return Done::Ok,
+    };
+    match mounted {
+        Ok(renew_at) => Done::Mounted { tokens, renew_at },
+        Err(why) => {
+            context.events.warning(&pod, None, "FailedMount", &why);
+            Done::Failed { why, on_change: true }
+        }
+    }
+}
+
+/// Makes the files, the sandbox and its link; on failure, nothing of it is left. `old` is replaced.
+pub async fn create_sandbox(context: Arc<Context>, pod: Pod, attempt: u32, old: Option<SandboxSpec>) -> Done {
+    let failed = |why: String| {
+        let message = format!("Failed to create pod sandbox: {why}");
+        context.events.warning(&pod, None, "FailedCreatePodSandBox", &message);
+        Done::Failed { why, on_change: false }
+    };
+    if let Some(old) = old {
+        let message = "Pod sandbox changed, it will be killed and re-created.";
+        context.events.normal(&pod, None, "SandboxChanged", message);
+        if let Err(why) = stop_sandbox(&context, &old).await {
+            return failed(why);
+        }
+    }
+    let mut spec =
+        container::sandbox(&pod, &context.paths, &context.cgroup_root, &context.dns.domain, attempt);
+    let address = if pod.host_network() { Ok(None) } else { context.network.allocate().map(Some) };
+    let address = match address {
+        Ok(address) => address,
+        Err(why) => return failed(format!("failed to setup network for sandbox \"{}\": {why}", spec.id)),
+    };
+    context.owners.put(&spec.id, pod.uid());
+    if let Some(address) = address {
+        spec.annotations.insert(ADDRESS_ANNOTATION.to_owned(), address.to_string());
+    }
+    match make_sandbox(&context, &pod, &spec, address).await {
+        Ok(()) => Done::Sandbox(Box::new(SandboxStatus {
+            spec,
+            state: SandboxState::Ready,
+            created_at: Timestamp::now(),
+            pid: None,
+            containers: vec![],
+        })),
+        Err(why) => {
+            if let Err(error) = context.runtime.remove_sandbox(&spec.id).await {
+                tracing::warn!(sandbox = spec.id, %error, "Failed sandbox not removed");
+            }
+            if let Err(why) = give_back(&context, &spec).await {
+                tracing::warn!(sandbox = spec.id, why, "Network of a failed sandbox not removed");
+            }
+            failed(why)
+        }
+    }
+}
+
+async fn make_sandbox(
+    context: &Context,
+    pod: &Pod,
+    spec: &SandboxSpec,
+    address: Option<IpAddr>,
+) -> Result<(), String> {
+    let dir = context.paths.pod(pod.uid());
+    let own = address.or(Some(context.node_ip));
+    let host_hosts = if pod.host_network() { fs::read_to_string("/etc/hosts").unwrap_or_default() } else { String::new() };
+    fs::create_dir_all(&dir)
+        .and_then(|()| fs::write(dir.join("etc-hosts"), etc::hosts(pod, own, &context.dns.domain, &host_hosts)))
+        .and_then(|()| fs::write(dir.join("resolv.conf"), etc::resolv_conf(pod, &context.dns)))
+        .and_then(|()| fs::write(dir.join("hostname"), format!("{}\n", spec.hostname)))
+        .map_err(|error| format!("{}: {error}", dir.display()))?;
+    context.runtime.run_sandbox(spec.clone()).await.map_err(|error| error.to_string())?;
+    let Some(address) = address else { return Ok(()) };
+    let netns = context.runtime.sandbox_netns(&spec.id).map_err(|error| error.to_string())?;
+    context.drain.forget(address);
+    let attached = context.network.attach(&spec.id, &netns, address).await;
+    attached.map_err(|why| format!("failed to setup network for sandbox \"{}\": {why}", spec.id))
+}
+
+/// Takes a sandbox off the network and gives its address back.
+async fn give_back(context: &Context, spec: &SandboxSpec) -> Result<(), String> {
+    if spec.host_network {
+        return Ok(());
+    }
+    context.network.detach(&spec.id).await?;
+    if let Some(address) = spec.annotations.get(ADDRESS_ANNOTATION).and_then(|text| text.parse().ok()) {
+        context.drain.forget(address);
+        context.network.release(address);
+    }
+    Ok(())
+}
+
+async fn stop_sandbox(context: &Context, spec: &SandboxSpec) -> Result<(), String> {
+    match context.runtime.stop_sandbox(&spec.id).await {
+        Err(error) if !error.is_not_found() => return Err(error.to_string()),
+        _ => {}
+    }
+    give_back(context, spec).await
+}
+
+/// What a start is about, besides the pod.
+pub struct Start {
+    pub sandbox_id: String,
+    pub name: String,
+    pub attempt: u32,
+    pub backoff: SignedDuration,
+    pub address: Option<IpAddr>,
+    pub cancel: CancellationToken,
+    pub worker: mpsc::UnboundedSender<Message>,
+}
+
+pub async fn start(context: Arc<Context>, pod: Pod, held: Held, start: Start) -> Done {
+    match try_start(&context, &pod, &held, &start).await {
+        Ok(()) => Done::Started,
+        Err(failure) => {
+            // A failed pull has told its own story; this line tells which container it holds up.
+            if !failure.reason.is_empty() && failure.reason != "PostStartHookError" {
+                let short = matches!(failure.reason, "ErrImagePull" | "ErrImageNeverPull" | "InvalidImageName" | "ImageInspectError");
+                let message = if short { failure.reason } else { &failure.message };
+                context.events.warning(&pod, Some(&start.name), "Failed", format!("Error: {message}"));
+            }
+            Done::NotStarted(failure)
+        }
+    }
+}
+
+async fn try_start(context: &Context, pod: &Pod, held: &Held, start: &Start) -> Result<(), StartFailure> {
+    let Some((class, container)) = pod.container(&start.name) else { return Err(StartFailure::default()) };
+    let image = tokio::select! {
+        image = context.images.ensure(pod, container, held) => image,
+        () = start.cancel.cancelled() => return Err(StartFailure::default()),
+    };
+    let image = image.map_err(|failure| StartFailure {
+        reason: failure.reason,
+        message: failure.message,
+        pulled: failure.pulled,
+        on_change: false,
+    })?;
+    let unfit = |message: String| StartFailure {
+        reason: "CreateContainerConfigError",
+        message,
+        pulled: false,
+        on_change: true,
+    };
+    let referenced = tokio::select! {
+        referenced = held.fetch(references::of_env(container)) => referenced,
+        () = start.cancel.cancelled() => return Err(StartFailure::default()),
+    };
+    let services = services(context, pod).await;
+    let facts = context.facts(start.address);
+    let env = env::build(pod, container, &services, &referenced, &facts).map_err(unfit)?;
+    let mounts = context.volumes.container_mounts(pod, container, &env).await.map_err(unfit)?;
+    let inputs = Inputs {
+        attempt: start.attempt,
+        backoff: start.backoff,
+        image: &image,
+        env,
+        mounts,
+        node_memory: context.node_memory,
+        cluster_domain: &context.dns.domain,
+        seccomp_default: context.seccomp_default,
+        seccomp_dir: &context.seccomp_dir,
+    };
+    let spec = container::container(pod, class, container, &context.paths, inputs).map_err(unfit)?;
+    if start.cancel.is_cancelled() {
+        return Err(StartFailure::default());
+    }
+    let failed = |reason, message: String| StartFailure { reason, message, ..StartFailure::default() };
+    let words = context.paths.last_words(pod.uid(), &container.name, &spec.id);
+    make_words_file(&words).map_err(|error| failed("CreateContainerError", format!("{}: {error}", words.display())))?;
+    let id = spec.id.clone();
+    if let Err(error) = context.runtime.create_container(&start.sandbox_id, spec).await {
+        let _ = fs::remove_file(&words);
+        return Err(failed("CreateContainerError", error.to_string()));
+    }
+    tell_worker(context, &id, &start.worker).await;
+    context.events.normal(pod, Some(&start.name), "Created", "Container created");
+    let started = context.runtime.start_container(&id).await;
+    tell_worker(context, &id, &start.worker).await;
+    started.map_err(|error| failed("RunContainerError", error.to_string()))?;
+    context.events.normal(pod, Some(&start.name), "Started", "Container started");
+    post_start(context, pod, container, &id, start).await
+}
+
+async fn tell_worker(context: &Context, id: &str, worker: &mpsc::UnboundedSender<Message>) {
+    if let Ok(status) = context.runtime.container_status(id).await {
+        let _ = worker.send(Message::Container(status));
+    }
+}
+
+/// The services that the pod's containers are told of: its namespace's, and always the API server's.
+async fn services(context: &Context, pod: &Pod) -> Vec<Arc<core::Service>> {
+    context.services.synced().await;
+    let mut list = vec![];
+    if let Some(kubernetes) = context.services.get("default", "kubernetes") {
+        list.push(kubernetes);
+    }
+    if pod.spec().enable_service_links != Some(false) {
+        list.extend(context.services.in_namespace(pod.namespace()));
+    }
+    list.iter().filter_map(|service| minke_client::typed(service)).collect()
+}
+
+fn make_words_file(path: &Path) -> std::io::Result<()> {
+    if let Some(dir) = path.parent() {
+        fs::create_dir_all(dir)?;
+    }
+    fs::File::create(path)?;
+    // Whoever the container runs as is to write it.
+    fs::set_permissions(path, fs::Permissions::from_mode(0o666))
+}
+
+fn target<'a>(
+    context: &'a Context,
+    container: &'a core::Container,
+    container_id: &'a str,
+    address: Option<IpAddr>,
+) -> handlers::Target<'a> {
+    let user_agent = format!("kube-lifecycle/{}", context.short_version());
+    handlers::Target { runtime: &*context.runtime, container_id, container, address, user_agent }
+}
+
+/// Runs a hook to its end; the error is why it failed.
+async fn run_hook(target: &handlers::Target<'_>, hook: &core::LifecycleHandler) -> Result<(), String> {
+    // The grace period, or the end of the container, is what limits a hook.
+    let long = Duration::from_secs(24 * 3600);
+    let outcome = match hook {
+        core::LifecycleHandler { exec: Some(action), .. } => target.exec(action, Duration::ZERO).await,
+        core::LifecycleHandler { http_get: Some(action), .. } => target.http(action, long).await,
+        core::LifecycleHandler { tcp_socket: Some(action), .. } => target.tcp(action, long).await,
+        core::LifecycleHandler { sleep: Some(action), .. } => {
+            tokio::time::sleep(Duration::from_secs(u64::try_from(action.seconds).unwrap_or(0))).await;
+            Outcome::Success
+        }
+        _ => Outcome::Error("invalid handler".to_owned()),
+    };
+    match outcome {
+        Outcome::Success | Outcome::Warning(_) => Ok(()),
+        Outcome::Failure(why) | Outcome::Error(why) => Err(why),
+    }
+}
+
+async fn post_start(
+    context: &Context,
+    pod: &Pod,
+    container: &core::Container,
+    id: &str,
+    start: &Start,
+) -> Result<(), StartFailure> {
+    let hook = container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.post_start.as_ref());
+    let Some(hook) = hook else { return Ok(()) };
+    let target = target(context, container, id, start.address);
+    let result = tokio::select! {
+        result = run_hook(&target, hook) => result,
+        () = start.cancel.cancelled() => return Ok(()),
+    };
+    let Err(why) = result else { return Ok(()) };
+    let name = Some(container.name.as_str());
+    context.events.warning(pod, name, "FailedPostStartHook", "PostStartHook failed");
+    context.events.normal(pod, name, "Killing", "FailedPostStartHook");
+    let grace = Duration::from_secs(u64::try_from(pod.grace_seconds()).unwrap_or(30));
+    if let Err(error) = context.runtime.stop_container(id, grace).await {
+        tracing::warn!(container = id, %error, "Container with a failed hook not stopped");
+    }
+    let message = format!("PostStartHook failed: {why}");
+    Err(StartFailure { reason: "PostStartHookError", message, ..StartFailure::default() })
+}
+
+/// What a kill is about, besides the pod.
+pub struct Kill {
+    pub id: String,
+    pub name: String,
+    pub why: plan::Kill,
+    pub deadline: Timestamp,
+    /// The container was not asked to stop before.
+    pub first: bool,
+    pub address: Option<IpAddr>,
+    /// The address that must get no new connections before anything else happens.
+    pub drain: Option<IpAddr>,
+}
+
+pub async fn kill(context: Arc<Context>, pod: Pod, kill: Kill) -> Done {
+    let name = Some(kill.name.as_str());
+    if let Some(address) = kill.drain {
+        context.drain.drain(address).await;
+    }
+    if kill.first {
+        let message = match kill.why {
+            plan::Kill::Ending => format!("Stopping container {}", kill.name),
+            plan::Kill::Liveness => format!("Container {} failed liveness probe, will be restarted", kill.name),
+            plan::Kill::Startup => format!("Container {} failed startup probe, will be restarted", kill.name),
+        };
+        context.events.normal(&pod, name, "Killing", message);
+        if let Some((_, container)) = pod.container(&kill.name) {
+            pre_stop(&context, &pod, container, &kill).await;
+        }
+    }
+    let left = Duration::try_from(kill.deadline.duration_since(Timestamp::now())).unwrap_or_default();
+    let grace = if kill.first { left.max(LEAST_GRACE.min(asked(&pod))) } else { left };
+    match context.runtime.stop_container(&kill.id, grace).await {
+        Err(error) if !error.is_not_found() => {
+            let message = format!("error killing pod: failed to \"KillContainer\" for \"{}\" with KillContainerError: \"{error}\"", kill.name);
+            context.events.warning(&pod, None, "FailedKillPod", message);
+            Done::Failed { why: error.to_string(), on_change: false }
+        }
+        _ => Done::Ok,
+    }
+}
+
+fn asked(pod: &Pod) -> Duration {
+    Duration::from_secs(u64::try_from(pod.grace_seconds()).unwrap_or(1))
+}
+
+async fn pre_stop(context: &Context, pod: &Pod, container: &core::Container, kill: &Kill) {
+    let hook = container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.pre_stop.as_ref());
+    let Some(hook) = hook else { return };
+    let left = Duration::try_from(kill.deadline.duration_since(Timestamp::now())).unwrap_or_default();
+    let target = target(context, container, &kill.id, kill.address);
+    // The hook is cut off when the grace period is over; the container is then killed.
+    if let Ok(Err(why)) = tokio::time::timeout(left, run_hook(&target, hook)).await {
+        tracing::debug!(pod = %pod.long_name(), container = container.name, why, "PreStop hook failed");
+        context.events.warning(pod, Some(&container.name), "FailedPreStopHook", "PreStopHook failed");
+    }
+}
+
+pub async fn remove_container(context: Arc<Context>, pod: Pod, name: String, id: String) -> Done {
+    let log = context.runtime.container_status(&id).await.map(|status| status.log_path);
+    if let Err(error) = context.runtime.remove_container(&id).await {
+        return Done::Failed { why: error.to_string(), on_change: false };
+    }
+    let _ = fs::remove_file(context.paths.last_words(pod.uid(), &name, &id));
+    if let Ok(log) = log {
+        crate::logs::remove(&log);
+    }
+    Done::Ok
+}
+
+pub async fn remove_sandbox(context: Arc<Context>, id: String) -> Done {
+    match context.runtime.remove_sandbox(&id).await {
+        Ok(()) => Done::Ok,
+        Err(error) => Done::Failed { why: error.to_string(), on_change: false },
+    }
+}
+
+/// Takes down what a pod that is over has: processes, network, volumes; with `remove` also its records,
+/// files and logs. Goes on past failures, and is done again until there are none.
+pub async fn teardown(context: Arc<Context>, pod: Pod, sandboxes: Vec<SandboxSpec>, remove: bool) -> Done {
+    let mut failures = vec![];
+    for spec in &sandboxes {
+        context.owners.forget(&spec.id);
+        failures.extend(stop_sandbox(&context, spec).await.err());
+        if remove && let Err(error) = context.runtime.remove_sandbox(&spec.id).await {
+            failures.push(error.to_string());
+        }
+    }
+    if failures.is_empty() {
+        let (paths, uid, logs) = (context.paths.clone(), pod.uid().to_owned(), context.paths.pod_logs(&pod));
+        let cleaned = tokio::task::spawn_blocking(move || clean_up(&paths, &uid, remove.then_some(&logs))).await;
+        failures.extend(cleaned.map_err(|error| error.to_string()).and_then(|done| done).err());
+    }
+    if failures.is_empty() {
+        return Done::TornDown { removed: remove };
+    }
+    let why = failures.join("; ");
+    context.events.warning(&pod, None, "FailedKillPod", format!("error killing pod: {why}"));
+    Done::Failed { why, on_change: false }
+}
+
+/// Removes a pod's files; without `logs` only its volumes.
+pub fn clean_up(paths: &Paths, uid: &str, logs: Option<&std::path::PathBuf>) -> Result<(), String> {
+    let say = |error: std::io::Error| format!("clean up pod {uid}: {error}");
+    let Some(logs) = logs else {
+        volumes::clean_up(&paths.subpaths(uid)).map_err(say)?;
+        return volumes::clean_up(&paths.volumes(uid)).map_err(say);
+    };
+    volumes::clean_up(&paths.pod(uid)).map_err(say)?;
+    match fs::remove_dir_all(logs) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(say(error)),
+        _ => Ok(()),
+    }
+}
+
+pub async fn delete(context: Arc<Context>, pod: Pod) -> Done {
+    match context.client.delete(Target::of(pod.object()), final_delete(&pod)).await {
+        Ok(()) => Done::Ok,
+        // Gone already, or another pod of that name.
+        Err(error) if error.is_not_found() || error.is_conflict() => Done::Ok,
+        Err(error) => {
+            tracing::warn!(pod = %pod.long_name(), %error, "Pod not deleted");
+            Done::Failed { why: error.to_string(), on_change: false }
+        }
+    }
+}
+
+/// What a container that ended leaves as its message, as its `terminationMessagePolicy` says.
+pub fn last_words(paths: &Paths, pod: &Pod, container: &core::Container, status: &ContainerStatus) -> String {
+    let file = paths.last_words(pod.uid(), &container.name, &status.id);
+    let mut words = String::new();
+    if let Ok(file) = fs::File::open(file) {
+        let mut bytes = vec![];
+        if file.take(WORDS_MAX).read_to_end(&mut bytes).is_ok() {
+            words = String::from_utf8_lossy(&bytes).into_owned();
+        }
+    }
+    let fall_back = container.termination_message_policy.as_deref() == Some("FallbackToLogsOnError");
+    if words.is_empty() && fall_back && status.exit_code != Some(0) {
+        words = log_words(&status.log_path).unwrap_or_default();
+    }
+    words
+}
+
+fn log_words(path: &Path) -> std::io::Result<String> {
+    let mut file = fs::File::open(path)?;
+    // Every line of the log begins with some 40 bytes of its own.
+    let from = file.metadata()?.len().saturating_sub(2 * LOG_WORDS_MAX + 64 * LOG_WORDS_LINES as u64);
+    file.seek(SeekFrom::Start(from))?;
+    let mut bytes = vec![];
+    file.read_to_end(&mut bytes)?;
+    let lines = bytes.split_inclusive(|byte| *byte == b'\n').skip(usize::from(from > 0));
+    let texts: Vec<Vec<u8>> = lines
+        .filter_map(crate::logs::Entry::parse)
+        .map(|entry| {
+            let mut text = entry.text.to_vec();
+            text.extend(entry.full.then_some(b'\n'));
+            text
+        })
+        .collect();
+    let kept = texts.len().saturating_sub(LOG_WORDS_LINES);
+    let text = texts[kept..].concat();
+    let cut = text.len().saturating_sub(LOG_WORDS_MAX as usize);
+    Ok(String::from_utf8_lossy(&text[cut..]).into_owned())
+}
+

@@ -1,0 +1,323 @@
+//! The Node object of this machine: registered at the start, kept current, and its lease renewed.
+//!
+//! As upstream: every 10 s the status is worked out, and written when it differs or after 5 min; the lease
+//! is what says in between that the node lives.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::coordination::v1 as coordination;
+use k8s_openapi::api::core::v1 as core;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta, OwnerReference, Time};
+use minke_api::{Kind, Object, Status};
+use minke_client::{Patch, Target};
+use minke_runtime::ContainerState;
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+use crate::machine::{self, Machine};
+use crate::worker::Context;
+
+const COMPARE_EVERY: Duration = Duration::from_secs(10);
+const REPORT_EVERY: SignedDuration = SignedDuration::from_secs(300);
+const LEASE_EVERY: Duration = Duration::from_secs(10);
+const LEASE_SECONDS: i32 = 40;
+const LEASE_NAMESPACE: &str = "kube-node-lease";
+/// Images in the status, the largest first; upstream's nodeStatusMaxImages.
+const IMAGES_MAX: usize = 50;
+
+/// What a node says of itself besides what its machine is.
+#[derive(Debug, Clone, Default)]
+pub struct Identity {
+    pub labels: BTreeMap<String, String>,
+    /// Addresses of pods on this node, when this agent is what gives them to the node.
+    pub pod_cidr: Option<String>,
+    /// The port of the HTTPS server.
+    pub port: u16,
+}
+
+pub struct Node {
+    context: Arc<Context>,
+    machine: Machine,
+    identity: Identity,
+}
+
+impl Node {
+    pub fn new(context: Arc<Context>, machine: Machine, identity: Identity) -> Node {
+        Node { context, machine, identity }
+    }
+
+    fn target(&self) -> Target<'_> {
+        Target::object(Kind::of::<core::Node>(), "", &self.context.node_name)
+    }
+
+    /// Registers the node and keeps it current until `stop`.
+    pub async fn run(self, stop: CancellationToken) {
+        let events = self.context.events.clone();
+        events.node(true, "Starting", "Starting kubelet.");
+        let work = async {
+            let node = self.register().await;
+            tokio::join!(self.keep_status(node.clone()), self.keep_lease(node));
+        };
+        tokio::select! { () = work => {}, () = stop.cancelled() => {} }
+    }
+
+    /// Creates the node, or makes the one there is ours; goes on until it has worked.
+    async fn register(&self) -> Arc<Object> {
+        for failures in 0.. {
+            match self.try_register().await {
+                Ok(node) => return node,
+                Err(error) => tracing::warn!(node = self.context.node_name, %error, "Node not registered yet"),
+            }
+            let pause = minke_client::backoff(Duration::from_millis(50), Duration::from_secs(7), failures);
+            tokio::time::sleep(pause).await;
+        }
+        unreachable!("the loop has no end")
+    }
+
+    async fn try_register(&self) -> Result<Arc<Object>, Status> {
+        let client = &self.context.client;
+        let wanted = self.object(Timestamp::now()).await;
+        let known = match client.get(self.target()).await {
+            Ok(known) => known,
+            Err(error) if error.is_not_found() => {
+                let collection = Target::collection(Kind::of::<core::Node>(), "");
+                let node = client.create(collection, minke_client::body(&wanted)).await?;
+                self.tell_conditions();
+                tracing::info!(node = self.context.node_name, "Registered node");
+                return Ok(node);
+            }
+            Err(error) => return Err(error),
+        };
+        let mut change = json!({"metadata": {"labels": wanted.metadata.labels, "annotations": wanted.metadata.annotations}});
+        let typed: Option<Arc<core::Node>> = minke_client::typed(&known);
+        let spec = typed.as_ref().and_then(|node| node.spec.as_ref());
+        if self.identity.pod_cidr.is_some() && spec.is_none_or(|spec| spec.pod_cidr.is_none()) {
+            change["spec"] = minke_client::body(&wanted.spec);
+        }
+        let node = client.patch(self.target(), Patch::Merge(change)).await?;
+        let info = typed.as_ref().and_then(|node| node.status.as_ref()?.node_info.as_ref());
+        if let Some(info) = info
+            && info.boot_id != self.machine.boot_id
+        {
+            let message = format!("Node {} has been rebooted, boot id: {}", self.context.node_name, self.machine.boot_id);
+            self.context.events.node(false, "Rebooted", message);
+        }
+        Ok(node)
+    }
+
+    fn tell_conditions(&self) {
+        let name = &self.context.node_name;
+        for reason in ["NodeHasSufficientMemory", "NodeHasNoDiskPressure", "NodeHasSufficientPID"] {
+            self.context.events.node(true, reason, format!("Node {name} status is now: {reason}"));
+        }
+        let message = "Updated Node Allocatable limit across pods";
+        self.context.events.node(true, "NodeAllocatableEnforced", message);
+        self.context.events.node(true, "NodeReady", format!("Node {name} status is now: NodeReady"));
+    }
+
+    async fn object(&self, now: Timestamp) -> core::Node {
+        let name = &self.context.node_name;
+        let arch = machine::architecture();
+        let mut labels = BTreeMap::from(
+            [
+                ("kubernetes.io/hostname", name.as_str()),
+                ("kubernetes.io/os", "linux"),
+                ("kubernetes.io/arch", arch),
+                ("beta.kubernetes.io/os", "linux"),
+                ("beta.kubernetes.io/arch", arch),
+            ]
+            .map(|(key, value)| (key.to_owned(), value.to_owned())),
+        );
+        labels.extend(self.identity.labels.clone());
+        let attach = "volumes.kubernetes.io/controller-managed-attach-detach".to_owned();
+        core::Node {
+            metadata: ObjectMeta {
+                name: Some(name.clone()),
+                labels: Some(labels),
+                annotations: Some(BTreeMap::from([(attach, "true".to_owned())])),
+                ..ObjectMeta::default()
+            },
+            spec: Some(core::NodeSpec {
+                pod_cidr: self.identity.pod_cidr.clone(),
+                pod_cidrs: self.identity.pod_cidr.clone().map(|cidr| vec![cidr]),
+                ..core::NodeSpec::default()
+            }),
+            status: Some(self.status(&[], now).await),
+        }
+    }
+
+    /// The status as of `now`; `known` are the conditions so far, for the times of their changes.
+    async fn status(&self, known: &[core::NodeCondition], now: Timestamp) -> core::NodeStatus {
+        let condition = |type_: &str, status: &str, reason: &str, message: &str| {
+            let before = known.iter().find(|known| known.type_ == type_ && known.status == status);
+            core::NodeCondition {
+                type_: type_.to_owned(),
+                status: status.to_owned(),
+                reason: Some(reason.to_owned()),
+                message: Some(message.to_owned()),
+                last_heartbeat_time: Some(Time(now)),
+                last_transition_time: Some(before.and_then(|c| c.last_transition_time.clone()).unwrap_or(Time(now))),
+            }
+        };
+        let address = |type_: &str, address: String| core::NodeAddress { type_: type_.to_owned(), address };
+        core::NodeStatus {
+            addresses: Some(vec![
+                address("InternalIP", self.context.node_ip.to_string()),
+                address("Hostname", self.context.node_name.clone()),
+            ]),
+            capacity: Some(machine::quantities(&self.machine.capacity())),
+            allocatable: Some(machine::quantities(&self.context.allocatable)),
+            conditions: Some(vec![
+                condition("MemoryPressure", "False", "KubeletHasSufficientMemory", "kubelet has sufficient memory available"),
+                condition("DiskPressure", "False", "KubeletHasNoDiskPressure", "kubelet has no disk pressure"),
+                condition("PIDPressure", "False", "KubeletHasSufficientPID", "kubelet has sufficient PID available"),
+                condition("Ready", "True", "KubeletReady", "kubelet is posting ready status"),
+            ]),
+            daemon_endpoints: Some(core::NodeDaemonEndpoints {
+                kubelet_endpoint: Some(core::DaemonEndpoint { port: self.identity.port.into() }),
+            }),
+            images: Some(self.images().await),
+            node_info: Some(self.machine.node_info(&self.context.version, self.context.runtime.version())),
+            ..core::NodeStatus::default()
+        }
+    }
+
+    async fn images(&self) -> Vec<core::ContainerImage> {
+        let mut images = match self.context.images.service.list().await {
+            Ok(images) => images,
+            Err(error) => {
+                tracing::warn!(%error, "Images not listed");
+                vec![]
+            }
+        };
+        images.sort_by(|a, b| b.size.cmp(&a.size).then_with(|| a.id.cmp(&b.id)));
+        let shown = images.into_iter().take(IMAGES_MAX).map(|image| core::ContainerImage {
+            // At most five names of one image, as upstream.
+            names: Some(image.digests.into_iter().chain(image.tags).take(5).collect()),
+            size_bytes: i64::try_from(image.size).ok(),
+        });
+        shown.collect()
+    }
+
+    async fn keep_status(&self, node: Arc<Object>) {
+        let mut node = node;
+        let mut reported: Option<Timestamp> = None;
+        let mut ticks = tokio::time::interval(COMPARE_EVERY);
+        loop {
+            ticks.tick().await;
+            self.rotate_logs().await;
+            let now = Timestamp::now();
+            let typed: Option<Arc<core::Node>> = minke_client::typed(&node);
+            let known = typed.as_ref().and_then(|node| node.status.clone()).unwrap_or_default();
+            let conditions = known.conditions.clone().unwrap_or_default();
+            let status = self.status(&conditions, now).await;
+            let due = reported.is_none_or(|at| now.duration_since(at) >= REPORT_EVERY);
+            if !due && without_heartbeats(&status) == without_heartbeats(&known) {
+                continue;
+            }
+            let was_ready = conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True");
+            match self.write_status(&status, &known).await {
+                Ok(object) => {
+                    node = object;
+                    reported = Some(now);
+                    if !was_ready {
+                        let message = format!("Node {} status is now: NodeReady", self.context.node_name);
+                        self.context.events.node(true, "NodeReady", message);
+                    }
+                }
+                Err(error) if error.is_not_found() => node = self.register().await,
+                Err(error) => tracing::warn!(%error, "Node status not written"),
+            }
+        }
+    }
+
+    async fn write_status(&self, status: &core::NodeStatus, known: &core::NodeStatus) -> Result<Arc<Object>, Status> {
+        let mut body = minke_client::body(status);
+        // Addresses merge by their type, which is no real key: they are replaced when they change.
+        if known.addresses.is_some()
+            && known.addresses != status.addresses
+            && let Some(list) = body["addresses"].as_array_mut()
+        {
+            list.push(json!({"$patch": "replace"}));
+        }
+        self.context.client.patch(self.target().sub("status"), Patch::Strategic(json!({"status": body}))).await
+    }
+
+    /// Logs are looked at here, since this comes by every 10 s anyway, which is upstream's pace too.
+    async fn rotate_logs(&self) {
+        let Ok(sandboxes) = self.context.runtime.list().await else { return };
+        let containers = sandboxes.iter().flat_map(|sandbox| &sandbox.containers);
+        for container in containers.filter(|container| container.state == ContainerState::Running) {
+            let rotated = crate::logs::rotate(&*self.context.runtime, &container.id, &container.log_path).await;
+            if let Err(error) = rotated {
+                tracing::warn!(container = container.id, %error, "Log not rotated");
+            }
+        }
+    }
+
+    async fn keep_lease(&self, node: Arc<Object>) {
+        let mut ticks = tokio::time::interval(LEASE_EVERY);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            if let Err(error) = self.renew_lease(&node).await {
+                tracing::warn!(%error, "Node lease not renewed");
+            }
+        }
+    }
+
+    async fn renew_lease(&self, node: &Object) -> Result<(), Status> {
+        let kind = Kind::of::<coordination::Lease>();
+        let name = &self.context.node_name;
+        let now = MicroTime(Timestamp::now());
+        let target = Target::object(kind, LEASE_NAMESPACE, name);
+        let change = json!({"spec": {
+            "holderIdentity": name, "leaseDurationSeconds": LEASE_SECONDS, "renewTime": now,
+        }});
+        match self.context.client.patch(target, Patch::Merge(change)).await {
+            Err(error) if error.is_not_found() => {}
+            result => return result.map(drop),
+        }
+        let owner = OwnerReference {
+            api_version: "v1".to_owned(),
+            kind: "Node".to_owned(),
+            name: name.clone(),
+            uid: node.uid().to_owned(),
+            ..OwnerReference::default()
+        };
+        let lease = coordination::Lease {
+            metadata: ObjectMeta {
+                name: Some(name.clone()),
+                namespace: Some(LEASE_NAMESPACE.to_owned()),
+                owner_references: Some(vec![owner]),
+                ..ObjectMeta::default()
+            },
+            spec: Some(coordination::LeaseSpec {
+                holder_identity: Some(name.clone()),
+                lease_duration_seconds: Some(LEASE_SECONDS),
+                renew_time: Some(now),
+                ..coordination::LeaseSpec::default()
+            }),
+        };
+        let collection = Target::collection(kind, LEASE_NAMESPACE);
+        self.context.client.create(collection, minke_client::body(&lease)).await.map(drop)
+    }
+}
+
+/// What of a status is compared: all but when it was looked at, and what others put into it.
+fn without_heartbeats(status: &core::NodeStatus) -> Value {
+    let mut ours = core::NodeStatus {
+        volumes_attached: None,
+        volumes_in_use: None,
+        phase: None,
+        config: None,
+        ..status.clone()
+    };
+    for condition in ours.conditions.iter_mut().flatten() {
+        condition.last_heartbeat_time = None;
+    }
+    minke_client::body(&ours)
+}

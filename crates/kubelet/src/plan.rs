@@ -1,0 +1,392 @@
+//! Decides what to do next for a pod. Pure: it sees a picture and a time, and returns actions.
+//!
+//! The order of things follows upstream's `computePodActions`: volumes, sandbox, init containers one by
+//! one, then everything else at once; and when the pod ends: containers, then sidecars in reverse, then
+//! the sandbox, the network and the volumes, and last the object.
+
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1 as core;
+use minke_runtime::{ContainerState, ContainerStatus, SandboxState};
+
+use crate::observed::{Cause, Cleanup, Ending, Job, Observed, ProbeState, backoff};
+use crate::pod::{Class, Pod};
+
+/// What is left to a sidecar when the others have used up the grace period.
+const LEAST_GRACE: SignedDuration = SignedDuration::from_secs(2);
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// The pod comes to its end, or to a nearer one. Nothing else is planned along with it.
+    End(Ending),
+    MountVolumes,
+    /// Replaces the current sandbox, if there is one.
+    CreateSandbox { attempt: u32 },
+    Start { name: String, attempt: u32, backoff: SignedDuration },
+    Kill { id: String, name: String, why: Kill, deadline: Timestamp },
+    RemoveContainer(String),
+    RemoveSandbox(String),
+    /// Tell of a back-off: the container's name and the key under which that is remembered.
+    AnnounceBackoff { name: String, key: String },
+    Teardown { remove: bool },
+    /// Delete the object: nothing is left of the pod here.
+    Delete,
+    /// Nothing is left to do for the pod, ever.
+    Exit,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kill {
+    Ending,
+    Liveness,
+    Startup,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Plan {
+    pub actions: Vec<Action>,
+    /// Look again then, even if nothing happens.
+    pub wake: Option<Timestamp>,
+}
+
+impl Plan {
+    fn wake_at(&mut self, at: Timestamp) {
+        self.wake = Some(self.wake.map_or(at, |now| now.min(at)));
+    }
+}
+
+pub fn plan(pod: &Pod, o: &Observed, now: Timestamp) -> Plan {
+    let mut plan = Plan::default();
+    if let Some(ending) = ending(pod, o, now, &mut plan) {
+        plan.actions.push(Action::End(ending));
+        return plan;
+    }
+    match &o.ending {
+        None => {
+            plan_probes(pod, o, now, &mut plan);
+            plan_run(pod, o, now, &mut plan);
+            plan_garbage(o, &mut plan);
+        }
+        Some(ending) => plan_end(pod, o, ending, now, &mut plan),
+    }
+    plan
+}
+
+/// The end that the pod must come to, when that is not under way already.
+fn ending(pod: &Pod, o: &Observed, now: Timestamp, plan: &mut Plan) -> Option<Ending> {
+    let (cause, grace) = if o.gone {
+        (Cause::Gone, if pod.is_deleted() { pod.grace_seconds() } else { 1 })
+    } else if pod.is_deleted() {
+        (Cause::Deleted, pod.grace_seconds())
+    } else if let Some((reason, message)) = &o.rejected {
+        (Cause::Failed { reason: reason.clone(), message: message.clone() }, 1)
+    } else if pod.is_terminal() {
+        (Cause::Finished, pod.grace_seconds())
+    } else if let Some(cause) = deadline_exceeded(pod, now, plan) {
+        (cause, pod.grace_seconds())
+    } else if is_finished(pod, o) {
+        (Cause::Finished, pod.grace_seconds())
+    } else {
+        return None;
+    };
+    let deadline = now + SignedDuration::from_secs(grace);
+    match &o.ending {
+        None => Some(Ending { cause, grace, deadline }),
+        Some(known) if cause > known.cause && matches!(cause, Cause::Deleted | Cause::Gone) => {
+            Some(Ending { cause, grace: grace.min(known.grace), deadline: deadline.min(known.deadline) })
+        }
+        Some(known) if cause == known.cause && grace < known.grace => {
+            Some(Ending { cause, grace, deadline: deadline.min(known.deadline) })
+        }
+        Some(_) => None,
+    }
+}
+
+fn deadline_exceeded(pod: &Pod, now: Timestamp, plan: &mut Plan) -> Option<Cause> {
+    let seconds = pod.spec().active_deadline_seconds?;
+    let started = pod.status()?.start_time.as_ref()?.0;
+    let deadline = started.checked_add(SignedDuration::from_secs(seconds)).ok()?;
+    if now < deadline {
+        plan.wake_at(deadline);
+        return None;
+    }
+    Some(Cause::Failed {
+        reason: "DeadlineExceeded".to_owned(),
+        message: "Pod was active on the node longer than the specified deadline".to_owned(),
+    })
+}
+
+/// What becomes of a container next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// It never ran, or must run again in a new sandbox.
+    Start,
+    Created,
+    Running,
+    Done {
+        ok: bool,
+    },
+    /// It ended and runs again: not before `at`, after waiting for `delay`.
+    Restart {
+        at: Timestamp,
+        delay: SignedDuration,
+    },
+}
+
+pub fn fate(pod: &Pod, class: Class, container: &core::Container, o: &Observed) -> Fate {
+    let Some(latest) = o.latest(&container.name) else { return Fate::Start };
+    match latest.state {
+        ContainerState::Created => Fate::Created,
+        ContainerState::Running => Fate::Running,
+        ContainerState::Exited => {
+            let code = latest.exit_code.unwrap_or(137);
+            let stale = o.ready_sandbox().is_some_and(|sandbox| sandbox.spec.id != latest.sandbox_id);
+            if class == Class::Init && stale && !main_has_run(pod, o) {
+                return Fate::Start;
+            }
+            if !restarts(pod, class, container, code) {
+                return Fate::Done { ok: code == 0 };
+            }
+            let (delay, _) = backoff(latest);
+            Fate::Restart { at: latest.finished_at.unwrap_or(latest.created_at) + delay, delay }
+        }
+    }
+}
+
+/// Whether a container that ended with `code` is to run again.
+fn restarts(pod: &Pod, class: Class, container: &core::Container, code: i32) -> bool {
+    if class == Class::Ephemeral {
+        return false;
+    }
+    for rule in container.restart_policy_rules.iter().flatten() {
+        let Some(codes) = &rule.exit_codes else { continue };
+        let listed = codes.values.iter().flatten().any(|value| *value == code);
+        if rule.action == "Restart" && listed == (codes.operator == "In") {
+            return true;
+        }
+    }
+    let policy = container.restart_policy.as_deref().unwrap_or(pod.restart_policy());
+    match (policy, class) {
+        ("Never", _) => false,
+        // An init container that succeeded has done its work, whatever the policy.
+        ("OnFailure", _) | (_, Class::Init) => code != 0,
+        _ => true,
+    }
+}
+
+/// Whether a main container has been made in the current sandbox: then the pod was initialised in it.
+pub fn main_has_run(pod: &Pod, o: &Observed) -> bool {
+    let Some(sandbox) = o.current_sandbox() else { return false };
+    sandbox.containers.iter().any(|c| pod.spec().containers.iter().any(|main| main.name == c.name))
+}
+
+/// Whether nothing will ever run again: an init container failed for good, or all main ones are done.
+pub fn is_finished(pod: &Pod, o: &Observed) -> bool {
+    let mut mains_done = true;
+    for (class, container) in pod.containers() {
+        match (class, fate(pod, class, container, o)) {
+            (Class::Init, Fate::Done { ok: false }) if !main_has_run(pod, o) => return true,
+            (Class::Main, Fate::Done { .. }) => {}
+            (Class::Main, _) => mains_done = false,
+            _ => {}
+        }
+    }
+    mains_done
+}
+
+fn can(o: &Observed, job: &Job, now: Timestamp, plan: &mut Plan) -> bool {
+    if o.is_running(job) {
+        return false;
+    }
+    match o.retries.get(job) {
+        Some(retry) if retry.at > now => {
+            plan.wake_at(retry.at);
+            false
+        }
+        _ => true,
+    }
+}
+
+fn plan_probes(pod: &Pod, o: &Observed, now: Timestamp, plan: &mut Plan) {
+    for running in o.all_containers().filter(|c| c.state == ContainerState::Running) {
+        let Some((_, container)) = pod.container(&running.name) else { continue };
+        let probes = o.probes.get(&running.id).copied().unwrap_or_default();
+        let (why, probe) = if probes.startup == Some(ProbeState::Failure) {
+            (Kill::Startup, &container.startup_probe)
+        } else if probes.liveness == Some(ProbeState::Failure) {
+            (Kill::Liveness, &container.liveness_probe)
+        } else {
+            continue;
+        };
+        if o.kills.contains_key(&running.id) {
+            continue;
+        }
+        let grace = probe.as_ref().and_then(|probe| probe.termination_grace_period_seconds);
+        let grace = grace.or(pod.spec().termination_grace_period_seconds).unwrap_or(30).max(1);
+        plan.actions.push(Action::Kill {
+            id: running.id.clone(),
+            name: running.name.clone(),
+            why,
+            deadline: now + SignedDuration::from_secs(grace),
+        });
+    }
+}
+
+fn plan_run(pod: &Pod, o: &Observed, now: Timestamp, plan: &mut Plan) {
+    if !o.volumes {
+        if can(o, &Job::Volumes, now, plan) {
+            plan.actions.push(Action::MountVolumes);
+        }
+        return;
+    }
+    if o.ready_sandbox().is_none() {
+        if can(o, &Job::Sandbox, now, plan) {
+            let attempt = o.current_sandbox().map_or(0, |sandbox| sandbox.spec.attempt + 1);
+            plan.actions.push(Action::CreateSandbox { attempt });
+        }
+        return;
+    }
+    let initialized = main_has_run(pod, o);
+    for (class, container) in pod.containers() {
+        let fate = fate(pod, class, container, o);
+        plan_container(o, container, fate, now, plan, class == Class::Init && initialized);
+        let passed = match (class, fate) {
+            (Class::Init, Fate::Done { ok: true }) | (Class::Main | Class::Ephemeral, _) => true,
+            (Class::Sidecar, Fate::Running) => {
+                let id = o.latest(&container.name).map(|c| c.id.as_str());
+                id.and_then(|id| o.probes.get(id)).is_some_and(|probes| probes.started())
+            }
+            _ => false,
+        };
+        if !passed && !initialized {
+            return;
+        }
+    }
+}
+
+fn plan_container(
+    o: &Observed,
+    container: &core::Container,
+    fate: Fate,
+    now: Timestamp,
+    plan: &mut Plan,
+    is_past: bool,
+) {
+    let name = &container.name;
+    if is_past || o.is_running(&Job::Start(name.clone())) {
+        return;
+    }
+    let latest = o.latest(name);
+    match fate {
+        Fate::Running | Fate::Done { .. } => return,
+        // Made, but never started: the agent went away in between.
+        Fate::Created => {
+            let id = latest.expect("it was created").id.clone();
+            if !o.is_running(&Job::RemoveContainer(id.clone())) {
+                plan.actions.push(Action::RemoveContainer(id));
+            }
+            return;
+        }
+        Fate::Restart { at, .. } if at > now => {
+            plan.wake_at(at);
+            let latest = latest.expect("it ran");
+            if !o.announced.contains(&latest.id) {
+                let (name, key) = (name.clone(), latest.id.clone());
+                plan.actions.push(Action::AnnounceBackoff { name, key });
+            }
+            return;
+        }
+        Fate::Restart { .. } | Fate::Start => {}
+    }
+    if let Some(waiting) = o.waiting.get(name).filter(|waiting| waiting.retry_at > now) {
+        if waiting.later.is_some() && !o.announced.contains(name) {
+            if now >= waiting.turns_at() {
+                plan.actions.push(Action::AnnounceBackoff { name: name.clone(), key: name.clone() });
+            } else {
+                plan.wake_at(waiting.turns_at());
+            }
+        }
+        plan.wake_at(waiting.retry_at);
+        return;
+    }
+    let attempt = latest.map_or(0, |c| c.attempt + 1);
+    let backoff = latest.map_or(SignedDuration::ZERO, |c| backoff(c).1);
+    plan.actions.push(Action::Start { name: name.clone(), attempt, backoff });
+}
+
+/// Of each container the newest and the one before it are kept, for `lastState` and `logs --previous`.
+fn plan_garbage(o: &Observed, plan: &mut Plan) {
+    let mut names: Vec<&str> = o.all_containers().map(|c| c.name.as_str()).collect();
+    names.sort_unstable();
+    names.dedup();
+    for name in names {
+        for old in o.history(name).into_iter().skip(2) {
+            let removing = o.is_running(&Job::RemoveContainer(old.id.clone()));
+            if old.state == ContainerState::Exited && !removing {
+                plan.actions.push(Action::RemoveContainer(old.id.clone()));
+            }
+        }
+    }
+    let Some((_, old)) = o.sandboxes.split_last() else { return };
+    for sandbox in old {
+        let removing = o.is_running(&Job::RemoveSandbox(sandbox.spec.id.clone()));
+        if sandbox.state == SandboxState::NotReady && sandbox.containers.is_empty() && !removing {
+            plan.actions.push(Action::RemoveSandbox(sandbox.spec.id.clone()));
+        }
+    }
+}
+
+fn plan_end(pod: &Pod, o: &Observed, ending: &Ending, now: Timestamp, plan: &mut Plan) {
+    let running: Vec<&ContainerStatus> =
+        o.all_containers().filter(|c| c.state == ContainerState::Running).collect();
+    let is_sidecar = |c: &ContainerStatus| {
+        pod.container(&c.name).is_some_and(|(class, _)| class == Class::Sidecar)
+    };
+    let (sidecars, others): (Vec<_>, Vec<_>) = running.iter().copied().partition(|c| is_sidecar(c));
+    let overdue = now >= ending.deadline;
+    let mut deadline = ending.deadline;
+    let victims = if !others.is_empty() && !overdue {
+        others
+    } else if overdue {
+        deadline = now + LEAST_GRACE;
+        running.clone()
+    } else {
+        // The last in the specification goes first.
+        let names: Vec<&str> = pod.containers().map(|(_, c)| c.name.as_str()).collect();
+        let last = sidecars.iter().copied().max_by_key(|c| names.iter().position(|name| *name == c.name));
+        deadline = deadline.max(now + LEAST_GRACE);
+        last.into_iter().collect()
+    };
+    for victim in victims {
+        let sooner = o.kills.get(&victim.id).is_none_or(|(known, _)| ending.deadline < *known && !overdue);
+        if sooner {
+            plan.actions.push(Action::Kill {
+                id: victim.id.clone(),
+                name: victim.name.clone(),
+                why: Kill::Ending,
+                deadline,
+            });
+        }
+    }
+    if !running.is_empty() {
+        if !overdue {
+            plan.wake_at(ending.deadline);
+        }
+        return;
+    }
+    if !o.running_jobs.is_empty() {
+        return;
+    }
+    let leaves = matches!(ending.cause, Cause::Deleted | Cause::Gone);
+    let wanted = if leaves { Cleanup::Removed } else { Cleanup::Stopped };
+    if o.cleanup < wanted {
+        if can(o, &Job::Teardown, now, plan) {
+            plan.actions.push(Action::Teardown { remove: leaves });
+        }
+        return;
+    }
+    match ending.cause {
+        Cause::Gone => plan.actions.push(Action::Exit),
+        Cause::Deleted if can(o, &Job::Delete, now, plan) => plan.actions.push(Action::Delete),
+        _ => {}
+    }
+}

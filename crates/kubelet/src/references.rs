@@ -1,0 +1,291 @@
+//! The ConfigMaps and Secrets that pods of this node refer to: each is watched by its name while any
+//! pod refers to it, and never longer. Nothing is polled, and nobody else's objects are read.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use k8s_openapi::api::core::v1 as core;
+use minke_api::{FieldSelector, Kind, Object, Status};
+use minke_client::{Client, ListOptions, WatchEvent, WatchOptions, backoff};
+use tokio::sync::watch;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::pod::Pod;
+
+/// How long a container start waits for the API server to say whether an object exists.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Reference {
+    ConfigMap(String),
+    Secret(String),
+}
+
+impl Reference {
+    fn kind(&self) -> &'static Kind {
+        match self {
+            Reference::ConfigMap(_) => Kind::of::<core::ConfigMap>(),
+            Reference::Secret(_) => Kind::of::<core::Secret>(),
+        }
+    }
+
+    fn name(&self) -> &str {
+        let (Reference::ConfigMap(name) | Reference::Secret(name)) = self;
+        name
+    }
+}
+
+#[derive(Debug, Clone)]
+enum State {
+    /// The first answer is not in yet; the last failure to get it.
+    Unknown(String),
+    Absent,
+    Present(Arc<Object>),
+}
+
+/// The watches of this node.
+pub struct References {
+    client: Arc<dyn Client>,
+    watches: Mutex<HashMap<(String, Reference), Weak<Watched>>>,
+}
+
+struct Watched {
+    state: watch::Receiver<State>,
+    _stop: DropGuard,
+}
+
+/// One pod's share in the watches it needs; dropping it ends those that nobody else needs.
+#[derive(Default)]
+pub struct Held(BTreeMap<Reference, Arc<Watched>>);
+
+impl References {
+    pub fn new(client: Arc<dyn Client>) -> References {
+        References { client, watches: Mutex::default() }
+    }
+
+    fn watch(&self, namespace: &str, reference: &Reference) -> Arc<Watched> {
+        let mut watches = self.watches.lock().expect("starting a watch does not panic");
+        let key = (namespace.to_owned(), reference.clone());
+        if let Some(watched) = watches.get(&key).and_then(Weak::upgrade) {
+            return watched;
+        }
+        watches.retain(|_, watched| watched.strong_count() > 0);
+        let stop = CancellationToken::new();
+        let (sender, state) = watch::channel(State::Unknown(String::new()));
+        let client = self.client.clone();
+        let (namespace, reference) = key.clone();
+        let stopped = stop.clone();
+        tokio::spawn(async move {
+            let follow = follow(&*client, &namespace, &reference, sender);
+            tokio::select! { () = follow => {}, () = stopped.cancelled() => {} }
+        });
+        let watched = Arc::new(Watched { state, _stop: stop.drop_guard() });
+        watches.insert(key, Arc::downgrade(&watched));
+        watched
+    }
+
+    /// Makes `held` cover exactly what `pod` refers to. `changed` is called at every later change of an
+    /// object that is new in `held`, until that returns false.
+    pub fn hold(&self, pod: &Pod, held: &mut Held, changed: impl Fn() -> bool + Clone + Send + 'static) {
+        let wanted = of_pod(pod);
+        held.0.retain(|reference, _| wanted.contains(reference));
+        for reference in wanted {
+            if held.0.contains_key(&reference) {
+                continue;
+            }
+            let watched = self.watch(pod.namespace(), &reference);
+            let mut state = watched.state.clone();
+            let (changed, watch) = (changed.clone(), Arc::downgrade(&watched));
+            tokio::spawn(async move {
+                // Ends with the watch: the sender is dropped then.
+                while state.changed().await.is_ok() && watch.strong_count() > 0 && changed() {}
+            });
+            held.0.insert(reference, watched);
+        }
+    }
+}
+
+async fn follow(client: &dyn Client, namespace: &str, reference: &Reference, state: watch::Sender<State>) {
+    let fields = FieldSelector::name(reference.name());
+    let mut failures = 0;
+    loop {
+        let Err(error) = follow_once(client, namespace, reference, &fields, &state, &mut failures).await;
+        if error.is_expired() {
+            continue;
+        }
+        state.send_if_modified(|state| match state {
+            State::Unknown(text) => {
+                *text = error.to_string();
+                true
+            }
+            _ => false,
+        });
+        tokio::time::sleep(backoff(Duration::from_millis(100), Duration::from_secs(10), failures)).await;
+        failures += 1;
+    }
+}
+
+async fn follow_once(
+    client: &dyn Client,
+    namespace: &str,
+    reference: &Reference,
+    fields: &FieldSelector,
+    state: &watch::Sender<State>,
+    failures: &mut u32,
+) -> Result<std::convert::Infallible, Status> {
+    let kind = reference.kind();
+    let options = ListOptions { fields: fields.clone(), ..ListOptions::default() };
+    let list = client.list(kind, namespace, options).await?;
+    put(state, list.items.into_iter().next());
+    let mut from = list.revision;
+    loop {
+        let options = WatchOptions { fields: fields.clone(), from, ..WatchOptions::default() };
+        let mut events = client.watch(kind, namespace, options).await?;
+        while let Some(event) = events.next().await {
+            *failures = 0;
+            match event? {
+                WatchEvent::Added(object) | WatchEvent::Modified(object) => {
+                    from = object.revision();
+                    put(state, Some(object));
+                }
+                WatchEvent::Deleted(object) => {
+                    from = object.revision();
+                    put(state, None);
+                }
+                WatchEvent::Bookmark(revision) => from = revision,
+            }
+        }
+    }
+}
+
+fn put(state: &watch::Sender<State>, object: Option<Arc<Object>>) {
+    state.send_if_modified(|state| {
+        let same = match (&*state, &object) {
+            (State::Present(known), Some(object)) => known.revision() == object.revision(),
+            (State::Absent, None) => true,
+            _ => false,
+        };
+        if !same {
+            *state = object.map_or(State::Absent, State::Present);
+        }
+        !same
+    });
+}
+
+/// Objects that were looked up, by name: present, absent, or an error to tell.
+#[derive(Debug, Default)]
+pub struct Referenced {
+    pub config_maps: BTreeMap<String, Result<Option<Arc<core::ConfigMap>>, String>>,
+    pub secrets: BTreeMap<String, Result<Option<Arc<core::Secret>>, String>>,
+}
+
+impl Referenced {
+    /// `None` when it is absent and may be; an error, which is the message to show, when it may not.
+    pub fn config_map(&self, name: &str, optional: Option<bool>) -> Result<Option<Arc<core::ConfigMap>>, String> {
+        found(self.config_maps.get(name), "configmap", name, optional)
+    }
+
+    pub fn secret(&self, name: &str, optional: Option<bool>) -> Result<Option<Arc<core::Secret>>, String> {
+        found(self.secrets.get(name), "secret", name, optional)
+    }
+}
+
+fn found<T>(
+    entry: Option<&Result<Option<Arc<T>>, String>>,
+    kind: &str,
+    name: &str,
+    optional: Option<bool>,
+) -> Result<Option<Arc<T>>, String> {
+    match entry {
+        Some(Err(message)) => Err(message.clone()),
+        Some(Ok(Some(object))) => Ok(Some(object.clone())),
+        _ if optional == Some(true) => Ok(None),
+        _ => Err(format!("{kind} \"{name}\" not found")),
+    }
+}
+
+impl Held {
+    /// Waits until every object of `wanted` is known to be there or not.
+    pub async fn fetch(&self, wanted: BTreeSet<Reference>) -> Referenced {
+        let mut referenced = Referenced::default();
+        for reference in wanted {
+            let state = match self.0.get(&reference) {
+                Some(watched) => known(watched.state.clone(), &reference).await,
+                None => Ok(None),
+            };
+            match &reference {
+                Reference::ConfigMap(name) => {
+                    let view = state.map(|object| object.and_then(|object| minke_client::typed(&object)));
+                    referenced.config_maps.insert(name.clone(), view);
+                }
+                Reference::Secret(name) => {
+                    let view = state.map(|object| object.and_then(|object| minke_client::typed(&object)));
+                    referenced.secrets.insert(name.clone(), view);
+                }
+            }
+        }
+        referenced
+    }
+
+    /// A copy for a job, which keeps the watches alive while it runs.
+    pub fn share(&self) -> Held {
+        Held(self.0.clone())
+    }
+}
+
+async fn known(mut state: watch::Receiver<State>, reference: &Reference) -> Result<Option<Arc<Object>>, String> {
+    let decided = state.wait_for(|state| !matches!(state, State::Unknown(_)));
+    // Decided, ended or timed out: what there is now is the answer.
+    drop(tokio::time::timeout(PATIENCE, decided).await);
+    match &*state.borrow() {
+        State::Present(object) => return Ok(Some(object.clone())),
+        State::Absent => return Ok(None),
+        State::Unknown(error) if !error.is_empty() => return Err(error.clone()),
+        State::Unknown(_) => {}
+    }
+    Err(format!("failed to sync {} cache: timed out waiting for the condition", reference.kind().singular))
+}
+
+/// Everything a pod refers to: in environments, volumes and for pulling images.
+pub fn of_pod(pod: &Pod) -> BTreeSet<Reference> {
+    let mut wanted = of_volumes(pod);
+    for (_, container) in pod.containers() {
+        wanted.extend(of_env(container));
+    }
+    wanted.extend(of_pulls(pod));
+    wanted
+}
+
+pub fn of_pulls(pod: &Pod) -> BTreeSet<Reference> {
+    let secrets = pod.spec().image_pull_secrets.iter().flatten();
+    secrets.map(|secret| Reference::Secret(secret.name.clone())).collect()
+}
+
+pub fn of_env(container: &core::Container) -> BTreeSet<Reference> {
+    let mut wanted = BTreeSet::new();
+    for source in container.env_from.iter().flatten() {
+        wanted.extend(source.config_map_ref.iter().map(|from| Reference::ConfigMap(from.name.clone())));
+        wanted.extend(source.secret_ref.iter().map(|from| Reference::Secret(from.name.clone())));
+    }
+    for from in container.env.iter().flatten().filter_map(|variable| variable.value_from.as_ref()) {
+        wanted.extend(from.config_map_key_ref.iter().map(|from| Reference::ConfigMap(from.name.clone())));
+        wanted.extend(from.secret_key_ref.iter().map(|from| Reference::Secret(from.name.clone())));
+    }
+    wanted
+}
+
+pub fn of_volumes(pod: &Pod) -> BTreeSet<Reference> {
+    let mut wanted = BTreeSet::new();
+    for volume in pod.spec().volumes.iter().flatten() {
+        wanted.extend(volume.config_map.iter().map(|from| Reference::ConfigMap(from.name.clone())));
+        wanted.extend(volume.secret.iter().filter_map(|from| from.secret_name.clone()).map(Reference::Secret));
+        let projected = volume.projected.iter().flat_map(|projected| projected.sources.iter().flatten());
+        for source in projected {
+            wanted.extend(source.config_map.iter().map(|from| Reference::ConfigMap(from.name.clone())));
+            wanted.extend(source.secret.iter().map(|from| Reference::Secret(from.name.clone())));
+        }
+    }
+    wanted
+}

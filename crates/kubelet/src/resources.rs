@@ -1,0 +1,236 @@
+//! Requests and limits: the class of service, cgroup values, the out-of-memory score. Pure.
+//!
+//! The arithmetic is upstream's (pkg/kubelet/cm/helpers_linux.go, pkg/kubelet/qos/policy.go), in cgroup v1's
+//! units, which is what the runtime takes.
+
+use k8s_openapi::api::core::v1 as core;
+use minke_api::Quantity;
+use minke_runtime::Resources;
+
+use crate::pod::{Class, Pod};
+
+/// The period over which a CPU limit is enforced.
+const QUOTA_PERIOD_US: u64 = 100_000;
+const LEAST_QUOTA_US: i64 = 1_000;
+const LEAST_SHARES: u64 = 2;
+const MOST_SHARES: u64 = 262_144;
+/// Priority from which on a pod is critical to its node.
+const SYSTEM_CRITICAL: i32 = 2_000_000_000;
+
+pub fn request(resources: Option<&core::ResourceRequirements>, name: &str) -> Option<Quantity> {
+    Quantity::try_from(resources?.requests.as_ref()?.get(name)?).ok()
+}
+
+pub fn limit(resources: Option<&core::ResourceRequirements>, name: &str) -> Option<Quantity> {
+    Quantity::try_from(resources?.limits.as_ref()?.get(name)?).ok()
+}
+
+fn shares(milli_cpu: i64) -> u64 {
+    let shares = u64::try_from(milli_cpu).unwrap_or(0).saturating_mul(1024) / 1000;
+    shares.clamp(LEAST_SHARES, MOST_SHARES)
+}
+
+fn quota(milli_cpu: i64) -> i64 {
+    (milli_cpu.saturating_mul(QUOTA_PERIOD_US as i64) / 1000).max(LEAST_QUOTA_US)
+}
+
+/// `Guaranteed`, `Burstable` or `BestEffort`: what the API server says, or what it would say.
+pub fn qos_class(pod: &Pod) -> &'static str {
+    match pod.status().and_then(|status| status.qos_class.as_deref()) {
+        Some("Guaranteed") => return "Guaranteed",
+        Some("Burstable") => return "Burstable",
+        Some("BestEffort") => return "BestEffort",
+        _ => {}
+    }
+    let (mut any, mut guaranteed) = (false, true);
+    for (class, container) in pod.containers() {
+        if class == Class::Ephemeral {
+            continue;
+        }
+        for name in ["cpu", "memory"] {
+            let limit = limit(container.resources.as_ref(), name).filter(|q| !q.is_zero());
+            let request = request(container.resources.as_ref(), name).filter(|q| !q.is_zero()).or(limit);
+            any |= request.is_some() || limit.is_some();
+            guaranteed &= limit.is_some() && request == limit;
+        }
+    }
+    match (any, guaranteed) {
+        (false, _) => "BestEffort",
+        (true, true) => "Guaranteed",
+        (true, false) => "Burstable",
+    }
+}
+
+/// The pod's cgroup below the cluster's own, relative to the root of each hierarchy.
+pub fn cgroup(root: &str, pod: &Pod) -> String {
+    let uid = pod.uid();
+    match qos_class(pod) {
+        "Guaranteed" => format!("{root}/kubepods/pod{uid}"),
+        class => format!("{root}/kubepods/{}/pod{uid}", class.to_ascii_lowercase()),
+    }
+}
+
+pub fn of_container(container: &core::Container) -> Resources {
+    let resources = container.resources.as_ref();
+    let cpu_limit = limit(resources, "cpu").map(Quantity::milli_value).filter(|milli| *milli > 0);
+    let cpu = request(resources, "cpu").map(Quantity::milli_value).or(cpu_limit).unwrap_or(0);
+    Resources {
+        cpu_shares: Some(shares(cpu)),
+        cpu_quota_us: cpu_limit.map(quota),
+        cpu_period_us: cpu_limit.map(|_| QUOTA_PERIOD_US),
+        memory_limit: limit(resources, "memory").map(Quantity::value).filter(|bytes| *bytes > 0),
+        ..Resources::default()
+    }
+}
+
+/// What containers need together: those that run side by side summed up, or one init container with the
+/// sidecars before it, whichever is more. `None` when `each` is for any of them and `all` asks for all.
+fn total(pod: &Pod, all: bool, each: impl Fn(&core::Container) -> Option<i64>) -> Option<i64> {
+    let (mut together, mut sidecars, mut most) = (0i64, 0i64, 0i64);
+    for (class, container) in pod.containers() {
+        let one = match each(container) {
+            Some(one) => one,
+            None if all && class != Class::Ephemeral => return None,
+            None => 0,
+        };
+        match class {
+            Class::Init => most = most.max(sidecars.saturating_add(one)),
+            Class::Sidecar => {
+                sidecars = sidecars.saturating_add(one);
+                most = most.max(sidecars);
+            }
+            Class::Main => together = together.saturating_add(one),
+            Class::Ephemeral => {}
+        }
+    }
+    Some(most.max(together.saturating_add(sidecars)))
+}
+
+/// What a pod asks for, as the scheduler counts it: thousandths of a CPU for `cpu`, else units.
+pub fn pod_request(pod: &Pod, name: &str) -> i64 {
+    let units = |quantity: Quantity| if name == "cpu" { quantity.milli_value() } else { quantity.value() };
+    let pod_level = request(pod.spec().resources.as_ref(), name).map(units);
+    let sum = pod_level.or_else(|| {
+        total(pod, false, |c| {
+            let resources = c.resources.as_ref();
+            request(resources, name).or_else(|| limit(resources, name)).map(units)
+        })
+    });
+    let overhead = pod.spec().overhead.as_ref().and_then(|overhead| overhead.get(name));
+    let overhead = overhead.and_then(|q| Quantity::try_from(q).ok()).map_or(0, units);
+    sum.unwrap_or(0).saturating_add(overhead)
+}
+
+/// Limits of the pod's own cgroup: only what all its containers are limited in.
+pub fn of_pod(pod: &Pod) -> Resources {
+    let limits = |name: &'static str, units: fn(Quantity) -> i64| {
+        let pod_level = limit(pod.spec().resources.as_ref(), name).map(units);
+        pod_level.or_else(|| {
+            total(pod, true, |c| limit(c.resources.as_ref(), name).map(units).filter(|value| *value > 0))
+        })
+    };
+    let cpu_limit = limits("cpu", Quantity::milli_value);
+    Resources {
+        cpu_shares: Some(shares(pod_request(pod, "cpu"))),
+        cpu_quota_us: cpu_limit.map(quota),
+        cpu_period_us: cpu_limit.map(|_| QUOTA_PERIOD_US),
+        memory_limit: limits("memory", Quantity::value),
+        ..Resources::default()
+    }
+}
+
+/// Who goes first when memory runs out: the more a container may use beyond its request, the sooner.
+pub fn oom_score_adj(pod: &Pod, container: &core::Container, node_memory: u64) -> i32 {
+    if pod.spec().priority.is_some_and(|priority| priority >= SYSTEM_CRITICAL) {
+        return -997;
+    }
+    match qos_class(pod) {
+        "Guaranteed" => return -997,
+        "BestEffort" => return 1000,
+        _ => {}
+    }
+    let asked = request(container.resources.as_ref(), "memory").map_or(0, Quantity::value).max(0);
+    let share = 1000 * i128::from(asked) / i128::from(node_memory.max(1));
+    let score = i32::try_from(1000 - share).unwrap_or(0);
+    // Below 3 would be the Guaranteed ones'; 1000 is BestEffort's.
+    score.clamp(3, 999)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pod::tests::pod;
+    use serde_json::{Value, json};
+
+    fn with(resources: Value) -> Pod {
+        pod(json!({"spec": {"containers": [{"name": "c", "resources": resources}]}}))
+    }
+
+    #[track_caller]
+    fn check(resources: Value, class: &str, want: Resources) {
+        let pod = with(resources);
+        assert_eq!(qos_class(&pod), class);
+        assert_eq!(of_container(&pod.spec().containers[0]), want);
+    }
+
+    #[test]
+    fn limits_become_cgroup_values() {
+        let shares = |n| Resources { cpu_shares: Some(n), ..Resources::default() };
+        check(json!({}), "BestEffort", shares(2));
+        check(json!({"requests": {"cpu": "500m"}}), "Burstable", shares(512));
+        check(
+            json!({"limits": {"cpu": "500m", "memory": "64Mi"}}),
+            "Guaranteed",
+            Resources {
+                cpu_quota_us: Some(50_000),
+                cpu_period_us: Some(100_000),
+                memory_limit: Some(64 << 20),
+                ..shares(512)
+            },
+        );
+        check(
+            json!({"limits": {"cpu": "1m"}}),
+            "Burstable",
+            Resources { cpu_quota_us: Some(1_000), cpu_period_us: Some(100_000), ..shares(2) },
+        );
+    }
+
+    #[test]
+    fn a_pod_is_limited_only_when_all_its_containers_are() {
+        let both = pod(json!({"spec": {"containers": [
+            {"name": "a", "resources": {"limits": {"memory": "1Mi"}}},
+            {"name": "b", "resources": {"limits": {"memory": "2Mi", "cpu": "1"}}},
+        ]}}));
+        let limits = of_pod(&both);
+        assert_eq!((limits.memory_limit, limits.cpu_quota_us), (Some(3 << 20), None));
+        assert_eq!(cgroup("minke-x", &both), "minke-x/kubepods/burstable/podu-1");
+        assert_eq!(cgroup("m", &with(json!({"limits": {"cpu": 1, "memory": "1Mi"}}))), "m/kubepods/podu-1");
+    }
+
+    #[test]
+    fn init_containers_count_when_they_need_more_than_the_rest() {
+        let cpu = |n: &str| json!({"requests": {"cpu": n}});
+        let pod = pod(json!({"spec": {
+            "initContainers": [
+                {"name": "s", "restartPolicy": "Always", "resources": cpu("1")},
+                {"name": "i", "resources": cpu("3")},
+            ],
+            "containers": [{"name": "c", "resources": cpu("2")}],
+            "overhead": {"cpu": "100m"},
+        }}));
+        assert_eq!(pod_request(&pod, "cpu"), 4_100);
+    }
+
+    #[test]
+    fn out_of_memory_scores_follow_the_class() {
+        let score = |resources| {
+            let pod = with(resources);
+            oom_score_adj(&pod, &pod.spec().containers[0], 1 << 30)
+        };
+        assert_eq!(score(json!({})), 1000);
+        assert_eq!(score(json!({"limits": {"cpu": 1, "memory": "1Mi"}})), -997);
+        assert_eq!(score(json!({"requests": {"memory": "512Mi"}})), 500);
+        assert_eq!(score(json!({"requests": {"memory": "10Gi"}})), 3);
+        assert_eq!(score(json!({"requests": {"cpu": "1"}})), 999);
+    }
+}

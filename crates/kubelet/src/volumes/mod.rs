@@ -1,0 +1,282 @@
+//! The volumes of a pod: set up before its sandbox, kept current while it runs, gone after it.
+//!
+//! What is to stand in a volume is decided in [`content`], how it gets there without a reader ever seeing
+//! half of it in [`atomic`]. Volumes of other kinds than those here are refused with a clear message.
+
+mod atomic;
+mod content;
+mod mounts;
+mod subpath;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1 as core;
+use minke_api::{Kind, Quantity};
+use minke_client::{Client, Target};
+use minke_runtime::{Mount, Propagation};
+use serde_json::json;
+
+use crate::container::Paths;
+use crate::env::{Facts, expand};
+use crate::pod::Pod;
+use crate::references::{self, Held, Referenced};
+
+pub use content::Token;
+pub use mounts::{clean_up, is_mounted};
+
+/// Tokens that were asked for, by volume and path; kept so that an update of a volume needs no new one.
+pub type Tokens = BTreeMap<(String, String), Token>;
+
+/// What is needed to set volumes up.
+#[derive(Clone)]
+pub struct Volumes {
+    pub paths: Paths,
+    pub client: Arc<dyn Client>,
+}
+
+/// Whether contents of the pod's volumes may change while it runs.
+pub fn are_live(pod: &Pod) -> bool {
+    pod.spec().volumes.iter().flatten().any(|v| {
+        v.config_map.is_some() || v.secret.is_some() || v.projected.is_some() || v.downward_api.is_some()
+    })
+}
+
+impl Volumes {
+    /// Sets up all volumes of `pod`, or brings them up to date; done twice it changes nothing. Returns when
+    /// a token needs renewal. The error is the text of the `FailedMount` event.
+    pub async fn mount(
+        &self,
+        pod: &Pod,
+        held: &Held,
+        tokens: &mut Tokens,
+        facts: &Facts,
+    ) -> Result<Option<Timestamp>, String> {
+        let referenced = held.fetch(references::of_volumes(pod)).await;
+        let mut renewal: Option<Timestamp> = None;
+        for volume in pod.spec().volumes.iter().flatten() {
+            let failed = |why: String| format!("MountVolume.SetUp failed for volume \"{}\" : {why}", volume.name);
+            if let Some(projected) = &volume.projected {
+                let at = self.renew_tokens(pod, &volume.name, projected, tokens).await.map_err(failed)?;
+                renewal = [renewal, at].into_iter().flatten().min();
+            }
+            let content = content::of(pod, volume, &referenced, tokens, facts).map_err(failed)?;
+            let (paths, pod, volume) = (self.paths.clone(), pod.clone(), volume.clone());
+            let setup = tokio::task::spawn_blocking(move || set_up(&paths, &pod, &volume, content));
+            setup.await.map_err(|error| failed(error.to_string()))?.map_err(failed)?;
+        }
+        Ok(renewal)
+    }
+
+    async fn renew_tokens(
+        &self,
+        pod: &Pod,
+        volume: &str,
+        projected: &core::ProjectedVolumeSource,
+        tokens: &mut Tokens,
+    ) -> Result<Option<Timestamp>, String> {
+        let mut renewal: Option<Timestamp> = None;
+        let sources = projected.sources.iter().flatten();
+        for source in sources.filter_map(|source| source.service_account_token.as_ref()) {
+            let key = (volume.to_owned(), source.path.clone());
+            let now = Timestamp::now();
+            let at = match tokens.get(&key) {
+                Some(token) if token.renew_at > now => token.renew_at,
+                _ => {
+                    let token = self.request_token(pod, source, now).await?;
+                    let at = token.renew_at;
+                    tokens.insert(key, token);
+                    at
+                }
+            };
+            renewal = Some(renewal.map_or(at, |known| known.min(at)));
+        }
+        Ok(renewal)
+    }
+
+    async fn request_token(
+        &self,
+        pod: &Pod,
+        source: &core::ServiceAccountTokenProjection,
+        now: Timestamp,
+    ) -> Result<Token, String> {
+        let account = pod.spec().service_account_name.as_deref().unwrap_or("default");
+        let audiences: Vec<&str> = source.audience.iter().map(String::as_str).filter(|a| !a.is_empty()).collect();
+        let body = json!({
+            "kind": "TokenRequest",
+            "apiVersion": "authentication.k8s.io/v1",
+            "metadata": {"namespace": pod.namespace(), "name": account},
+            "spec": {
+                "audiences": audiences,
+                "expirationSeconds": source.expiration_seconds.unwrap_or(3600),
+                "boundObjectRef": {"kind": "Pod", "apiVersion": "v1", "name": pod.name(), "uid": pod.uid()},
+            },
+        });
+        let target = Target::object(Kind::of::<core::ServiceAccount>(), pod.namespace(), account).sub("token");
+        let answer = self.client.post(target, body).await;
+        let answer = answer.map_err(|error| format!("failed to fetch token: {error}"))?;
+        let text = |path: &str| answer.pointer(path).and_then(|value| value.as_str());
+        let token = text("/status/token").ok_or("failed to fetch token: the answer has none")?;
+        let expires: Option<Timestamp> = text("/status/expirationTimestamp").and_then(|time| time.parse().ok());
+        let seconds = source.expiration_seconds.unwrap_or(3600);
+        let expires = expires.unwrap_or(now + SignedDuration::from_secs(seconds));
+        // At 80 % of its life or after a day, and not all pods at the same moment.
+        let life = expires.duration_since(now).min(SignedDuration::from_hours(30));
+        let jitter = SignedDuration::from_millis(rand::random_range(0..10_000));
+        let renew_at = now + life * 4 / 5 + jitter.min(life / 10);
+        Ok(Token { text: token.to_owned(), renew_at: renew_at.min(now + SignedDuration::from_hours(24)) })
+    }
+
+    /// The mounts of one container. The error is the message of `CreateContainerConfigError`.
+    pub async fn container_mounts(
+        &self,
+        pod: &Pod,
+        container: &core::Container,
+        env: &[(String, String)],
+    ) -> Result<Vec<Mount>, String> {
+        let mut mounts = vec![];
+        for (index, mount) in container.volume_mounts.iter().flatten().enumerate() {
+            let volume = pod.spec().volumes.iter().flatten().find(|volume| volume.name == mount.name);
+            let Some(volume) = volume else {
+                return Err(format!("cannot find volume \"{}\" to mount into container \"{}\"", mount.name, container.name));
+            };
+            let mut host_path = dir(&self.paths, pod, volume);
+            let lookup = |name: &str| env.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone());
+            let sub = match (&mount.sub_path, &mount.sub_path_expr) {
+                (Some(sub), _) if !sub.is_empty() => Some(sub.clone()),
+                (_, Some(expr)) if !expr.is_empty() => Some(expand(expr, lookup)),
+                _ => None,
+            };
+            if let Some(sub) = sub {
+                let target = self.paths.subpaths(pod.uid()).join(&volume.name).join(&container.name).join(index.to_string());
+                let bind = tokio::task::spawn_blocking(move || subpath::bind(&host_path, &sub, &target).map(|()| target));
+                let failed = || format!("failed to prepare subPath for volumeMount \"{}\" of container \"{}\"", mount.name, container.name);
+                host_path = bind.await.ok().and_then(Result::ok).ok_or_else(failed)?;
+            }
+            let readonly = mount.read_only == Some(true) || always_readonly(volume);
+            mounts.push(Mount {
+                host_path,
+                container_path: absolute(&mount.mount_path),
+                readonly,
+                recursive_readonly: readonly
+                    && matches!(mount.recursive_read_only.as_deref(), Some("Enabled" | "IfPossible")),
+                propagation: match mount.mount_propagation.as_deref() {
+                    Some("HostToContainer") => Propagation::HostToContainer,
+                    Some("Bidirectional") => Propagation::Bidirectional,
+                    _ => Propagation::Private,
+                },
+            });
+        }
+        Ok(mounts)
+    }
+}
+
+fn absolute(path: &str) -> PathBuf {
+    Path::new("/").join(path)
+}
+
+fn always_readonly(volume: &core::Volume) -> bool {
+    volume.config_map.is_some() || volume.secret.is_some() || volume.projected.is_some() || volume.downward_api.is_some()
+}
+
+/// Where a volume lies on the node.
+fn dir(paths: &Paths, pod: &Pod, volume: &core::Volume) -> PathBuf {
+    let plugin = match volume {
+        core::Volume { host_path: Some(host), .. } => return PathBuf::from(&host.path),
+        core::Volume { config_map: Some(_), .. } => "kubernetes.io~configmap",
+        core::Volume { secret: Some(_), .. } => "kubernetes.io~secret",
+        core::Volume { projected: Some(_), .. } => "kubernetes.io~projected",
+        core::Volume { downward_api: Some(_), .. } => "kubernetes.io~downward-api",
+        _ => "kubernetes.io~empty-dir",
+    };
+    paths.volumes(pod.uid()).join(plugin).join(&volume.name)
+}
+
+/// Blocking. `content` is what the volume is to hold, for those whose contents are ours.
+fn set_up(
+    paths: &Paths,
+    pod: &Pod,
+    volume: &core::Volume,
+    content: Option<content::Content>,
+) -> Result<(), String> {
+    let dir = dir(paths, pod, volume);
+    if let Some(host) = &volume.host_path {
+        return host_path(Path::new(&host.path), host.type_.as_deref().unwrap_or_default());
+    }
+    let group = pod.spec().security_context.as_ref().and_then(|context| context.fs_group);
+    let group = group.and_then(|group| u32::try_from(group).ok());
+    let say = |error: std::io::Error| format!("{}: {error}", dir.display());
+    if let Some(empty) = &volume.empty_dir {
+        let fresh = !dir.exists();
+        fs::create_dir_all(&dir).map_err(say)?;
+        match empty.medium.as_deref().unwrap_or_default() {
+            "" => {}
+            "Memory" => {
+                let limit = empty.size_limit.as_ref().and_then(|limit| Quantity::try_from(limit).ok());
+                mounts::tmpfs(&dir, limit.map(Quantity::value).filter(|bytes| *bytes > 0)).map_err(say)?;
+            }
+            other => return Err(format!("storage medium \"{other}\" is not supported")),
+        }
+        if fresh {
+            let mode = empty.mode.and_then(|mode| u32::try_from(mode).ok()).unwrap_or(0o777);
+            fs::set_permissions(&dir, fs::Permissions::from_mode(mode)).map_err(say)?;
+            if let Some(group) = group {
+                atomic::own(&dir, group, true).map_err(say)?;
+            }
+        }
+        return Ok(());
+    }
+    let Some(content) = content else { return Err("no volume plugin matched".to_owned()) };
+    fs::create_dir_all(&dir).map_err(say)?;
+    // What may be secret is never on a disk.
+    if volume.config_map.is_none() {
+        mounts::tmpfs(&dir, None).map_err(say)?;
+    }
+    atomic::write(&dir, &content, group).map_err(say)
+}
+
+fn host_path(path: &Path, kind: &str) -> Result<(), String> {
+    let shown = path.display();
+    let say = |error: std::io::Error| format!("{shown}: {error}");
+    let type_ = fs::metadata(path).ok().map(|found| found.file_type());
+    let failed = |what: &str| Err(format!("hostPath type check failed: {shown} is not {what}"));
+    match (kind, type_) {
+        ("" | "DirectoryOrCreate", None) => {
+            fs::create_dir_all(path).map_err(say)?;
+            fs::set_permissions(path, fs::Permissions::from_mode(0o755)).map_err(say)
+        }
+        ("FileOrCreate", None) => {
+            fs::File::create_new(path).map_err(say)?;
+            fs::set_permissions(path, fs::Permissions::from_mode(0o644)).map_err(say)
+        }
+        ("", Some(_)) => Ok(()),
+        ("Directory" | "DirectoryOrCreate", type_) => match type_.is_some_and(|t| t.is_dir()) {
+            true => Ok(()),
+            false => failed("a directory"),
+        },
+        ("File" | "FileOrCreate", type_) => match type_.is_some_and(|t| t.is_file()) {
+            true => Ok(()),
+            false => failed("a file"),
+        },
+        ("Socket", type_) if type_.is_some_and(|t| t.is_socket()) => Ok(()),
+        ("CharDevice", type_) if type_.is_some_and(|t| t.is_char_device()) => Ok(()),
+        ("BlockDevice", type_) if type_.is_some_and(|t| t.is_block_device()) => Ok(()),
+        ("Socket", _) => failed("a socket file"),
+        ("CharDevice", _) => failed("a character device"),
+        ("BlockDevice", _) => failed("a block device"),
+        (other, _) => Err(format!("{other} is an invalid volume type")),
+    }
+}
+
+/// Names of the objects that volumes could not be without, for messages.
+pub fn unmounted(pod: &Pod) -> String {
+    let names: Vec<&str> = pod.spec().volumes.iter().flatten().map(|volume| volume.name.as_str()).collect();
+    format!("[{}]", names.join(" "))
+}
+
+pub(crate) use content::Content;
+pub(crate) type Lookups<'a> = &'a Referenced;

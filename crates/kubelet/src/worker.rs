@@ -1,0 +1,689 @@
+//! The task of one pod: a mailbox, a picture, and a loop of plan, act, tell.
+//!
+//! Everything that takes a while is a [`Job`] of its own task, whose result comes back into the picture;
+//! the loop itself never waits for anything but news. Stopping the agent drops the task and with it
+//! whatever jobs run, and leaves the containers as they are.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1 as core;
+use minke_api::{Kind, Object, Quantity, Status};
+use minke_client::{Client, DeleteOptions, Informer, Patch, Target};
+use minke_network::EndpointDrain;
+use minke_runtime::{ContainerState, ContainerStatus, Event, Runtime, SandboxState, SandboxStatus};
+use serde_json::Value;
+use tokio::sync::mpsc;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio_util::sync::CancellationToken;
+
+use crate::container::Paths;
+use crate::env::Facts;
+use crate::etc::Dns;
+use crate::events::Recorder;
+use crate::images::Images;
+use crate::jobs::{self, Done};
+use crate::network::PodNetwork;
+use crate::observed::{ADDRESS_ANNOTATION, Cleanup, Job, Observed, ProbeState, Retry, Waiting};
+use crate::plan::{Action, Kill, plan};
+use crate::pod::{Class, Pod};
+use crate::probes;
+use crate::references::{Held, References};
+use crate::status;
+use crate::volumes::{self, Tokens, Volumes};
+
+/// What all workers of a node share.
+pub struct Context {
+    pub node_name: String,
+    pub node_ip: IpAddr,
+    /// `v1.37.0`
+    pub version: String,
+    pub paths: Paths,
+    pub cgroup_root: String,
+    pub dns: Dns,
+    pub runtime: Arc<dyn Runtime>,
+    pub images: Images,
+    pub network: Arc<dyn PodNetwork>,
+    pub drain: Arc<dyn EndpointDrain>,
+    pub client: Arc<dyn Client>,
+    pub references: References,
+    pub volumes: Volumes,
+    pub events: Recorder,
+    pub services: Arc<Informer>,
+    /// Bytes.
+    pub node_memory: u64,
+    pub allocatable: BTreeMap<String, Quantity>,
+    pub seccomp_default: bool,
+    pub seccomp_dir: PathBuf,
+    pub owners: Owners,
+}
+
+/// Which pod a sandbox is of, for events of the runtime that name only the sandbox.
+#[derive(Default)]
+pub struct Owners(Mutex<HashMap<String, String>>);
+
+impl Owners {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, String>> {
+        self.0.lock().expect("nothing panics while the map is locked")
+    }
+
+    pub fn put(&self, sandbox: &str, uid: &str) {
+        self.lock().insert(sandbox.to_owned(), uid.to_owned());
+    }
+
+    pub fn forget(&self, sandbox: &str) {
+        self.lock().remove(sandbox);
+    }
+
+    pub fn of(&self, sandbox: &str) -> Option<String> {
+        self.lock().get(sandbox).cloned()
+    }
+}
+
+impl Context {
+    pub fn facts(&self, pod_ip: Option<IpAddr>) -> Facts {
+        Facts { host_ip: Some(self.node_ip), pod_ip, allocatable: self.allocatable.clone() }
+    }
+
+    /// `1.37`
+    pub fn short_version(&self) -> String {
+        let mut parts = self.version.trim_start_matches('v').split('.');
+        format!("{}.{}", parts.next().unwrap_or_default(), parts.next().unwrap_or_default())
+    }
+}
+
+/// News for a worker.
+pub enum Message {
+    Pod(Pod),
+    /// The API server has no such pod any more.
+    Gone,
+    Runtime(Event),
+    /// A job tells of a container while it goes on.
+    Container(ContainerStatus),
+    Probe { container_id: String, kind: probes::Kind, state: ProbeState },
+    /// An object that the pod refers to changed.
+    Changed,
+    /// Events were missed: this is what the runtime has of the pod.
+    Resync(Vec<SandboxStatus>),
+}
+
+pub struct Worker {
+    context: Arc<Context>,
+    pod: Pod,
+    o: Observed,
+    held: Held,
+    tokens: Tokens,
+    /// When the contents of volumes must be looked at again.
+    volumes_due: Option<Timestamp>,
+    image_failures: HashMap<String, u32>,
+    jobs: JoinSet<Done>,
+    job_ids: HashMap<tokio::task::Id, Job>,
+    probes: HashMap<(String, probes::Kind), AbortHandle>,
+    /// Ends jobs that only make sense while the pod is to run.
+    cancel: CancellationToken,
+    inbox: mpsc::UnboundedReceiver<Message>,
+    me: mpsc::UnboundedSender<Message>,
+    told: Told,
+    wake: Option<Timestamp>,
+}
+
+/// What the API server was told of the pod's status.
+struct Told {
+    /// The last status that was worked out.
+    last: core::PodStatus,
+    /// What the API server has of it, as far as is known.
+    written: Value,
+    writing: JoinSet<(Value, Result<Arc<Object>, Status>)>,
+    retry: Option<(Timestamp, u32)>,
+}
+
+impl Worker {
+    /// `sandboxes` is what the runtime has of the pod already. `rejected` refuses to run it.
+    pub fn new(
+        context: Arc<Context>,
+        pod: Pod,
+        sandboxes: Vec<SandboxStatus>,
+        rejected: Option<(String, String)>,
+        (me, inbox): (mpsc::UnboundedSender<Message>, mpsc::UnboundedReceiver<Message>),
+    ) -> Worker {
+        let last = pod.status().cloned().unwrap_or_default();
+        let written = pod.object().value().get("status").cloned().unwrap_or_default();
+        let told = Told { last, written, writing: JoinSet::new(), retry: None };
+        let mut worker = Worker {
+            context,
+            pod,
+            o: Observed { rejected, ..Observed::default() },
+            held: Held::default(),
+            tokens: Tokens::default(),
+            volumes_due: None,
+            image_failures: HashMap::new(),
+            jobs: JoinSet::new(),
+            job_ids: HashMap::new(),
+            probes: HashMap::new(),
+            cancel: CancellationToken::new(),
+            inbox,
+            me,
+            told,
+            wake: None,
+        };
+        worker.adopt(sandboxes);
+        worker
+    }
+
+    /// Takes over what runs. Containers that were ready or started are so still, as the API server
+    /// shows them, until a probe says otherwise.
+    fn adopt(&mut self, mut sandboxes: Vec<SandboxStatus>) {
+        sandboxes.sort_by_key(|sandbox| (sandbox.spec.attempt, sandbox.created_at));
+        for sandbox in &mut sandboxes {
+            self.context.owners.put(&sandbox.spec.id, self.pod.uid());
+            // The address of a sandbox that is down may be another's by now.
+            if sandbox.state == SandboxState::NotReady {
+                sandbox.spec.annotations.remove(ADDRESS_ANNOTATION);
+            }
+        }
+        self.o.sandboxes = sandboxes;
+        let containers: Vec<ContainerStatus> = self.o.all_containers().cloned().collect();
+        for container in containers {
+            self.observe(&container);
+            let id = format!("{}{}", status::ID_PREFIX, container.id);
+            let lists = [&self.told.last.container_statuses, &self.told.last.init_container_statuses];
+            let known = lists.into_iter().flatten().flatten().find(|known| known.container_id.as_ref() == Some(&id));
+            let (Some(known), Some(probes)) = (known, self.o.probes.get_mut(&container.id)) else { continue };
+            if known.started == Some(true) {
+                probes.startup = probes.startup.map(|_| ProbeState::Success);
+            }
+            if known.ready {
+                probes.readiness = probes.readiness.map(|_| ProbeState::Success);
+            }
+        }
+    }
+
+    /// Runs until nothing of the pod is left, or until it is dropped.
+    pub async fn run(mut self) {
+        let (context, me) = (self.context.clone(), self.me.clone());
+        self.hold(&context, &me);
+        loop {
+            if self.step() {
+                return;
+            }
+            let sleep = self.sleep();
+            tokio::select! {
+                Some(message) = self.inbox.recv() => {
+                    self.take(message);
+                    while let Ok(message) = self.inbox.try_recv() {
+                        self.take(message);
+                    }
+                }
+                Some(done) = self.jobs.join_next_with_id() => self.take_done(done),
+                Some(written) = self.told.writing.join_next() => self.take_written(written),
+                () = sleep => {}
+            }
+        }
+    }
+
+    fn sleep(&self) -> impl Future<Output = ()> + use<> {
+        let times = [self.wake, self.volumes_due, self.told.retry.map(|(at, _)| at)];
+        let wait = times.into_iter().flatten().min().map(|at| at.duration_since(Timestamp::now()));
+        let wait = wait.map(|wait| Duration::try_from(wait).unwrap_or_default() + Duration::from_millis(1));
+        async move {
+            match wait {
+                Some(wait) => tokio::time::sleep(wait).await,
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    fn hold(&mut self, context: &Context, me: &mpsc::UnboundedSender<Message>) {
+        let me = me.downgrade();
+        let changed = move || me.upgrade().is_some_and(|me| me.send(Message::Changed).is_ok());
+        context.references.hold(&self.pod, &mut self.held, changed);
+    }
+
+    fn take(&mut self, message: Message) {
+        match message {
+            Message::Pod(pod) => self.take_pod(pod),
+            Message::Gone => self.o.gone = true,
+            Message::Container(status) => self.take_container(status),
+            Message::Runtime(Event::ContainerExited { status }) => self.take_container(*status),
+            Message::Runtime(Event::ContainerStarted { .. }) => {}
+            Message::Runtime(Event::SandboxExited { sandbox_id }) => {
+                if let Some(sandbox) = self.o.sandboxes.iter_mut().find(|s| s.spec.id == sandbox_id) {
+                    sandbox.state = SandboxState::NotReady;
+                }
+            }
+            Message::Probe { container_id, kind, state } => {
+                if let Some(probes) = self.o.probes.get_mut(&container_id) {
+                    match kind {
+                        probes::Kind::Startup => probes.startup = Some(state),
+                        probes::Kind::Liveness => probes.liveness = Some(state),
+                        probes::Kind::Readiness => probes.readiness = Some(state),
+                    }
+                }
+            }
+            Message::Changed => self.take_change(),
+            Message::Resync(sandboxes) => {
+                for sandbox in sandboxes {
+                    if let Some(known) = self.o.sandboxes.iter_mut().find(|s| s.spec.id == sandbox.spec.id) {
+                        known.state = sandbox.state;
+                    }
+                    for container in sandbox.containers {
+                        self.take_container(container);
+                    }
+                }
+            }
+        }
+    }
+
+    fn take_pod(&mut self, pod: Pod) {
+        if pod.object().revision() < self.pod.object().revision() {
+            return;
+        }
+        let metadata = |pod: &Pod| {
+            let metadata = &pod.typed().metadata;
+            (metadata.labels.clone(), metadata.annotations.clone())
+        };
+        let relabelled = metadata(&pod) != metadata(&self.pod);
+        let respecified = pod.spec() != self.pod.spec();
+        self.pod = pod;
+        if respecified {
+            let (context, me) = (self.context.clone(), self.me.clone());
+            self.hold(&context, &me);
+        }
+        if relabelled && volumes::are_live(&self.pod) {
+            self.volumes_due = Some(Timestamp::now());
+        }
+        // Readiness gates are conditions that others write.
+        let theirs = self.pod.status().and_then(|status| status.conditions.clone()).unwrap_or_default();
+        let ours = self.told.last.conditions.get_or_insert_default();
+        ours.extend(theirs.into_iter().filter(|theirs| !ours.iter().any(|ours| ours.type_ == theirs.type_)).collect::<Vec<_>>());
+    }
+
+    fn take_container(&mut self, status: ContainerStatus) {
+        let id = status.id.clone();
+        self.o.put_container(status);
+        if let Some(status) = self.o.by_id(&id).cloned() {
+            self.observe(&status);
+        }
+    }
+
+    /// Keeps what belongs to a container in step with its state.
+    fn observe(&mut self, status: &ContainerStatus) {
+        let Some((_, container)) = self.pod.container(&status.name) else { return };
+        match status.state {
+            ContainerState::Running => {
+                self.o.probes.entry(status.id.clone()).or_insert_with(|| probes::initial(container));
+            }
+            ContainerState::Exited => {
+                self.o.probes.remove(&status.id);
+                self.o.kills.remove(&status.id);
+                if !self.o.messages.contains_key(&status.id) {
+                    let words = jobs::last_words(&self.context.paths, &self.pod, container, status);
+                    self.o.messages.insert(status.id.clone(), words);
+                }
+            }
+            ContainerState::Created => {}
+        }
+    }
+
+    fn take_change(&mut self) {
+        if volumes::are_live(&self.pod) {
+            self.volumes_due = Some(Timestamp::now());
+        }
+        self.o.retries.retain(|_, retry| !retry.on_change);
+        self.o.waiting.retain(|_, waiting| !waiting.on_change);
+    }
+
+    /// Plans and starts what is planned; true when the pod is done with.
+    fn step(&mut self) -> bool {
+        loop {
+            let now = Timestamp::now();
+            let plan = plan(&self.pod, &self.o, now);
+            self.wake = plan.wake;
+            let mut again = false;
+            let mut delete = false;
+            for action in plan.actions {
+                match action {
+                    Action::Exit => return true,
+                    Action::Delete => delete = true,
+                    action => again |= self.act(action, now),
+                }
+            }
+            if again {
+                continue;
+            }
+            self.refresh_volumes(now);
+            self.keep_probes();
+            let settled = self.tell(now);
+            if delete && settled {
+                self.spawn(Job::Delete, jobs::delete(self.context.clone(), self.pod.clone()));
+            }
+            return false;
+        }
+    }
+
+    fn spawn(&mut self, job: Job, work: impl Future<Output = Done> + Send + 'static) {
+        self.o.running_jobs.insert(job.clone());
+        // The count of failures goes on until the job succeeds.
+        if let Some(retry) = self.o.retries.get_mut(&job) {
+            retry.at = Timestamp::MIN;
+        }
+        let id = self.jobs.spawn(work).id();
+        self.job_ids.insert(id, job);
+    }
+
+    /// Starts an action; true when it changed the picture at once.
+    fn act(&mut self, action: Action, now: Timestamp) -> bool {
+        let (context, pod) = (self.context.clone(), self.pod.clone());
+        match action {
+            Action::End(ending) => {
+                tracing::info!(pod = %pod.long_name(), cause = ?ending.cause, grace = ending.grace, "Ending pod");
+                self.o.ending = Some(ending);
+                self.cancel.cancel();
+                return true;
+            }
+            Action::MountVolumes => {
+                let facts = context.facts(self.address());
+                let job = jobs::mount(context, pod, self.held.share(), self.tokens.clone(), facts, self.cancel.clone());
+                self.spawn(Job::Volumes, job);
+            }
+            Action::CreateSandbox { attempt } => {
+                let old = self.o.current_sandbox().map(|sandbox| sandbox.spec.clone());
+                if let Some(sandbox) = self.o.sandboxes.last_mut() {
+                    // The job gives the old address back.
+                    sandbox.spec.annotations.remove(ADDRESS_ANNOTATION);
+                }
+                self.spawn(Job::Sandbox, jobs::create_sandbox(context, pod, attempt, old));
+            }
+            Action::Start { name, attempt, backoff } => {
+                let Some(sandbox) = self.o.ready_sandbox() else { return false };
+                let start = jobs::Start {
+                    sandbox_id: sandbox.spec.id.clone(),
+                    name: name.clone(),
+                    attempt,
+                    backoff,
+                    address: self.address(),
+                    cancel: self.cancel.clone(),
+                    worker: self.me.clone(),
+                };
+                let job = jobs::start(context, pod, self.held.share(), start);
+                self.spawn(Job::Start(name), job);
+            }
+            Action::Kill { id, name, why, deadline } => {
+                let count = self.o.kills.get(&id).map_or(0, |(_, count)| count + 1);
+                self.o.kills.insert(id.clone(), (deadline, count));
+                let kill = jobs::Kill {
+                    id: id.clone(),
+                    name,
+                    why,
+                    deadline,
+                    first: count == 0,
+                    address: self.address(),
+                    drain: self.o.address().filter(|_| why == Kill::Ending),
+                };
+                self.spawn(Job::Kill(id, count), jobs::kill(context, pod, kill));
+            }
+            Action::RemoveContainer(id) => {
+                let name = self.o.by_id(&id).map(|c| c.name.clone()).unwrap_or_default();
+                let job = jobs::remove_container(context, pod, name, id.clone());
+                self.spawn(Job::RemoveContainer(id), job);
+            }
+            Action::RemoveSandbox(id) => {
+                let job = jobs::remove_sandbox(context, id.clone());
+                self.spawn(Job::RemoveSandbox(id), job);
+            }
+            Action::AnnounceBackoff { name, key } => {
+                self.announce(&name);
+                self.o.announced.insert(key);
+                return true;
+            }
+            Action::Teardown { remove } => {
+                let sandboxes = self.o.sandboxes.iter().map(|sandbox| sandbox.spec.clone()).collect();
+                for sandbox in &mut self.o.sandboxes {
+                    sandbox.spec.annotations.remove(ADDRESS_ANNOTATION);
+                }
+                self.held = Held::default();
+                self.spawn(Job::Teardown, jobs::teardown(context, pod, sandboxes, remove));
+            }
+            Action::Delete | Action::Exit => {}
+        }
+        let _ = now;
+        false
+    }
+
+    /// The pod's address, or the node's when it has the node's network.
+    fn address(&self) -> Option<IpAddr> {
+        if self.pod.host_network() { Some(self.context.node_ip) } else { self.o.address() }
+    }
+
+    fn announce(&self, name: &str) {
+        let (events, pod) = (&self.context.events, &self.pod);
+        match self.o.waiting.get(name) {
+            Some(Waiting { later: Some((reason, _)), .. }) => {
+                let image = pod.container(name).and_then(|(_, c)| c.image.clone()).unwrap_or_default();
+                events.normal(pod, Some(name), "BackOff", format!("Back-off pulling image \"{image}\""));
+                events.warning(pod, Some(name), "Failed", format!("Error: {reason}"));
+            }
+            _ => {
+                let message = format!("Back-off restarting failed container {name} in pod {}", pod.long_name());
+                events.warning(pod, Some(name), "BackOff", message);
+            }
+        }
+    }
+
+    /// Brings live volumes up to date when an object changed or a token grows old.
+    fn refresh_volumes(&mut self, now: Timestamp) {
+        let due = self.volumes_due.is_some_and(|due| due <= now);
+        let busy = self.o.is_running(&Job::Volumes);
+        if !due || busy || !self.o.volumes || self.o.ending.is_some() {
+            if due && !busy {
+                self.volumes_due = None;
+            }
+            return;
+        }
+        self.volumes_due = None;
+        self.act(Action::MountVolumes, now);
+    }
+
+    /// One task for each probe of each running container, and none for others.
+    fn keep_probes(&mut self) {
+        let mut wanted = vec![];
+        for container in self.o.all_containers().filter(|c| c.state == ContainerState::Running) {
+            let Some((class, spec)) = self.pod.container(&container.name) else { continue };
+            let known = self.o.probes.get(&container.id).copied().unwrap_or_default();
+            if matches!(class, Class::Init | Class::Ephemeral) {
+                continue;
+            }
+            let ending = self.o.ending.is_some();
+            for kind in [probes::Kind::Startup, probes::Kind::Liveness, probes::Kind::Readiness] {
+                let due = match kind {
+                    probes::Kind::Startup => !known.started() && !ending,
+                    probes::Kind::Liveness => known.started() && !ending,
+                    probes::Kind::Readiness => known.started(),
+                };
+                if due && kind.of(spec).is_some() {
+                    wanted.push((container.id.clone(), container.name.clone(), kind, container.started_at));
+                }
+            }
+        }
+        self.probes.retain(|(id, kind), task| {
+            let keep = wanted.iter().any(|(wanted, _, wanted_kind, _)| wanted == id && wanted_kind == kind);
+            if !keep {
+                task.abort();
+            }
+            keep
+        });
+        for (id, name, kind, started_at) in wanted {
+            let key = (id.clone(), kind);
+            if self.probes.contains_key(&key) {
+                continue;
+            }
+            let started_at = started_at.unwrap_or_else(Timestamp::now);
+            let (context, pod, me) = (self.context.clone(), self.pod.clone(), self.me.clone());
+            let task = probes::run(context, pod, id, name, kind, started_at, self.address(), me);
+            self.probes.insert(key, tokio::spawn(task).abort_handle());
+        }
+    }
+
+    /// Works the status out and writes it when it differs; true when the API server has it.
+    fn tell(&mut self, now: Timestamp) -> bool {
+        if self.o.gone {
+            return true;
+        }
+        let status = status::status(&self.pod, &self.o, self.context.node_ip, &self.told.last, now);
+        let wanted = minke_client::body(&status);
+        let mut last = status;
+        // Conditions of others stay in view, for readiness gates and transition times.
+        let known = self.told.last.conditions.take().unwrap_or_default();
+        let ours = last.conditions.get_or_insert_default();
+        ours.extend(known.into_iter().filter(|known| !ours.iter().any(|ours| ours.type_ == known.type_)).collect::<Vec<_>>());
+        self.told.last = last;
+        if !self.told.writing.is_empty() {
+            return false;
+        }
+        let Some(patch) = status::patch(self.pod.uid(), &self.told.written, &wanted) else { return true };
+        if self.told.retry.is_some_and(|(at, _)| at > now) {
+            return false;
+        }
+        let (client, pod) = (self.context.client.clone(), self.pod.clone());
+        self.told.writing.spawn(async move {
+            let target = Target::of(pod.object()).sub("status");
+            let result = client.patch(target, Patch::Strategic(patch)).await;
+            (wanted, result)
+        });
+        false
+    }
+
+    fn take_written(&mut self, written: Result<(Value, Result<Arc<Object>, Status>), tokio::task::JoinError>) {
+        let failures = self.told.retry.take().map_or(0, |(_, failures)| failures);
+        match written {
+            Ok((wanted, Ok(object))) => {
+                self.told.written = wanted;
+                if let Some(pod) = Pod::new(object)
+                    && pod.uid() == self.pod.uid()
+                {
+                    self.take_pod(pod);
+                }
+            }
+            // The watch will tell that the pod is gone, or another by now.
+            Ok((wanted, Err(error))) if error.is_not_found() || error.is_conflict() => self.told.written = wanted,
+            Ok((_, Err(error))) => {
+                tracing::warn!(pod = %self.pod.long_name(), %error, "Pod status not written");
+                let delay = minke_client::backoff(Duration::from_millis(200), Duration::from_secs(10), failures);
+                let delay = SignedDuration::try_from(delay).unwrap_or(SignedDuration::from_secs(10));
+                self.told.retry = Some((Timestamp::now() + delay, failures + 1));
+            }
+            Err(error) => tracing::error!(%error, "Writing a pod status panicked"),
+        }
+    }
+
+    fn take_done(&mut self, done: Result<(tokio::task::Id, Done), tokio::task::JoinError>) {
+        let (id, done) = match done {
+            Ok((id, done)) => (id, done),
+            Err(error) => {
+                tracing::error!(pod = %self.pod.long_name(), %error, "Work on a pod panicked");
+                (error.id(), Done::Failed { why: "internal error".to_owned(), on_change: false })
+            }
+        };
+        let Some(job) = self.job_ids.remove(&id) else { return };
+        self.o.running_jobs.remove(&job);
+        if let Done::Failed { why, on_change } = done {
+            return self.retry_later(job, &why, on_change);
+        }
+        self.o.retries.remove(&job);
+        match (job, done) {
+            (_, Done::Mounted { tokens, renew_at }) => {
+                self.o.volumes = true;
+                self.tokens = tokens;
+                self.volumes_due = [self.volumes_due, renew_at].into_iter().flatten().min();
+            }
+            (_, Done::Sandbox(sandbox)) => self.o.sandboxes.push(*sandbox),
+            (Job::Start(name), Done::Started) => {
+                let image = self.pod.container(&name).and_then(|(_, c)| c.image.clone()).unwrap_or_default();
+                self.image_failures.remove(&image);
+                self.o.waiting.remove(&name);
+                self.o.announced.remove(&name);
+            }
+            (Job::Start(name), Done::NotStarted(failure)) => self.wait(&name, failure),
+            (Job::RemoveContainer(id), _) => self.o.forget_container(&id),
+            (Job::RemoveSandbox(id), _) => self.o.sandboxes.retain(|sandbox| sandbox.spec.id != id),
+            (_, Done::TornDown { removed }) => {
+                self.o.cleanup = if removed { Cleanup::Removed } else { Cleanup::Stopped };
+                self.o.volumes = false;
+                for sandbox in &mut self.o.sandboxes {
+                    sandbox.state = SandboxState::NotReady;
+                }
+            }
+            // Nothing more to do for this pod but to see the watch tell that it is gone.
+            (Job::Delete, _) => self.o.gone = true,
+            _ => {}
+        }
+    }
+
+    fn retry_later(&mut self, job: Job, why: &str, on_change: bool) {
+        let failures = self.o.retries.get(&job).map_or(0, |retry| retry.failures);
+        // As upstream: mounts from half a second on, the rest every ten seconds at most.
+        let (first, most) = match job {
+            Job::Volumes => (Duration::from_millis(500), Duration::from_secs(122)),
+            _ => (Duration::from_secs(1), Duration::from_secs(10)),
+        };
+        let delay = minke_client::backoff(first, most, failures);
+        tracing::debug!(pod = %self.pod.long_name(), ?job, why, "Trying again later");
+        let at = Timestamp::now() + SignedDuration::try_from(delay).unwrap_or(SignedDuration::from_secs(10));
+        if job == Job::Volumes && self.o.volumes {
+            self.volumes_due = Some(at);
+        }
+        self.o.retries.insert(job, Retry { at, failures: failures + 1, on_change });
+    }
+
+    fn wait(&mut self, name: &str, failure: jobs::StartFailure) {
+        let now = Timestamp::now();
+        let image = self.pod.container(name).and_then(|(_, c)| c.image.clone()).unwrap_or_default();
+        let mut delay = Duration::from_secs(10);
+        let mut later = None;
+        if failure.reason.is_empty() {
+            return;
+        }
+        if failure.pulled {
+            let failures = self.image_failures.entry(image.clone()).or_default();
+            delay = minke_client::backoff(Duration::from_secs(10), Duration::from_secs(300), *failures);
+            *failures += 1;
+            let message = format!("Back-off pulling image \"{image}\": {}: {}", failure.reason, failure.message);
+            later = Some(("ImagePullBackOff".to_owned(), message));
+        }
+        let delay = SignedDuration::try_from(delay).unwrap_or(SignedDuration::from_secs(300));
+        self.o.announced.remove(name);
+        self.o.waiting.insert(
+            name.to_owned(),
+            Waiting {
+                reason: failure.reason.to_owned(),
+                message: failure.message,
+                since: now,
+                retry_at: now + delay,
+                later,
+                on_change: failure.on_change,
+            },
+        );
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        for task in self.probes.values() {
+            task.abort();
+        }
+    }
+}
+
+/// Deletes the object for good. It must still be this pod.
+pub fn final_delete(pod: &Pod) -> DeleteOptions {
+    DeleteOptions { grace_period: Some(0), uid: Some(pod.uid().to_owned()), ..DeleteOptions::default() }
+}
+
+/// The kind that workers are for.
+pub fn pods() -> &'static Kind {
+    Kind::of::<core::Pod>()
+}
