@@ -4,6 +4,10 @@ use jiff::Timestamp;
 
 const LAYOUT: &str = "2006-01-02T15:04:05Z07:00";
 
+/// The first and last seconds of the years 0 and 9999.
+const FIRST: i64 = -62_167_219_200;
+const LAST: i64 = 253_402_300_799;
+
 /// `2026-01-02T03:04:05Z`, cut to the second.
 pub fn format_seconds(time: Timestamp) -> String {
     time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
@@ -20,7 +24,14 @@ pub fn parse(text: &str) -> Result<Timestamp, String> {
     if let Some((rest, element)) = first_mismatch(text) {
         return Err(format!("parsing time {text:?} as {LAYOUT:?}: cannot parse {rest:?} as {element:?}"));
     }
-    text.parse().map_err(|_| format!("parsing time {text:?}: {} out of range", out_of_range(text)))
+    let time: Timestamp =
+        text.parse().map_err(|_| format!("parsing time {text:?}: {} out of range", out_of_range(text)))?;
+    // A zone can move the first and the last hours to years that four digits cannot write.
+    if (FIRST..=LAST).contains(&time.as_second()) {
+        Ok(time)
+    } else {
+        Err(format!("parsing time {text:?}: year out of range"))
+    }
 }
 
 /// The canonical spelling to the second; `None` when `text` already has it.
@@ -119,6 +130,10 @@ mod tests {
             Err(r#"parsing time "2026-01-02" as "2006-01-02T15:04:05Z07:00": cannot parse "" as "T""#),
         );
         check("2026-13-02T03:04:05Z", Err(r#"parsing time "2026-13-02T03:04:05Z": month out of range"#));
+        check(
+            "0000-01-01T00:00:00+01:00",
+            Err(r#"parsing time "0000-01-01T00:00:00+01:00": year out of range"#),
+        );
         check("2026-02-30T03:04:05Z", Err(r#"parsing time "2026-02-30T03:04:05Z": day out of range"#));
     }
 }

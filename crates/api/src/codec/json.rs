@@ -175,6 +175,12 @@ mod tests {
     }
 
     #[test]
+    fn numbers_are_read_as_they_were_written() {
+        let long = decode("4".repeat(40).as_bytes()).expect("JSON").value;
+        assert_eq!(decode(long.to_string().as_bytes()).expect("JSON").value, long);
+    }
+
+    #[test]
     fn bytes_that_are_not_text_are_replaced() {
         assert_eq!(decode(b"\"a\xffb\"").expect("JSON").value, json!("a\u{fffd}b"));
     }

@@ -160,6 +160,7 @@ fn take_field(
             let Value::Object(map) = slot else { unreachable!("it was made an object") };
             message(ty.get().proto(), bytes, map, depth + 1)?;
         }
+        (Shape::Map(_) | Shape::Object(_), wire) => return Err(wrong(wire, name)),
         (shape, wire) => *slot = single(shape, wire, depth + 1, name)?,
     }
     Ok(())

@@ -150,6 +150,8 @@ fn hostile_bytes_are_refused() {
     check(b"k8s\0\x03", "proto: illegal tag 0 (wire type 3)");
     check(b"k8s\0\x0b", "proto: illegal wireType 3");
     check(&wrap("v1", "Pod", |out| put_number(out, 1, 1)), "proto: wrong wireType = 0 for field metadata");
+    let labels = |out: &mut Vec<u8>| put_message(out, 1, |meta| put_number(meta, 11, 1));
+    check(&wrap("v1", "Pod", labels), "proto: wrong wireType = 0 for field labels");
     // A schema within a schema, again and again.
     let nested = (0..MAX_DEPTH * 2).fold(Vec::new(), |inner, _| {
         let mut out = Vec::new();
