@@ -550,12 +550,12 @@ mod tests {
             "resources.requests: Invalid value: \"2\": must be less than or equal to cpu limit of 1",
         );
         check(
-            json!({"resources": {"limits": {"memory": "-1"}}}),
-            "resources.limits[memory]: Invalid value: \"-1\": must be greater than or equal to 0",
+            json!({"resources": {"requests": {"memory": "-1"}}}),
+            "resources.requests[memory]: Invalid value: \"-1\": must be greater than or equal to 0",
         );
         check(
-            json!({"resources": {"limits": {"gpu": "1"}}}),
-            "Pod \"web\" is invalid: [spec.containers[0].resources.limits[gpu]: Invalid value: \"gpu\": must be a standard resource type or fully qualified",
+            json!({"resources": {"requests": {"gpu": "1"}}}),
+            "Pod \"web\" is invalid: [spec.containers[0].resources.requests[gpu]: Invalid value: \"gpu\": must be a standard resource type or fully qualified",
         );
     }
 

@@ -114,23 +114,6 @@ pub static EVENT: Strategy = Strategy {
     ..Strategy::PLAIN
 };
 
-/// The same objects in the newer group.
-pub static NEW_EVENT: Strategy = Strategy {
-    validate: |event, errors| {
-        let about = event.at("regarding").text("namespace");
-        let home = event.at("metadata").text("namespace");
-        if !(about == home || about.is_empty() && matches!(home, "default" | "kube-system")) {
-            errors.invalid("regarding.namespace", about, "does not match event.namespace");
-        }
-        if !event.has("eventTime") && !event.has("deprecatedFirstTimestamp") {
-            errors.required("eventTime", "");
-        }
-        check::one_of_if_set(event, "", "type", &["Normal", "Warning"], errors);
-    },
-    create_on_update: true,
-    ..Strategy::PLAIN
-};
-
 pub static NODE: Strategy = Strategy {
     set_defaults: |node| {
         let status = node.object("status");

@@ -35,7 +35,6 @@ pub static POD_DISRUPTION_BUDGET: Strategy = Strategy {
     ..Strategy::PLAIN
 };
 
-/// autoscaling/v2, the form that is stored.
 pub static HORIZONTAL_POD_AUTOSCALER: Strategy = Strategy {
     set_defaults: |scaler| {
         let spec = scaler.object("spec");
@@ -51,13 +50,6 @@ pub static HORIZONTAL_POD_AUTOSCALER: Strategy = Strategy {
             scaling_defaults(spec.object("behavior"));
         }
     },
-    validate: |scaler, errors| validate_scaler(scaler.at("spec"), errors),
-    ..Strategy::PLAIN
-};
-
-/// autoscaling/v1, a view of the stored form.
-pub static OLD_HORIZONTAL_POD_AUTOSCALER: Strategy = Strategy {
-    set_defaults: |scaler| scaler.object("spec").fill("minReplicas", 1),
     validate: |scaler, errors| validate_scaler(scaler.at("spec"), errors),
     ..Strategy::PLAIN
 };
