@@ -3,7 +3,9 @@
 //! Arguments here, the wiring of the components in [`server`] and [`agent`]; everything else is in the crates.
 #![forbid(unsafe_code)]
 
+mod addons;
 mod logging;
+mod node;
 mod server;
 
 use std::path::PathBuf;
@@ -40,7 +42,7 @@ enum Command {
     Image(image::ImageArgs),
     Service(look::ServiceArgs),
     Server(server::ServerArgs),
-    Agent(server::AgentArgs),
+    Agent(node::AgentArgs),
     Version(status::VersionArgs),
 }
 

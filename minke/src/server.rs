@@ -25,8 +25,8 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::node::{NodeClients, NodeParts};
-use crate::{KUBERNETES, logging};
+use crate::node::{self, NodeClients};
+use crate::{KUBERNETES, addons, logging};
 
 pub const CLUSTER_DOMAIN: &str = "cluster.local";
 /// Ports of NodePort services.
@@ -104,6 +104,7 @@ impl ServerArgs {
         let clients = NodeClients {
             kubelet: client(&node_user, &["system:nodes"]),
             proxy: client("system:kube-proxy", &[]),
+            dns: server.client(UserInfo::service_account("kube-system", "coredns")),
         };
         let accounts: Arc<dyn Fn(&str) -> Arc<dyn Client> + Send + Sync> = {
             let clients = server.clients();
@@ -116,18 +117,17 @@ impl ServerArgs {
         let shared = informers.clone();
         let ending = stop.clone();
         tasks.spawn(async move { minke_controllers::run(config, move |name| accounts(name), shared, ending).await });
-        let seen_by_scheduler = Informers::new(scheduler, stop.clone());
-        tasks.spawn(minke_scheduler::run(minke_scheduler::Config::default(), seen_by_scheduler, stop.clone()));
+        let seen = Informers::new(scheduler.clone(), stop.clone());
+        tasks.spawn(minke_scheduler::run(scheduler, seen, minke_scheduler::Config::default(), stop.clone()));
+        addons::ensure(&*admin, setting.config.service_cidr).await?;
 
-        let parts = if self.disable_agent {
-            None
-        } else {
+        if !self.disable_agent {
             progress.step("Starting the node");
-            Some(NodeParts::start(data, &setting, clients, &tasks, &stop).await?)
-        };
-        progress.step(&format!("Waiting until node {} is Ready", setting.node_name));
+            node::start(data, &setting, clients, &tasks, &stop).await?;
+            progress.step(&format!("Waiting until node {} is Ready", setting.node_name));
+        }
         let ready = async {
-            if parts.is_some() {
+            if !self.disable_agent {
                 node_ready(&admin, &setting.node_name, &stop).await;
             }
         };

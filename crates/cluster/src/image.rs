@@ -336,7 +336,7 @@ mod tests {
         let image = |tags: &[&str], created: i64| Image {
             id: format!("sha256:{}", "ab".repeat(32)),
             tags: tags.iter().map(|tag| (*tag).to_owned()).collect(),
-            size: 1_650_000,
+            size: 1_600_000,
             created: Timestamp::from_second(created).ok(),
             ..Image::default()
         };
@@ -345,9 +345,9 @@ mod tests {
         assert_eq!(
             text,
             "IMAGE    ID             CREATED   SIZE\n\
-             a:1      abababababab   2h        1.7 MB\n\
-             b:2      abababababab   2h        1.7 MB\n\
-             <none>   abababababab   -         1.7 MB"
+             a:1      abababababab   2h        1.6 MB\n\
+             b:2      abababababab   2h        1.6 MB\n\
+             <none>   abababababab   -         1.6 MB"
         );
     }
 

@@ -19,7 +19,6 @@ use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 use crate::data_dir::write_file;
 
-const DAY: Duration = Duration::from_secs(24 * 3600);
 const CA_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 const LEAF_LIFETIME: Duration = Duration::from_secs(365 * 24 * 3600);
 /// A start this close to the end of a certificate renews it.
@@ -51,6 +50,8 @@ pub struct Keys {
     pub controller_manager: Pair,
     pub scheduler: Pair,
     pub proxy: Pair,
+    /// The cluster DNS, which acts as the service account that kubeadm gives CoreDNS.
+    pub dns: Pair,
     /// Signs service account tokens (ES256); PKCS #8, and the public half.
     pub service_account: String,
     pub service_account_public: String,
@@ -121,6 +122,7 @@ impl Keys {
             controller_manager: pair(Leaf::client("controller-manager", "system:kube-controller-manager", &[]))?,
             scheduler: pair(Leaf::client("scheduler", "system:kube-scheduler", &[]))?,
             proxy: pair(Leaf::client("proxy", "system:kube-proxy", &[]))?,
+            dns: pair(Leaf::client("dns", "system:serviceaccount:kube-system:coredns", &[]))?,
             service_account_public: service_account.public_key_pem(),
             service_account: service_account.serialize_pem(),
             ca,
@@ -276,11 +278,6 @@ impl Pair {
     }
 }
 
-/// Whole days until the certificate ends, for `status`.
-pub fn days_left(pair: &Pair, now: SystemTime) -> Option<u64> {
-    Some(pair.not_after()?.duration_since(now).unwrap_or_default().as_secs() / DAY.as_secs())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -313,9 +310,8 @@ mod tests {
         let later = ensure([192, 0, 2, 3], now + LEAF_LIFETIME - RENEW_BEFORE);
         assert_eq!(later.ca.certificate, first.ca.certificate);
         assert_ne!(later.admin.certificate, first.admin.certificate);
-        assert_eq!(days_left(&later.admin, now + LEAF_LIFETIME - RENEW_BEFORE), Some(365));
 
-        let much_later = ensure([192, 0, 2, 3], now + CA_LIFETIME - DAY);
+        let much_later = ensure([192, 0, 2, 3], now + CA_LIFETIME - RENEW_BEFORE);
         assert_ne!(much_later.ca.certificate, first.ca.certificate);
         assert_eq!(much_later.service_account, first.service_account);
     }

@@ -13,9 +13,11 @@ pub mod keys;
 pub mod kubeconfig;
 pub mod logs;
 pub mod look;
+mod pods;
 mod ports;
 pub mod startup;
 pub mod status;
+pub mod stop;
 pub mod up;
 mod yaml;
 
