@@ -276,9 +276,12 @@ fn v1_settings(r: &Resources, controllers: &[String]) -> Vec<Setting> {
         out.extend(r.cpu_quota_us.map(|v| ("cpu.cfs_quota_us", v.to_string(), true)));
     }
     if has("memory") {
+        // The sum with swap may never be below the limit itself: going up it must rise first, going down it
+        // must fall last. Not there when swap accounting is off.
+        let swap = r.memory_limit.map(|v| ("memory.memsw.limit_in_bytes", v.to_string(), false));
+        out.extend(swap.clone());
         out.extend(r.memory_limit.map(|v| ("memory.limit_in_bytes", v.to_string(), true)));
-        // Without swap on top. Not there when swap accounting is off.
-        out.extend(r.memory_limit.map(|v| ("memory.memsw.limit_in_bytes", v.to_string(), false)));
+        out.extend(swap);
     }
     if has("pids") {
         out.extend(r.pids_limit.map(|v| ("pids.max", max_or(v), true)));

@@ -202,6 +202,27 @@ mod tests {
         check('c', 7, 5, 2, true);
     }
 
+    /// The kernel's own verdict on the program, wherever a v2 hierarchy is mounted.
+    #[test]
+    fn the_kernel_takes_the_program() {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let v2 = mounts.lines().find(|l| l.contains(" - cgroup2 ")).and_then(|l| l.split(' ').nth(4));
+        let (Some(v2), true) = (v2, rustix::process::geteuid().is_root()) else {
+            eprintln!("skipped: needs root and a cgroup2 mount");
+            return;
+        };
+        let dir = Path::new(v2).join(format!("minke-test-device-{}", std::process::id()));
+        fs::create_dir(&dir).unwrap();
+        let attached = attach(&dir, &default_rules());
+        fs::write(dir.join("cgroup.procs"), std::process::id().to_string()).unwrap();
+        let opened = |path: &str| fs::File::open(path).map(drop).map_err(|e| e.kind());
+        let (null, kmsg) = (opened("/dev/null"), opened("/dev/kmsg"));
+        fs::write(Path::new(v2).join("cgroup.procs"), std::process::id().to_string()).unwrap();
+        fs::remove_dir(&dir).unwrap();
+        attached.unwrap();
+        assert_eq!((null, kmsg), (Ok(()), Err(io::ErrorKind::PermissionDenied)));
+    }
+
     #[test]
     fn v1_lines_read_as_the_kernel_wants_them() {
         let lines: Vec<_> = default_rules().iter().map(v1_line).collect();

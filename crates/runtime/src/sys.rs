@@ -57,8 +57,9 @@ pub fn exit_now(code: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
-/// Undoes what Rust's start-up did: a container's program expects SIGPIPE to end it.
-pub fn default_sigpipe() {
+/// Undoes what Rust's start-up and the shim did: a program expects SIGPIPE to end it, and no signal blocked.
+pub fn default_signals() {
+    let _ = nix::sys::signal::SigSet::empty().thread_set_mask();
     // SAFETY: SIG_DFL installs no handler, so no code of ours can run in signal context.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
 }

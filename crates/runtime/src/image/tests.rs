@@ -171,9 +171,10 @@ fn refuses(archive: Vec<u8>, want: &str) {
 #[test]
 fn archives_that_are_wrong_leave_nothing() {
     let good = Layer::new().file("a", "1").bytes();
-    refuses(b"not a tar at all".to_vec(), "unrecognized image format");
+    refuses(b"not a tar at all".to_vec(), "read image archive: failed to read entire block");
+    refuses(vec![b'x'; 1024], "read image archive");
     refuses(tar_of(&[("hello", b"x")]), "unrecognized image format");
-    refuses(tar_of(&[("manifest.json", b"{")]), "manifest.json: EOF");
+    refuses(tar_of(&[("manifest.json", b"{")]), "manifest.json: ");
     refuses(tar_of(&[("blobs/sha256/00", b"x")]), "unexpected commit digest");
     let manifest = json!([{ "Config": "c", "RepoTags": ["a:b"], "Layers": ["l"] }]).to_string();
     refuses(tar_of(&[("manifest.json", manifest.as_bytes())]), "c is not in the archive");

@@ -1,7 +1,7 @@
 //! Unpacks one layer into a directory that overlayfs takes as it is.
 //!
-//! The archive is hostile until shown otherwise: every path is opened component by component inside the
-//! layer's directory, following no link; sizes are bounded; the digest of the plain bytes must be the one the
+//! The archive is hostile until shown otherwise: links on a path are followed by name, inside the layer, and
+//! what comes of that is opened below the layer's directory through no link at all; sizes are bounded; the digest of the plain bytes must be the one the
 //! image's configuration names. Whiteouts become overlayfs's: a 0/0 character device, an opaque attribute.
 
 use std::ffi::{CString, OsStr, OsString};
@@ -14,6 +14,13 @@ use std::path::{Component, Path, PathBuf};
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
+
+/// How every path is opened: below the directory given, and through no link.
+const CONFINED: ResolveFlags =
+    ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
+
+/// Links that one path may lead through, as in the kernel.
+const LINKS_MAX: usize = 40;
 
 /// What a layer may take.
 #[derive(Debug, Clone, Copy)]
@@ -80,7 +87,7 @@ pub fn unpack(input: impl Read, target: &Path, parents: &[PathBuf], limits: Limi
         .collect::<io::Result<Vec<_>>>()?;
     let mut plain = Counted { inner: decompress(input)?, hash: Sha256::new(), left: limits.bytes };
     let mut unpacker =
-        Unpacker { root, parents, limits, directories: Vec::new(), entries: 0, next: Extended::default() };
+        Unpacker { root, parents, limits, directories: Vec::new(), last: None, entries: 0, next: Extended::default() };
     let mut archive = tar::Archive::new(&mut plain);
     // Raw: extended headers come as entries, so that their size can be bounded before they are read.
     for entry in archive.entries()?.raw(true) {
@@ -135,6 +142,9 @@ struct Unpacker {
     root: OwnedFd,
     parents: Vec<OwnedFd>,
     limits: Limits,
+    /// The directory the last entry was in, by its path in the archive and its real one: most entries come
+    /// right after others of the same directory.
+    last: Option<(PathBuf, PathBuf)>,
     /// Times of directories, set last: making files in them changes them.
     directories: Vec<(PathBuf, Timestamps)>,
     entries: u64,
@@ -189,7 +199,12 @@ impl Unpacker {
             }
             return Err(invalid("the root is not a directory".to_owned()));
         };
-        let parent = self.parent_of(&path)?;
+        let real = self.real_dir(path.parent().unwrap_or(Path::new("")))?;
+        let path = real.join(&name);
+        let parent = self.open_or_make(&real)?;
+        if kind != tar::EntryType::Regular {
+            self.last = None;
+        }
         if let Some(hidden) = name.as_bytes().strip_prefix(b".wh.") {
             return self.whiteout(&parent, hidden);
         }
@@ -274,16 +289,66 @@ impl Unpacker {
         Ok(path)
     }
 
-    /// The directory an entry lies in, made when the archive only implies it.
-    fn parent_of(&mut self, path: &Path) -> io::Result<OwnedFd> {
-        let parent = path.parent().unwrap_or(Path::new(""));
-        match self.open_dir(parent) {
+    /// Where a directory of the archive really is: links on the way, of this layer or those below, are
+    /// followed as they would be inside the container, where `..` ends at the root.
+    fn real_dir(&mut self, dir: &Path) -> io::Result<PathBuf> {
+        if let Some((given, real)) = &self.last
+            && given == dir
+        {
+            return Ok(real.clone());
+        }
+        let (mut real, mut links) = (PathBuf::new(), 0);
+        let mut todo: Vec<OsString> = dir.iter().rev().map(OsStr::to_owned).collect();
+        while let Some(name) = todo.pop() {
+            if name == ".." {
+                real.pop();
+                continue;
+            }
+            real.push(&name);
+            let Some(target) = self.link_at(&real)? else { continue };
+            links += 1;
+            if links > LINKS_MAX || todo.len() > self.limits.depth {
+                return Err(invalid(format!("{}: too many links", dir.display())));
+            }
+            real.pop();
+            if target.is_absolute() {
+                real = PathBuf::new();
+            }
+            let parts = target.components().rev().filter(|c| !matches!(c, Component::RootDir | Component::CurDir));
+            todo.extend(parts.map(|c| c.as_os_str().to_owned()));
+        }
+        self.last = Some((dir.to_owned(), real.clone()));
+        Ok(real)
+    }
+
+    /// What a path is a link to, in the topmost layer that has it.
+    fn link_at(&self, path: &Path) -> io::Result<Option<PathBuf>> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        for root in std::iter::once(&self.root).chain(&self.parents) {
+            let file = match rustix::fs::openat2(root, path, flags, Mode::empty(), CONFINED) {
+                Ok(file) => file,
+                Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => continue,
+                Err(e) => return Err(e.into()),
+            };
+            let stat = rustix::fs::fstat(&file)?;
+            if FileType::from_raw_mode(stat.st_mode) != FileType::Symlink {
+                return Ok(None);
+            }
+            let target = rustix::fs::readlinkat(&file, c"", Vec::new())?;
+            return Ok(Some(PathBuf::from(OsString::from_vec(target.into_bytes()))));
+        }
+        Ok(None)
+    }
+
+    /// A directory of the layer, made when the archive only implies it.
+    fn open_or_make(&mut self, path: &Path) -> io::Result<OwnedFd> {
+        match self.open_dir(path) {
             Err(e) if e.raw_os_error() == Some(Errno::NOENT.raw_os_error()) => {}
             other => return other,
         }
         let mut so_far = PathBuf::new();
         let mut dir = self.open_dir(&so_far)?;
-        for name in parent.iter() {
+        for name in path.iter() {
             so_far.push(name);
             match self.open_dir(&so_far) {
                 Ok(next) => dir = next,
@@ -300,18 +365,13 @@ impl Unpacker {
     /// Opens a directory of the layer, following no links at all.
     fn open_dir(&self, path: &Path) -> io::Result<OwnedFd> {
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
-        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        rustix::fs::openat2(&self.root, path, flags, Mode::empty(), resolve).map_err(|e| match e {
-            Errno::LOOP => invalid(format!("{}: a link stands where a directory should be", path.display())),
-            e => e.into(),
-        })
+        Ok(rustix::fs::openat2(&self.root, path, flags, Mode::empty(), CONFINED)?)
     }
 
     fn like_parents(&self, dir: &OwnedFd, name: &OsStr, path: &Path) -> io::Result<()> {
-        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let open = |p| rustix::fs::openat2(p, path, flags, Mode::empty(), resolve).ok();
+        let open = |p| rustix::fs::openat2(p, path, flags, Mode::empty(), CONFINED).ok();
         if let Some(stat) = self.parents.iter().find_map(open).and_then(|fd| rustix::fs::fstat(fd).ok()) {
             let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
             rustix::fs::chownat(dir, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
@@ -375,10 +435,11 @@ impl Unpacker {
         }
     }
 
-    fn hard_link(&self, parent: &OwnedFd, name: &OsStr, target: &[u8]) -> io::Result<()> {
+    fn hard_link(&mut self, parent: &OwnedFd, name: &OsStr, target: &[u8]) -> io::Result<()> {
         let target = self.checked(target)?;
         let Some(target_name) = target.file_name() else { return Err(invalid("a link to the root".to_owned())) };
-        let target_dir = self.open_dir(target.parent().unwrap_or(Path::new("")))?;
+        let target_dir = self.real_dir(target.parent().unwrap_or(Path::new("")))?;
+        let target_dir = self.open_dir(&target_dir)?;
         let stat = rustix::fs::statat(&target_dir, target_name, AtFlags::SYMLINK_NOFOLLOW)?;
         let (here, there) = (rustix::fs::fstat(parent)?, rustix::fs::fstat(&target_dir)?);
         if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {

@@ -187,19 +187,47 @@ fn refuses(layer: Layer, want: &str) {
 fn hostile_layers_are_refused() {
     refuses(Layer::new().file("../secret", "x"), "leads out of the layer");
     refuses(Layer::new().file("a/../../secret", "x"), "leads out of the layer");
-    refuses(Layer::new().symlink("l", "..").file("l/secret", "x"), "a link stands");
-    refuses(Layer::new().symlink("l", "/tmp").file("l/x", "x"), "a link stands");
-    refuses(Layer::new().symlink("l", "..").dir("l/d/"), "a link stands");
+    refuses(Layer::new().symlink("l", "l").file("l/x", "x"), "too many links");
+    refuses(Layer::new().symlink("a", "b").symlink("b", "a/x").file("a/x", "x"), "too many links");
+    refuses(Layer::new().file("f", "").file("f/x", "x"), "Not a directory");
     refuses(Layer::new().hard_link("h", "../secret"), "leads out of the layer");
-    refuses(Layer::new().symlink("l", "..").hard_link("h", "l/secret"), "a link stands");
+    refuses(Layer::new().symlink("l", "..").hard_link("h", "l/secret"), "No such file");
     refuses(Layer::new().hard_link("h", "nothing"), "No such file");
     refuses(Layer::new().dir("d/").hard_link("h", "d"), "a hard link to a directory");
     refuses(Layer::new().file(".wh...", ""), "a whiteout without a name");
-    refuses(Layer::new().symlink("l", "..").file("l/.wh.secret", ""), "a link stands");
     refuses(Layer::new().pax(&[("path", "../secret")]).file("x", "y"), "leads out of the layer");
     refuses(Layer::new().pax(&[("path", &"d/".repeat(300))]).file("x", "y"), "is too deep");
     refuses(Layer::new().pax(&[("GNU.sparse.major", "1")]).file("x", "y"), "a sparse file");
     refuses((0..60).fold(Layer::new(), |l, n| l.file(&format!("f{n}"), "")), "too many entries");
+}
+
+/// Links on the way count as they would in the container: whatever they say, they end inside.
+#[test]
+fn links_lead_nowhere_but_inside() {
+    if !is_root() {
+        return;
+    }
+    let check = |layer: Layer, want: &str| {
+        let place = Place::new();
+        place.unpack(&layer.bytes()).unwrap();
+        let there = std::fs::symlink_metadata(place.layer().join(want));
+        assert!(there.is_ok(), "{want} is not there");
+        assert_eq!(std::fs::read_to_string(place.tmp.path().join("secret")).unwrap(), "untouched");
+        assert_eq!(std::fs::read_dir(place.tmp.path()).unwrap().count(), 2, "something was made outside");
+    };
+    check(Layer::new().symlink("l", "..").file("l/secret", "x"), "secret");
+    check(Layer::new().symlink("l", "../../../..").dir("l/d/"), "d");
+    check(Layer::new().symlink("l", "/nowhere/at/all").file("l/x", "x"), "nowhere/at/all/x");
+    check(Layer::new().symlink("l", "..").file("l/.wh.secret", ""), "secret");
+    check(Layer::new().dir("usr/").symlink("lib", "usr/lib").file("lib/a", "1").file("lib/b", "2"), "usr/lib/b");
+    check(Layer::new().file("a/f", "").symlink("a/l", "../b").file("a/l/x", ""), "b/x");
+    // A link of a layer below: what is put "into" it lands where the container will look.
+    let place = Place::new();
+    let below = place.tmp.path().join("layer-below");
+    std::fs::create_dir_all(below.join("usr/lib")).unwrap();
+    std::os::unix::fs::symlink("usr/lib", below.join("lib")).unwrap();
+    unpack(&Layer::new().file("lib/x", "1").bytes()[..], &place.layer(), &[below], Limits::default()).unwrap();
+    assert!(place.layer().join("usr/lib/x").exists() && !place.layer().join("lib").exists());
 }
 
 #[test]

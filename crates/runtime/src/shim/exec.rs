@@ -151,7 +151,7 @@ fn prepare(spec: &Spec, process: &Process, exec: &ExecSpec, slave: Option<OwnedF
         rustix::thread::set_no_new_privs(true).map_err(at("no_new_privs"))?;
         filter()?;
     }
-    sys::default_sigpipe();
+    sys::default_signals();
     sys::close_on_exec_from(3);
     let program = find_program(name, &path)?;
     let strings = |list: &[String]| -> Result<Vec<CString>, String> {

@@ -9,6 +9,7 @@ use crate::sys;
 
 /// Makes the namespace, says the outer id of its first process on stdout, and stays as that process.
 pub fn main() -> i32 {
+    sys::default_signals();
     if let Err(e) = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWPID) {
         eprintln!("pause: unshare: {e}");
         return 1;

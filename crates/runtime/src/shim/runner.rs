@@ -50,7 +50,7 @@ struct Run {
 
 impl Run {
     fn start(&self) -> Result<(Started, Option<OwnedFd>), String> {
-        sys::default_sigpipe();
+        sys::default_signals();
         let dir = self.root.join("containers").join(&self.id);
         let record: ContainerRecord = read_json(&dir.join("container.json"))?;
         let sandbox: SandboxRecord =
