@@ -7,7 +7,7 @@ use serde_json::{Map, Number, Value};
 use super::{DecodeError, Decoded, MAX_DEPTH, TOO_DEEP};
 use crate::schema::MAX_PROBLEMS;
 
-/// How many values aliases may copy, all in all: what a small text can swell to.
+/// How many values anchors and aliases may copy, all in all: what a small text can swell to.
 const MAX_COPIED: usize = 100_000;
 
 /// Decodes the first document.
@@ -141,7 +141,7 @@ impl Build {
             if self.anchors.len() <= anchor {
                 self.anchors.resize(anchor + 1, None);
             }
-            let size = count(&value);
+            let size = self.spend(count(&value))?;
             self.anchors[anchor] = Some((value.clone(), size));
         }
         let Some(open) = self.stack.last_mut() else { return Ok(Some(value)) };
@@ -164,17 +164,23 @@ impl Build {
 
     fn copy(&mut self, id: usize) -> Result<Value, String> {
         // The anchor of a collection that is still open has no value yet: it would hold itself.
-        let Some((value, size)) = self.anchors.get(id).and_then(Option::as_ref) else {
+        let Some(&Some((_, size))) = self.anchors.get(id) else {
             return Err("anchor value contains itself".into());
         };
+        self.spend(size)?;
+        let value = self.anchors[id].as_ref().map(|(value, _)| value.clone()).unwrap_or_default();
+        if self.stack.len() + depth(&value) > MAX_DEPTH {
+            return Err(TOO_DEEP.into());
+        }
+        Ok(value)
+    }
+
+    fn spend(&mut self, size: usize) -> Result<usize, String> {
         self.copied += size;
         if self.copied > MAX_COPIED {
             return Err("document contains excessive aliasing".into());
         }
-        if self.stack.len() + depth(value) > MAX_DEPTH {
-            return Err(TOO_DEEP.into());
-        }
-        Ok(value.clone())
+        Ok(size)
     }
 }
 
@@ -381,17 +387,14 @@ mod tests {
 
     #[test]
     fn hostile_documents_are_refused() {
-        let laughs = "a: &a [1,1,1,1,1,1,1,1,1,1]\n".to_owned()
-            + &(b'b'..=b'i')
-                .map(|c| {
-                    let (c, p) = (c as char, (c - 1) as char);
-                    format!(
-                        "{c}: &{c} [{}]\n",
-                        [format!("*{p}"); 1].concat().repeat(1) + &format!(", *{p}").repeat(9)
-                    )
-                })
-                .collect::<String>();
+        let mut laughs = "a: &a [1,1,1,1,1,1,1,1,1,1]\n".to_owned();
+        for (before, name) in ('a'..='h').zip('b'..='i') {
+            laughs += &format!("{name}: &{name} [{}]\n", vec![format!("*{before}"); 10].join(", "));
+        }
         check_error(&laughs, "excessive aliasing");
+        // Anchors that are never used cost as much: their values are kept.
+        let anchors = "[&a ".repeat(100) + "[" + &"1,".repeat(10_000) + "]" + &"]".repeat(100);
+        check_error(&anchors, "excessive aliasing");
         check_error(&"[".repeat(100_000), TOO_DEEP);
         check_error(&"- ".repeat(100_000), TOO_DEEP);
         check_error("a: &a [*a]", "contains itself");

@@ -74,6 +74,28 @@ const LOG: &[&str] = &[
 const ATTACH: &[&str] = &["container", "stderr", "stdin", "stdout", "tty"];
 const EXEC: &[&str] = &["command", "container", "stderr", "stdin", "stdout", "tty"];
 
+/// A verb of the table of kinds and the request that it is.
+struct Standard {
+    verb: &'static str,
+    method: &'static str,
+    /// What the operation's id begins with.
+    prefix: &'static str,
+    action: &'static str,
+    of_collection: bool,
+    query: &'static [&'static str],
+}
+
+#[rustfmt::skip]
+const STANDARD: &[Standard] = &[
+    Standard { verb: "create", method: "post", prefix: "create", action: "post", of_collection: true, query: WRITE },
+    Standard { verb: "list", method: "get", prefix: "list", action: "list", of_collection: true, query: LIST },
+    Standard { verb: "deletecollection", method: "delete", prefix: "delete", action: "deletecollection", of_collection: true, query: DELETE_COLLECTION },
+    Standard { verb: "get", method: "get", prefix: "read", action: "get", of_collection: false, query: &["pretty"] },
+    Standard { verb: "update", method: "put", prefix: "replace", action: "put", of_collection: false, query: WRITE },
+    Standard { verb: "patch", method: "patch", prefix: "patch", action: "patch", of_collection: false, query: PATCH },
+    Standard { verb: "delete", method: "delete", prefix: "delete", action: "delete", of_collection: false, query: DELETE },
+];
+
 /// The object of paths of the kinds that `wanted` picks.
 pub fn paths(form: Form, wanted: impl Fn(&Kind) -> bool) -> Value {
     let mut paths = Map::new();
@@ -120,54 +142,16 @@ impl Writer {
         let own = self.definition(kind.group, kind.version, kind.kind);
         let list = self.definition(kind.group, kind.version, &format!("{}List", kind.kind));
         let mut out = Vec::new();
-        let mut add = |path: &str,
-                       method: &'static str,
-                       verb: &str,
-                       action: &str,
-                       collection: bool,
-                       query,
-                       body,
-                       returns| {
-            let operation = self.operation(verb, action, collection, query, body, returns, method == "patch");
-            out.push((path.to_owned(), method, operation));
-        };
-        for verb in kind.verbs {
-            match *verb {
-                "create" => add(&collection, "post", "create", "post", false, WRITE, own, own),
-                "list" => add(&collection, "get", "list", "list", false, LIST, None, list),
-                "deletecollection" => {
-                    add(
-                        &collection,
-                        "delete",
-                        "delete",
-                        "deletecollection",
-                        true,
-                        DELETE_COLLECTION,
-                        Some(DELETE_OPTIONS),
-                        Some(STATUS),
-                    );
-                }
-                "get" => add(&item, "get", "read", "get", false, &["pretty"], None, own),
-                "update" => add(&item, "put", "replace", "put", false, WRITE, own, own),
-                "patch" => add(&item, "patch", "patch", "patch", false, PATCH, None, own),
-                "delete" => add(
-                    &item,
-                    "delete",
-                    "delete",
-                    "delete",
-                    false,
-                    DELETE,
-                    Some(DELETE_OPTIONS),
-                    Some(STATUS),
-                ),
-                _ => {}
-            }
+        for verb in STANDARD.iter().filter(|v| kind.has_verb(v.verb)) {
+            let path = if verb.of_collection { &collection } else { &item };
+            let operation = self.operation(verb, own, list);
+            out.push((path.clone(), verb.method, self.render(&operation)));
         }
         if kind.namespaced && kind.has_verb("list") {
-            let mut operation = self.operation("list", "list", false, LIST, None, list, false);
-            operation["operationId"] =
-                format!("list{}{}ForAllNamespaces", self.id_prefix(), kind.kind).into();
-            out.push((format!("{root}/{}", kind.plural), "get", operation));
+            let verb = STANDARD.iter().find(|v| v.verb == "list").expect("lists are standard");
+            let id = format!("list{}{}ForAllNamespaces", self.id_prefix(), kind.kind);
+            let operation = Operation { id, ..self.operation(verb, own, list) };
+            out.push((format!("{root}/{}", kind.plural), "get", self.render(&operation)));
         }
         for sub in kind.subresources {
             self.subresource(sub, &format!("{item}/{}", sub.name), &mut out);
@@ -250,35 +234,39 @@ impl Writer {
         }
     }
 
-    fn operation(
-        &self,
-        verb: &str,
-        action: &str,
-        collection: bool,
-        query: &[&str],
-        body: Option<&str>,
-        returns: Option<&str>,
-        patch: bool,
-    ) -> Value {
+    fn operation<'a>(
+        &'a self,
+        verb: &'a Standard,
+        own: Option<&'a str>,
+        list: Option<&'a str>,
+    ) -> Operation<'a> {
         let kind = self.kind;
         let namespaced = if kind.namespaced { "Namespaced" } else { "" };
-        let many = if collection { "Collection" } else { "" };
-        let summary = match action {
-            "list" => format!("list or watch objects of kind {}", kind.kind),
-            "deletecollection" => format!("delete collection of {}", kind.kind),
-            "post" => format!("create a {}", kind.kind),
-            _ => format!("{verb} the specified {}", kind.kind),
-        };
-        self.render(&Operation {
-            action,
-            id: format!("{verb}{}{many}{namespaced}{}", self.id_prefix(), kind.kind),
-            summary,
-            query,
-            body,
-            returns,
-            patch,
+        let many = if verb.verb == "deletecollection" { "Collection" } else { "" };
+        let deletes = verb.method == "delete";
+        Operation {
+            action: verb.action,
+            id: format!("{}{}{many}{namespaced}{}", verb.prefix, self.id_prefix(), kind.kind),
+            summary: match verb.verb {
+                "list" => format!("list or watch objects of kind {}", kind.kind),
+                "deletecollection" => format!("delete collection of {}", kind.kind),
+                "create" => format!("create a {}", kind.kind),
+                _ => format!("{} the specified {}", verb.prefix, kind.kind),
+            },
+            query: verb.query,
+            body: match verb.verb {
+                "create" | "update" => own,
+                _ if deletes => Some(DELETE_OPTIONS),
+                _ => None,
+            },
+            returns: match verb.verb {
+                "list" => list,
+                _ if deletes => Some(STATUS),
+                _ => own,
+            },
+            patch: verb.verb == "patch",
             gvk: (kind.group, kind.version, kind.kind),
-        })
+        }
     }
 
     fn render(&self, operation: &Operation) -> Value {
