@@ -1,5 +1,6 @@
 //! Pulls and pushes against a real registry on loopback, and against ones that misbehave.
 
+#[allow(dead_code, reason = "containers.rs uses the rest")]
 mod support;
 
 use std::io::{Cursor, Read, Write};

@@ -249,7 +249,10 @@ impl LocalRuntime {
         let (runtime, sandbox_id) = (self.clone(), sandbox_id.to_owned());
         tokio::task::spawn_blocking(move || {
             for record in orphans {
-                runtime.inner.cgroups.kill(&record.cgroup);
+                // Kills what is in it, and waits for its end.
+                if let Err(e) = runtime.inner.cgroups.remove(&record.cgroup) {
+                    tracing::warn!(container = record.spec.id, error = %e, "What a lost shim ran cannot be ended");
+                }
                 // The shim may have come to write it down.
                 let dir = runtime.container_dir(&record.spec.id);
                 let known = files::read_json::<Exit>(&dir.join("exit.json")).ok().flatten();
