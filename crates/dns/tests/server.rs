@@ -82,7 +82,6 @@ async fn ask_tcp(stream: &mut TcpStream, name: &str) -> Message {
 }
 
 /// Asks until the answer has these addresses, which an event on its way will bring about.
-#[track_caller]
 async fn until(server: SocketAddr, addresses: &[&str]) {
     let start = Instant::now();
     loop {

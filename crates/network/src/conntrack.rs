@@ -2,8 +2,7 @@
 //!
 //! The kernel remembers where a UDP client's packets went and sends later ones there too, whatever the
 //! rules say by then. TCP needs no such help: its connections end with the endpoint.
-//! Messages: linux/netfilter/nfnetlink_conntrack.h. Attributes are `length, type, value`, padded to
-//! four bytes; lengths in the machine's order, values in the network's.
+//! Messages: linux/netfilter/nfnetlink_conntrack.h.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -11,6 +10,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use rustix::net::netlink;
 
 use crate::netlink::Socket;
+use crate::nfnetlink::{Attributes, GENERIC, HEADER, Messages};
 use crate::{Error, on_own_thread};
 
 const NLM_REQUEST: u16 = 1;
@@ -18,9 +18,6 @@ const NLM_ACK: u16 = 4;
 const NLM_DUMP: u16 = 0x300;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
-const HEADER: usize = 16;
-/// nfgenmsg: family, version, resource id.
-const GENERIC: usize = 4;
 const SUBSYSTEM: u16 = 1 << 8;
 const CT_NEW: u16 = SUBSYSTEM;
 const CT_GET: u16 = SUBSYSTEM | 1;
@@ -137,49 +134,6 @@ fn endpoints(tuple: &[u8]) -> Option<(SocketAddrV4, SocketAddrV4)> {
         SocketAddrV4::new(address(find(ip, 1)?)?, port(find(proto, 2)?)?),
         SocketAddrV4::new(address(find(ip, 2)?)?, port(find(proto, 3)?)?),
     ))
-}
-
-struct Message<'a> {
-    kind: u16,
-    body: &'a [u8],
-}
-
-/// The netlink messages of a datagram; ends at the first that is malformed.
-struct Messages<'a>(&'a [u8]);
-
-impl<'a> Iterator for Messages<'a> {
-    type Item = Message<'a>;
-
-    fn next(&mut self) -> Option<Message<'a>> {
-        let length = u32::from_ne_bytes(*self.0.first_chunk()?) as usize;
-        let kind = u16::from_ne_bytes(*self.0.get(4..)?.first_chunk()?);
-        let body = self.0.get(HEADER..length)?;
-        self.0 = self.0.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some(Message { kind, body })
-    }
-}
-
-struct Attribute<'a> {
-    kind: u16,
-    value: &'a [u8],
-    /// With its header.
-    whole: &'a [u8],
-}
-
-/// The attributes in a value; ends at the first that is malformed.
-struct Attributes<'a>(&'a [u8]);
-
-impl<'a> Iterator for Attributes<'a> {
-    type Item = Attribute<'a>;
-
-    fn next(&mut self) -> Option<Attribute<'a>> {
-        let length = usize::from(u16::from_ne_bytes(*self.0.first_chunk()?));
-        // The two high bits say "nested" and "network order".
-        let kind = u16::from_ne_bytes(*self.0.get(2..)?.first_chunk()?) & 0x3fff;
-        let (whole, value) = (self.0.get(..length)?, self.0.get(4..length)?);
-        self.0 = self.0.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some(Attribute { kind, value, whole })
-    }
 }
 
 #[cfg(test)]

@@ -4,22 +4,27 @@
 //! [`NodeNetwork`] is a node's part: a pod is a veth pair and one host route, no bridge. Everything
 //! carries names made from the [`ClusterId`], so that clusters on one machine don't meet and
 //! [`leftovers`] can find what a crash left behind. Nothing here knows Services or the API.
-#![forbid(unsafe_code)]
 
 mod address;
 mod cluster_id;
 mod conntrack;
 mod ipam;
 mod netlink;
+mod nfnetlink;
 mod nft;
 mod node;
+mod sys;
+mod table_watch;
 
 pub use address::{NodeAddress, host_name, node_address};
 pub use cluster_id::ClusterId;
 pub use conntrack::{Flow, forget_udp_flows};
 pub use ipam::AddressPool;
 pub use nft::apply as apply_nft;
-pub use node::{Attachment, GATEWAY, NodeConfig, NodeNetwork, leftovers, own_address, remove_leftovers};
+pub use node::{
+    Attachment, GATEWAY, NodeConfig, NodeNetwork, leftovers, own_address, remove_leftovers, routed_ranges,
+};
+pub use table_watch::TableWatch;
 
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -33,6 +38,9 @@ pub enum Error {
     /// The address belongs to another pod already, or is none of this node's.
     #[error("address {0} is not available in this node's range")]
     Unavailable(Ipv4Addr),
+    /// Another cluster, or another program, routes these addresses already.
+    #[error("addresses {range} are in use on this machine already (route to {link})")]
+    Taken { range: Ipv4Net, link: String },
     /// The sandbox's network namespace can't be entered: the sandbox is gone.
     #[error("open network namespace {path}")]
     Namespace { path: String, source: std::io::Error },

@@ -16,7 +16,7 @@ use netlink_packet_core::{
 };
 use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
 use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, State,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
@@ -45,9 +45,14 @@ pub(crate) struct Socket {
 
 impl Socket {
     pub fn open(family: Option<net::Protocol>) -> io::Result<Socket> {
+        Socket::listen(family, 0)
+    }
+
+    /// A socket that is also told what happens, by multicast groups.
+    fn listen(family: Option<net::Protocol>, groups: u32) -> io::Result<Socket> {
         let fd =
             net::socket_with(net::AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, family)?;
-        net::bind(&fd, &SocketAddrNetlink::new(0, 0))?;
+        net::bind(&fd, &SocketAddrNetlink::new(0, groups))?;
         net::sockopt::set_socket_timeout(&fd, net::sockopt::Timeout::Recv, Some(PATIENCE))?;
         Ok(Socket { fd, sequence: 0, buffer: vec![0; ANSWER_BYTES] })
     }
@@ -104,6 +109,28 @@ impl Rtnetlink {
         message.header.flags = LinkFlags::Up;
         message.header.change_mask = LinkFlags::Up;
         self.change(RouteNetlinkMessage::SetLink(message), 0)
+    }
+
+    /// Waits until packets pass a link. The kernel gets it going some time after both of its ends are up, and
+    /// drops packets until then: a first SYN, say, which is repeated only after a second. `told` must
+    /// have been there before the second end was set up.
+    pub fn wait_until_running(&mut self, index: u32, mut told: LinkEvents) -> io::Result<()> {
+        let mut request = LinkMessage::default();
+        request.header.index = index;
+        let answer = self.ask(RouteNetlinkMessage::GetLink(request), 0)?;
+        if answer.iter().any(|message| is_running(message, index)) {
+            return Ok(());
+        }
+        loop {
+            let mut rest = told.0.receive()?;
+            while let Some((message, after)) = next_message(rest)? {
+                rest = after;
+                if matches!(message.payload, NetlinkPayload::InnerMessage(event) if is_running(&event, index))
+                {
+                    return Ok(());
+                }
+            }
+        }
     }
 
     /// Deletes a link by name; `false` when there is none.
@@ -200,6 +227,18 @@ impl Rtnetlink {
         self.change(RouteNetlinkMessage::NewRoute(message), NLM_F_CREATE | NLM_F_REPLACE)
     }
 
+    /// The IPv4 routes of the main table, less the default ones.
+    pub fn routes(&mut self) -> io::Result<Vec<Route>> {
+        let answer = self.ask(RouteNetlinkMessage::GetRoute(route_to(Ipv4Net::default())), NLM_F_DUMP)?;
+        let routes = answer.into_iter().filter_map(|message| match message {
+            RouteNetlinkMessage::NewRoute(route) if route.header.table == RouteHeader::RT_TABLE_MAIN => {
+                Route::read(&route)
+            }
+            _ => None,
+        });
+        Ok(routes.collect())
+    }
+
     /// How a packet to `to` would leave this machine; `None` when it would not.
     pub fn route_to(&mut self, to: Ipv4Addr) -> io::Result<Option<RouteMessage>> {
         match self.ask(RouteNetlinkMessage::GetRoute(route_to(to.into())), 0) {
@@ -231,13 +270,8 @@ impl Rtnetlink {
         let mut answer = Vec::new();
         loop {
             let mut rest = self.0.receive()?;
-            while !rest.is_empty() {
-                let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)
-                    .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
-                // Messages are padded to four bytes, the last one perhaps not.
-                let length =
-                    (message.header.length as usize).next_multiple_of(4).clamp(16, rest.len().max(16));
-                rest = rest.get(length..).unwrap_or_default();
+            while let Some((message, after)) = next_message(rest)? {
+                rest = after;
                 if message.header.sequence_number != sequence {
                     continue;
                 }
@@ -255,6 +289,63 @@ impl Rtnetlink {
                 }
             }
         }
+    }
+}
+
+/// What happens to links from now on.
+pub(crate) struct LinkEvents(Socket);
+
+impl LinkEvents {
+    pub fn open() -> io::Result<LinkEvents> {
+        const RTMGRP_LINK: u32 = 1;
+        Socket::listen(None, RTMGRP_LINK).map(LinkEvents)
+    }
+}
+
+fn is_running(message: &RouteNetlinkMessage, index: u32) -> bool {
+    let RouteNetlinkMessage::NewLink(link) = message else { return false };
+    link.header.index == index && link.attributes.contains(&LinkAttribute::OperState(State::Up))
+}
+
+/// The first of the messages in a datagram, and the rest of them.
+fn next_message(bytes: &[u8]) -> io::Result<Option<(NetlinkMessage<RouteNetlinkMessage>, &[u8])>> {
+    if bytes.is_empty() {
+        return Ok(None);
+    }
+    let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(bytes)
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
+    // Messages are padded to four bytes, the last one perhaps not; a header has sixteen.
+    let length = (message.header.length as usize).next_multiple_of(4).max(16);
+    Ok(Some((message, bytes.get(length..).unwrap_or_default())))
+}
+
+/// A route to somewhere in particular.
+pub(crate) struct Route {
+    pub to: Ipv4Net,
+    /// 0 when it leads to no link.
+    pub oif: u32,
+    ours: bool,
+}
+
+impl Route {
+    fn read(message: &RouteMessage) -> Option<Route> {
+        let (mut to, mut oif) = (None, 0);
+        for attribute in &message.attributes {
+            match attribute {
+                RouteAttribute::Destination(RouteAddress::Inet(address)) => to = Some(*address),
+                RouteAttribute::Oif(index) => oif = *index,
+                _ => {}
+            }
+        }
+        let to = Ipv4Net::new(to?, message.header.destination_prefix_length).ok()?;
+        Some(Route { to, oif, ours: message.header.protocol == ROUTE_PROTOCOL })
+    }
+
+    /// The same range is routed already, or another cluster has one that overlaps. What others route within a
+    /// range is more specific, and stays as it is; so does the route of a pod.
+    pub fn conflicts_with(&self, range: &Ipv4Net) -> bool {
+        let overlaps = self.to.contains(range) || range.contains(&self.to);
+        self.to == *range || (self.ours && self.to.prefix_len() < 32 && overlaps)
     }
 }
 

@@ -26,8 +26,8 @@ use ipnet::Ipv4Net;
 use netlink_packet_route::address::AddressScope;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-use crate::netlink::{End, Rtnetlink, already_exists, ipv4_of, link_name};
-use crate::{ClusterId, Error, nft, on_own_thread};
+use crate::netlink::{End, LinkEvents, Rtnetlink, already_exists, ipv4_of, link_name};
+use crate::{ClusterId, Error, TableWatch, nft, on_own_thread};
 
 /// What every pod has as its gateway. It is no address of any link: the pod knows its
 /// link-layer address beforehand.
@@ -108,10 +108,48 @@ impl NodeNetwork {
         .await
     }
 
+    /// Puts the fixed rules back whenever someone else removes them, until dropped.
+    pub async fn keep(&self) {
+        let failed = async {
+            let mut watch = TableWatch::new(&self.config.cluster.node_table())?;
+            loop {
+                watch.removed().await?;
+                tracing::warn!("Someone has removed the node's packet rules; putting them back");
+                let table = node_table(&self.config);
+                if let Err(error) = on_own_thread(move || nft::apply(&table)).await {
+                    tracing::error!(%error, "The node's packet rules can't be put back");
+                }
+            }
+        };
+        let failed: io::Result<()> = failed.await;
+        if let Err(error) = failed {
+            tracing::error!(%error, "The node's packet rules are not watched");
+        }
+    }
+
     /// Removes all links and tables of the cluster from this node.
     pub async fn teardown(&self) -> Result<(), Error> {
         remove_leftovers(&self.config.cluster).await
     }
+}
+
+/// The address ranges that this machine routes to somewhere in particular, for choosing ranges that are
+/// free. Those of `cluster` itself are left out.
+pub async fn routed_ranges(cluster: &ClusterId) -> Result<Vec<Ipv4Net>, Error> {
+    let prefix = cluster.link_prefix();
+    let routes = on_own_thread(move || {
+        let mut netlink = Rtnetlink::open()?;
+        let links = netlink.links()?;
+        let own: Vec<u32> = links
+            .iter()
+            .filter(|link| link_name(link).is_some_and(|name| name.starts_with(&prefix)))
+            .map(|link| link.header.index)
+            .collect();
+        let mut routes = netlink.routes()?;
+        routes.retain(|route| !own.contains(&route.oif));
+        Ok(routes.into_iter().map(|route| route.to).collect())
+    });
+    routes.await.map_err(|source| Error::Netlink { what: "list routes".into(), source })
 }
 
 /// What a cluster has left on this machine: its links (routes and addresses go with them) and tables.
@@ -195,7 +233,17 @@ fn set_up_node_link(config: &NodeConfig) -> Result<(), Error> {
     for (address, scope) in wanted.into_iter().flatten() {
         netlink.add_address(index, address, scope).map_err(failed("add an address to"))?;
     }
-    for range in [config.cluster_cidr, config.service_cidr] {
+    let wanted_ranges = [config.cluster_cidr, config.service_cidr];
+    let routes = netlink.routes().map_err(failed("list routes for"))?;
+    // To share a range with another cluster would break both, and to take it over would break the other.
+    for route in routes.iter().filter(|route| route.oif != index) {
+        if let Some(range) = wanted_ranges.iter().find(|range| route.conflicts_with(range)) {
+            let links = netlink.links().map_err(failed("list links for"))?;
+            let link = links.iter().find(|link| link.header.index == route.oif).and_then(link_name);
+            return Err(Error::Taken { range: *range, link: link.unwrap_or("?").to_owned() });
+        }
+    }
+    for range in wanted_ranges {
         netlink.set_route(range, index, None, None).map_err(failed(&format!("route {range} to")))?;
     }
     set_sysctl(&format!("net/ipv4/conf/{void}/forwarding"), "0")?;
@@ -287,21 +335,23 @@ fn attach(
     set_sysctl(&format!("{conf}/rp_filter"), "1")?;
     host.set_neighbour(index, address, mac).map_err(failed("add the pod's neighbour to"))?;
     host.set_route(address.into(), index, None, Some(source)).map_err(failed("route the pod to"))?;
+    let events = LinkEvents::open().map_err(failed("watch"))?;
 
     // From here on this thread belongs to the pod's namespace. It ends with this function.
     move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
         .map_err(|error| enter_failed(error.into()))?;
     let mut pod = Rtnetlink::open().map_err(failed("open netlink in the pod of"))?;
+    let eth0 = pod.link_index(POD_LINK).map_err(failed("look up eth0 in the pod of"))?;
+    let eth0 = eth0.ok_or_else(|| failed("look up eth0 in the pod of")(io::ErrorKind::NotFound.into()))?;
+    // Early, because the kernel takes its time over getting the pair going (see below).
+    pod.set_up(eth0).map_err(failed("set eth0 up in the pod of"))?;
     let lo = pod.link_index("lo").map_err(failed("look up lo in the pod of"))?.unwrap_or(1);
     pod.set_up(lo).map_err(failed("set lo up in the pod of"))?;
-    let index = pod.link_index(POD_LINK).map_err(failed("look up eth0 in the pod of"))?;
-    let index = index.ok_or_else(|| failed("look up eth0 in the pod of")(io::ErrorKind::NotFound.into()))?;
-    pod.set_up(index).map_err(failed("set eth0 up in the pod of"))?;
-    pod.add_address(index, address, AddressScope::Universe)
-        .map_err(failed("add an address in the pod of"))?;
-    pod.set_neighbour(index, GATEWAY, host_mac).map_err(failed("add the gateway in the pod of"))?;
-    pod.set_route(Ipv4Net::default(), index, Some(GATEWAY), None)
+    pod.add_address(eth0, address, AddressScope::Universe).map_err(failed("add an address in the pod of"))?;
+    pod.set_neighbour(eth0, GATEWAY, host_mac).map_err(failed("add the gateway in the pod of"))?;
+    pod.set_route(Ipv4Net::default(), eth0, Some(GATEWAY), None)
         .map_err(failed("add a route in the pod of"))?;
+    host.wait_until_running(index, events).map_err(failed("wait for"))?;
     Ok(Attachment { address, host_link: host_link.to_owned(), mac })
 }
 

@@ -3,13 +3,14 @@
 mod support;
 
 use std::fs::File;
-use std::net::{Ipv4Addr, UdpSocket};
+use std::net::{Ipv4Addr, TcpStream, UdpSocket};
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
 
 use minke_network::{
-    AddressPool, ClusterId, NodeConfig, NodeNetwork, apply_nft, forget_udp_flows, leftovers, node_address,
+    AddressPool, ClusterId, NodeConfig, NodeNetwork, TableWatch, apply_nft, forget_udp_flows, leftovers,
+    node_address, routed_ranges,
 };
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use support::{Pod, fetch, in_own_namespace, serve_hello, with_outside};
@@ -93,11 +94,7 @@ fn a_pod_cannot_use_anothers_address() {
         receiver.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
         let send_as = move |source: [u8; 4]| {
             a.run(move || {
-                let address = format!("{}/32", Ipv4Addr::from(source));
-                std::process::Command::new("ip")
-                    .args(["addr", "add", &address, "dev", "eth0"])
-                    .status()
-                    .unwrap();
+                support::shell(&format!("ip addr replace {}/32 dev eth0", Ipv4Addr::from(source)));
                 UdpSocket::bind((Ipv4Addr::from(source), 0))
                     .unwrap()
                     .send_to(b"x", (b_address, 9000))
@@ -108,6 +105,11 @@ fn a_pod_cannot_use_anothers_address() {
         assert_eq!(receiver.recv_from(&mut [0; 9]).unwrap().1.ip(), a_address);
         send_as([10, 244, 0, 77]);
         assert!(receiver.recv_from(&mut [0; 9]).is_err(), "a false source gets through");
+        // It is the check of the source that keeps it out.
+        std::fs::write(format!("/proc/sys/net/ipv4/conf/{}/rp_filter", config().cluster.pod_link("a")), "0")
+            .unwrap();
+        send_as([10, 244, 0, 77]);
+        assert!(receiver.recv_from(&mut [0; 9]).is_ok());
     });
 }
 
@@ -178,5 +180,88 @@ fn the_thread_that_attaches_is_not_the_callers() {
         assert!(same(&before, &File::open("/proc/thread-self/ns/net").unwrap()));
         assert!(!same(&before, &File::open(&pod.path).unwrap()));
         move_into_link_name_space(before.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+    });
+}
+
+#[test]
+fn two_clusters_never_share_addresses() {
+    in_own_namespace(async || {
+        let first = NodeNetwork::setup(config()).await.unwrap();
+        let other = |pods: &str, services: &str| NodeConfig {
+            cluster: ClusterId::of(Path::new("/other")),
+            pod_cidr: pods.parse().unwrap(),
+            cluster_cidr: pods.parse().unwrap(),
+            service_cidr: services.parse().unwrap(),
+            ..config()
+        };
+        let link = config().cluster.node_link();
+        for (pods, services, taken) in [
+            ("10.244.0.0/16", "10.112.0.0/16", "10.244.0.0/16"),
+            ("10.245.0.0/16", "10.96.0.0/16", "10.96.0.0/16"),
+            ("10.245.0.0/16", "10.0.0.0/8", "10.0.0.0/8"),
+        ] {
+            let error = NodeNetwork::setup(other(pods, services)).await.unwrap_err();
+            let text = format!("addresses {taken} are in use on this machine already (route to {link})");
+            assert_eq!(error.to_string(), text);
+        }
+        let ranges = routed_ranges(&ClusterId::of(Path::new("/other"))).await.unwrap();
+        assert_eq!(ranges.len(), 2, "{ranges:?}");
+        let second = NodeNetwork::setup(other("10.245.0.0/16", "10.112.0.0/16")).await.unwrap();
+        second.teardown().await.unwrap();
+        assert_eq!(leftovers(&config().cluster).await.unwrap().len(), 3, "the first is whole");
+        first.teardown().await.unwrap();
+    });
+}
+
+#[test]
+fn the_nodes_rules_come_back_when_a_firewall_flushes_them() {
+    in_own_namespace(async || {
+        let network = std::sync::Arc::new(NodeNetwork::setup(config()).await.unwrap());
+        let keeper = network.clone();
+        let keeper = tokio::spawn(async move { keeper.keep().await });
+        tokio::task::yield_now().await;
+        let start = Instant::now();
+        for _ in 0..3 {
+            support::shell("nft flush ruleset");
+            while leftovers(&config().cluster).await.unwrap().len() < 3 {
+                assert!(start.elapsed() < Duration::from_secs(10), "the table is not back");
+            }
+        }
+        // Replacing it ourselves is no removal.
+        let mut watch =
+            TableWatch::new(&leftovers(&config().cluster).await.unwrap()[2]["table ip ".len()..]).unwrap();
+        let again = NodeNetwork::setup(config()).await.unwrap();
+        assert!(tokio::time::timeout(Duration::from_millis(100), watch.removed()).await.is_err());
+        keeper.abort();
+        again.teardown().await.unwrap();
+        tokio::time::timeout(Duration::from_secs(5), watch.removed()).await.unwrap().unwrap();
+    });
+}
+
+#[test]
+fn a_pod_cannot_reach_the_nodes_loopback() {
+    in_own_namespace(async || {
+        let network = NodeNetwork::setup(config()).await.unwrap();
+        let pod = Pod::new();
+        network.attach("x", &pod.path, Ipv4Addr::new(10, 244, 0, 2)).await.unwrap();
+        serve_hello(Ipv4Addr::LOCALHOST);
+        // What a pod with every right in its namespace can do.
+        pod.run(|| {
+            support::shell(
+                "ip addr flush dev lo && echo 1 > /proc/sys/net/ipv4/conf/all/route_localnet && \
+                 ip route add 127.0.0.1 via 169.254.1.1 dev eth0 onlink",
+            );
+        });
+        let reach = || {
+            pod.run(|| {
+                TcpStream::connect_timeout(&"127.0.0.1:8080".parse().unwrap(), Duration::from_millis(300))
+                    .is_ok()
+            })
+        };
+        assert!(!reach());
+        // It is the guard that keeps it out, and the test knows how to get in.
+        let table = leftovers(&config().cluster).await.unwrap().pop().unwrap();
+        apply_nft(&format!("flush chain {} guard\n", table.strip_prefix("table ").unwrap())).unwrap();
+        assert!(reach());
     });
 }

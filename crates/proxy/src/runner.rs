@@ -5,6 +5,7 @@
 //! waits. When a transaction fails, the tables are not what we think, so all is loaded anew.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +15,7 @@ use k8s_openapi::api::core::v1::{Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use minke_api::{FieldSelector, Key, Kind, Object};
 use minke_client::{Change as Event, Informers, backoff, typed};
-use minke_network::{ClusterId, Flow, apply_nft, forget_udp_flows};
+use minke_network::{ClusterId, Flow, TableWatch, apply_nft, forget_udp_flows};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -62,6 +63,10 @@ pub async fn run(
         pods: pods.subscribe(),
         requests: requests.0,
     };
+    let mut watch = TableWatch::new(&config.cluster.service_table());
+    if let Err(error) = &watch {
+        tracing::warn!(%error, "Service rules that someone removes come back only with the next change");
+    }
     let mut state = State::new(config);
     let mut kernel = Kernel::default();
     loop {
@@ -74,8 +79,21 @@ pub async fn run(
             biased;
             () = stop.cancelled() => return,
             () = inbox.wait_into(&mut state) => {}
+            () = removed(&mut watch) => {
+                tracing::warn!("Someone has removed the Service rules; putting them back");
+                kernel.must_load = true;
+            }
             () = tokio::time::sleep(retry.unwrap_or(Duration::MAX)), if retry.is_some() => {}
         }
+    }
+}
+
+/// Returns when the table has been removed; never if that can't be told.
+async fn removed(watch: &mut io::Result<TableWatch>) {
+    let Ok(working) = watch else { return std::future::pending().await };
+    if let Err(error) = working.removed().await {
+        tracing::warn!(%error, "Service rules that someone removes come back only with the next change");
+        *watch = Err(error);
     }
 }
 
@@ -305,7 +323,8 @@ impl Kernel {
 
 /// UDP clients go on to endpoints that they no longer have unless the kernel is told.
 async fn forget_lost(state: &State, change: Change) {
-    let mut by_port: HashMap<u16, Vec<(Option<Ipv4Addr>, HashSet<SocketAddrV4>)>> = HashMap::new();
+    type Lost = (Option<Ipv4Addr>, HashSet<SocketAddrV4>);
+    let mut by_port: HashMap<u16, Vec<Lost>> = HashMap::new();
     for (frontend, gone) in change.lost_udp(&state.tables) {
         by_port.entry(frontend.port).or_default().push((frontend.address, gone));
     }
