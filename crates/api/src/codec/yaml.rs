@@ -4,7 +4,7 @@
 use saphyr_parser::{Event, Parser, ScalarStyle, ScanError, Tag};
 use serde_json::{Map, Number, Value};
 
-use super::{DecodeError, Decoded, MAX_DEPTH, TOO_DEEP};
+use super::{DecodeError, Decoded, MAX_DEPTH, TOO_DEEP, depth};
 use crate::schema::MAX_PROBLEMS;
 
 /// How many values anchors and aliases may copy, all in all: what a small text can swell to.
@@ -204,14 +204,6 @@ fn count(value: &Value) -> usize {
     1 + match value {
         Value::Array(list) => list.iter().map(count).sum(),
         Value::Object(map) => map.values().map(count).sum(),
-        _ => 0,
-    }
-}
-
-pub(crate) fn depth(value: &Value) -> usize {
-    match value {
-        Value::Array(list) => 1 + list.iter().map(depth).max().unwrap_or(0),
-        Value::Object(map) => 1 + map.values().map(depth).max().unwrap_or(0),
         _ => 0,
     }
 }

@@ -4,7 +4,7 @@ use json_patch::{Patch, PatchOperation, jsonptr::PointerBuf};
 use serde_json::Value;
 
 use super::PatchError;
-use crate::codec::{MAX_DEPTH, yaml::depth};
+use crate::codec::{MAX_DEPTH, depth};
 
 /// The most operations in one patch.
 pub const MAX_OPERATIONS: usize = 10_000;

@@ -273,7 +273,7 @@ fn raw(bytes: &[u8], depth: usize) -> Result<Value> {
         inner if inner.starts_with(MAGIC) => body(inner, None, depth)?,
         inner => json::decode(inner)?.value,
     };
-    if depth + crate::codec::yaml::depth(&value) > MAX_DEPTH {
+    if depth + crate::codec::depth(&value) > MAX_DEPTH {
         return Err(error(TOO_DEEP));
     }
     Ok(value)
