@@ -406,6 +406,8 @@ fn services_come_change_and_go() {
 }
 
 proptest::proptest! {
+    #![proptest_config(proptest::test_runner::Config { failure_persistence: None, ..Default::default() })]
+
     /// Nothing that anyone sends does harm, and what comes back is a message that fits.
     #[test]
     fn any_bytes_get_a_whole_answer_or_none(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..600)) {

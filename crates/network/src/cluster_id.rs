@@ -35,6 +35,13 @@ impl ClusterId {
         format!("mk{}", self.0)
     }
 
+    /// The group that all links of this cluster are in, so that they can be deleted together. Never 0,
+    /// where links are that are in no group.
+    pub(crate) fn link_group(&self) -> u32 {
+        let hash = Sha256::digest(self.0.as_bytes());
+        u32::from_le_bytes([hash[0], hash[1], hash[2], hash[3]]).max(1)
+    }
+
     /// The node's own link, which holds its addresses in the pod and service networks.
     pub fn node_link(&self) -> String {
         format!("mk{}-node", self.0)

@@ -92,8 +92,9 @@ impl Rtnetlink {
     }
 
     /// Makes a veth pair. The peer is still down: the kernel does not set it up before it has the link.
-    pub fn create_veth(&mut self, link: &End<'_>, peer: &End<'_>, mtu: u32) -> io::Result<()> {
+    pub fn create_veth(&mut self, link: &End<'_>, peer: &End<'_>, mtu: u32, group: u32) -> io::Result<()> {
         let mut message = link.message(mtu);
+        message.attributes.push(LinkAttribute::Group(group));
         message.header.flags = LinkFlags::Up;
         message.header.change_mask = LinkFlags::Up;
         message.attributes.push(LinkAttribute::LinkInfo(vec![
@@ -137,6 +138,13 @@ impl Rtnetlink {
     pub fn delete_link(&mut self, name: &str) -> io::Result<bool> {
         let mut message = LinkMessage::default();
         message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+        absent_is_false(self.change(RouteNetlinkMessage::DelLink(message), 0))
+    }
+
+    /// Deletes all links of a group at once: the kernel's long wait for readers comes once, not for each.
+    pub fn delete_group(&mut self, group: u32) -> io::Result<bool> {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::Group(group));
         absent_is_false(self.change(RouteNetlinkMessage::DelLink(message), 0))
     }
 

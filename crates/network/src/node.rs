@@ -93,8 +93,8 @@ impl NodeNetwork {
     pub async fn attach(&self, sandbox: &str, netns: &Path, address: Ipv4Addr) -> Result<Attachment, Error> {
         let host_link = self.config.cluster.pod_link(sandbox);
         let source = own_address(self.config.pod_cidr);
-        let (mtu, netns) = (self.config.mtu, netns.to_owned());
-        on_own_thread(move || attach(&host_link, &netns, address, source, mtu)).await
+        let (mtu, group, netns) = (self.config.mtu, self.config.cluster.link_group(), netns.to_owned());
+        on_own_thread(move || attach(&host_link, &netns, address, source, mtu, group)).await
     }
 
     /// Disconnects a sandbox; one that is not connected is fine. A namespace that ends takes its
@@ -180,6 +180,11 @@ pub async fn remove_leftovers(cluster: &ClusterId) -> Result<(), Error> {
             Err(Error::NftMissing(_)) => {}
             Err(error) => failures.push(error),
         }
+        // All at once; one by one only those, if any, of which the group can't get rid.
+        let together = Rtnetlink::open().and_then(|mut netlink| netlink.delete_group(cluster.link_group()));
+        if let Err(error) = together {
+            tracing::debug!(%error, "Links can't be deleted as a group");
+        }
         match links_of(&cluster) {
             Ok(links) => failures.extend(links.into_iter().filter_map(|link| {
                 let deleted = Rtnetlink::open().and_then(|mut netlink| netlink.delete_link(&link));
@@ -212,7 +217,7 @@ fn set_up_node_link(config: &NodeConfig) -> Result<(), Error> {
     };
     let mut netlink = Rtnetlink::open().map_err(failed("open netlink for"))?;
     let end = |name| End { name, mac: None, namespace: None };
-    match netlink.create_veth(&end(&name), &end(&void), config.mtu) {
+    match netlink.create_veth(&end(&name), &end(&void), config.mtu, config.cluster.link_group()) {
         Err(error) if already_exists(&error) => {}
         made => made.map_err(failed("make link"))?,
     }
@@ -301,6 +306,7 @@ fn attach(
     address: Ipv4Addr,
     source: Ipv4Addr,
     mtu: u32,
+    group: u32,
 ) -> Result<Attachment, Error> {
     let failed = |what: &str| {
         let what = format!("{what} {host_link}");
@@ -315,13 +321,13 @@ fn attach(
     let mut host = Rtnetlink::open().map_err(failed("open netlink for"))?;
     let host_end = End { name: host_link, mac: Some(host_mac), namespace: None };
     let pod_end = End { name: POD_LINK, mac: Some(mac), namespace: Some(namespace.as_raw_fd()) };
-    match host.create_veth(&host_end, &pod_end, mtu) {
+    match host.create_veth(&host_end, &pod_end, mtu, group) {
         Err(error) if already_exists(&error) => {
             // Made by an earlier, perhaps unfinished, attempt: what follows completes it. A link of a
             // sandbox that is gone would have ended with it, unless the kernel is not through yet.
             if pod_link_index(&namespace).map_err(enter_failed)?.is_none() {
                 host.delete_link(host_link).map_err(failed("replace link"))?;
-                host.create_veth(&host_end, &pod_end, mtu).map_err(failed("make link"))?;
+                host.create_veth(&host_end, &pod_end, mtu, group).map_err(failed("make link"))?;
             }
         }
         made => made.map_err(failed("make link"))?,

@@ -162,9 +162,20 @@ fn attaching_takes_milliseconds() {
             network.detach(&i.to_string()).await.unwrap();
             detach.push(start.elapsed());
         }
+        for (i, pod) in pods.iter().enumerate() {
+            network.attach(&i.to_string(), &pod.path, pool.allocate().unwrap()).await.unwrap();
+        }
+        assert_eq!(leftovers(&config().cluster).await.unwrap().len(), 33);
+        let start = Instant::now();
+        network.teardown().await.unwrap();
+        let teardown = start.elapsed();
+        assert_eq!(leftovers(&config().cluster).await.unwrap().len(), 0);
         attach.sort();
         detach.sort();
-        println!("attach: median {:?}, max {:?}; detach: median {:?}", attach[15], attach[29], detach[15]);
+        println!(
+            "attach: median {:?}, max {:?}; detach: median {:?}; all 30 at once: {teardown:?}",
+            attach[15], attach[29], detach[15]
+        );
     });
 }
 

@@ -1,4 +1,5 @@
 //! A pretend API server for the tests of what only reads. Also used by other crates' tests.
+#![allow(dead_code, reason = "each test that includes this uses a part of it")]
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
