@@ -94,6 +94,7 @@ impl ServerArgs {
             progress: progress.clone(),
             client: admin.clone(),
             setting: setting.clone(),
+            cgroup: data.cgroup(),
             started: Timestamp::now(),
         };
         tasks.spawn(control::serve(control, Arc::new(handler), stop.clone()));
@@ -117,8 +118,9 @@ impl ServerArgs {
         let shared = informers.clone();
         let ending = stop.clone();
         tasks.spawn(async move { minke_controllers::run(config, move |name| accounts(name), shared, ending).await });
-        let seen = Informers::new(scheduler.clone(), stop.clone());
-        tasks.spawn(minke_scheduler::run(scheduler, seen, minke_scheduler::Config::default(), stop.clone()));
+        let seen = Informers::new(scheduler, stop.clone());
+        let config = minke_scheduler::Config { clock: Clock::System, seed: rand::random() };
+        tasks.spawn(minke_scheduler::run(seen, config, stop.clone()));
         addons::ensure(&*admin, setting.config.service_cidr).await?;
 
         if !self.disable_agent {
@@ -269,6 +271,8 @@ struct Local {
     progress: Progress,
     client: Arc<dyn Client>,
     setting: Setting,
+    /// Where this cluster's cgroups are, for tools that look at its processes.
+    cgroup: String,
     started: Timestamp,
 }
 
@@ -313,6 +317,7 @@ impl Local {
             "pid": std::process::id(),
             "startedAt": self.started.strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
             "memoryMiB": resident_mib(),
+            "cgroup": self.cgroup,
             "node": {"name": self.setting.node_name, "address": self.setting.node_ip.to_string(), "ready": ready},
             "pods": {"total": pods.len(), "running": running},
         });

@@ -181,6 +181,8 @@ fn spawn(data: &DataDir) -> Result<std::process::Child> {
         .args(["server", "--detached", "--data-dir"])
         .arg(data.path())
         .env_remove("MINKE_DATA_DIR")
+        // Every thread would get a heap of its own, which stays as large as it ever was.
+        .env("MALLOC_ARENA_MAX", "2")
         .current_dir("/")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
