@@ -6,25 +6,25 @@
 //! and what depends on time is queued for that time.
 #![forbid(unsafe_code)]
 
-// mod clusterrole_aggregation;
+mod clusterrole_aggregation;
 mod context;
 mod deployment;
 mod endpoints;
 mod endpointslice;
-// mod garbage_collector;
-// mod job;
+mod garbage_collector;
+mod job;
 mod namespace;
-// mod node_lifecycle;
-// mod pod_gc;
+mod node_lifecycle;
+mod pod_gc;
 mod pods;
 mod replicaset;
 mod rollout;
 mod root_ca;
 mod run;
-// mod service_lb;
+mod service_lb;
 mod serviceaccount;
 mod services;
-// mod taint_eviction;
+mod taint_eviction;
 
 pub use run::run;
 
@@ -69,16 +69,16 @@ static CONTROLLERS: &[Row] = &[
     Row { name: "deployment", account: "deployment-controller", component: "deployment-controller", make: |_| Box::new(deployment::Deployments) },
     Row { name: "replicaset", account: "replicaset-controller", component: "replicaset-controller", make: |_| Box::new(replicaset::Sets(&replicaset::REPLICA_SETS)) },
     Row { name: "replicationcontroller", account: "replication-controller", component: "replication-controller", make: |_| Box::new(replicaset::Sets(&replicaset::REPLICATION_CONTROLLERS)) },
-    // Row { name: "job", account: "job-controller", component: "job-controller", make: |_| Box::new(job::Jobs) },
+    Row { name: "job", account: "job-controller", component: "job-controller", make: |_| Box::new(job::Jobs) },
     Row { name: "endpoints", account: "endpoint-controller", component: "endpoint-controller", make: |_| Box::new(endpoints::EndpointsController::default()) },
     Row { name: "endpointslice", account: "endpointslice-controller", component: "endpoint-slice-controller", make: |_| Box::new(endpointslice::EndpointSlices::default()) },
-    // Row { name: "service-lb", account: "service-controller", component: "service-controller", make: |_| Box::new(service_lb::ServiceLb) },
+    Row { name: "service-lb", account: "service-controller", component: "service-controller", make: |_| Box::new(service_lb::ServiceLb) },
     Row { name: "namespace", account: "namespace-controller", component: "namespace-controller", make: |_| Box::new(namespace::Namespaces) },
     Row { name: "serviceaccount", account: "service-account-controller", component: "service-account-controller", make: |_| Box::new(serviceaccount::ServiceAccounts) },
     Row { name: "root-ca-certificate-publisher", account: "root-ca-cert-publisher", component: "root-ca-cert-publisher", make: |config| Box::new(root_ca::RootCa { pem: config.root_ca.clone() }) },
-    // Row { name: "garbage-collector", account: "generic-garbage-collector", component: "garbage-collector-controller", make: |_| Box::new(garbage_collector::GarbageCollector::default()) },
-    // Row { name: "node-lifecycle", account: "node-controller", component: "node-controller", make: |config| Box::new(node_lifecycle::NodeLifecycle::new(config)) },
-    // Row { name: "taint-eviction", account: "node-controller", component: "taint-eviction-controller", make: |_| Box::new(taint_eviction::TaintEviction) },
-    // Row { name: "pod-garbage-collector", account: "pod-garbage-collector", component: "pod-garbage-collector", make: |config| Box::new(pod_gc::PodGc::new(config)) },
-    // Row { name: "clusterrole-aggregation", account: "clusterrole-aggregation-controller", component: "clusterrole-aggregation-controller", make: |_| Box::new(clusterrole_aggregation::Aggregation) },
+    Row { name: "garbage-collector", account: "generic-garbage-collector", component: "garbage-collector-controller", make: |_| Box::new(garbage_collector::GarbageCollector::default()) },
+    Row { name: "node-lifecycle", account: "node-controller", component: "node-controller", make: |config| Box::new(node_lifecycle::NodeLifecycle::new(config)) },
+    Row { name: "taint-eviction", account: "node-controller", component: "taint-eviction-controller", make: |_| Box::new(taint_eviction::TaintEviction) },
+    Row { name: "pod-garbage-collector", account: "pod-garbage-collector", component: "pod-garbage-collector", make: |config| Box::new(pod_gc::PodGc::new(config)) },
+    Row { name: "clusterrole-aggregation", account: "clusterrole-aggregation-controller", component: "clusterrole-aggregation-controller", make: |_| Box::new(clusterrole_aggregation::Aggregation) },
 ];
