@@ -296,15 +296,15 @@ impl Allocator {
         };
         if wanted {
             let ports = spec.items("ports").to_vec();
-            for n in 0..ports.len() {
-                if ports[n].int("nodePort").is_some_and(|p| p != 0) {
+            for (n, wanting) in ports.iter().enumerate() {
+                if wanting.int("nodePort").is_some_and(|p| p != 0) {
                     continue;
                 }
                 // TCP and UDP on one port get one node port, as DNS servers want it.
                 let twin = spec.items("ports").iter().enumerate().find(|(m, other)| {
                     *m != n
-                        && other.int("port") == ports[n].int("port")
-                        && other.text("protocol") != ports[n].text("protocol")
+                        && other.int("port") == wanting.int("port")
+                        && other.text("protocol") != wanting.text("protocol")
                         && other.int("nodePort").is_some_and(|p| p != 0)
                 });
                 let port = match twin.and_then(|(_, other)| other.int("nodePort")) {

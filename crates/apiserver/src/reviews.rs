@@ -148,7 +148,7 @@ fn access_review(
     let decision = authorizer.authorize(user, &attributes);
     let mut status = json!({"allowed": decision.allowed});
     if !decision.reason.is_empty() {
-        status.set("reason", decision.reason);
+        status.set("reason", &*decision.reason);
     }
     Ok(status)
 }

@@ -130,10 +130,6 @@ impl Tokens {
         })
     }
 
-    pub fn audiences(&self) -> &[String] {
-        &self.audiences
-    }
-
     /// Answers a TokenRequest for a service account: the request with its status.
     pub fn issue(
         &self,

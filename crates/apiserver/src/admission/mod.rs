@@ -38,7 +38,6 @@ pub struct Request<'a> {
     pub user: &'a UserInfo,
     /// The object as it is stored; none when creating.
     pub old: Option<&'a Value>,
-    pub dry_run: bool,
 }
 
 impl Request<'_> {

@@ -2,6 +2,7 @@
 
 use k8s_openapi::api::{node::v1 as node, scheduling::v1 as scheduling};
 use minke_api::{Kind, Status};
+use minke_client::typed;
 use serde_json::{Value, json};
 
 use super::{Context, Operation, Request};
@@ -30,22 +31,20 @@ pub fn priority(context: &Context<'_>, request: &Request<'_>, pod: &mut Value) -
     let class = match spec.text("priorityClassName") {
         "" => {
             let all = context.snapshots.list(classes, "");
-            let defaults = all.iter().map(|class| class.value()).filter(|class| class.flag("globalDefault"));
-            defaults.min_by_key(|class| class.int("value"))
+            let all = all.iter().filter_map(|class| typed::<scheduling::PriorityClass>(class));
+            all.filter(|class| class.global_default == Some(true)).min_by_key(|class| class.value)
         }
         name => match context.snapshots.get(classes, "", name) {
-            Some(class) => Some(class.value()),
+            Some(class) => typed::<scheduling::PriorityClass>(&class),
             None => return Err(request.forbid(format!("no PriorityClass with name {name} was found"))),
         },
     };
-    let (value, policy) = match &class {
-        Some(class) => {
-            spec.set("priorityClassName", class.at("metadata").text("name"));
-            let policy = class.text("preemptionPolicy");
-            (class.int("value").unwrap_or_default(), if policy.is_empty() { "PreemptLowerPriority" } else { policy })
-        }
-        None => (0, "PreemptLowerPriority"),
-    };
+    if let Some(name) = class.as_ref().and_then(|class| class.metadata.name.as_deref()) {
+        spec.set("priorityClassName", name);
+    }
+    let value = class.as_ref().and_then(|class| class.value).map_or(0, i64::from);
+    let policy = class.as_ref().and_then(|class| class.preemption_policy.as_deref());
+    let policy = policy.unwrap_or("PreemptLowerPriority");
     if let Some(given) = spec.int("priority").filter(|given| *given != value) {
         return Err(request.forbid(format!(
             "the integer value of priority ({given}) must not be provided in pod spec; priority admission controller \

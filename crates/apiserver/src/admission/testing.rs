@@ -44,7 +44,6 @@ fn run(
         name: metadata["name"].as_str().unwrap_or_default(),
         user: &UserInfo::new("admin", &["system:masters"]),
         old,
-        dry_run: false,
     };
     if operation != Operation::Delete {
         mutate(&context, &request, object)?;

@@ -26,7 +26,13 @@ pub const MASTERS: &str = "system:masters";
 pub struct Decision {
     pub allowed: bool,
     /// Why it is allowed, or what was wrong with the roles that might have allowed it.
-    pub reason: String,
+    pub reason: Arc<str>,
+}
+
+impl Decision {
+    fn allow() -> Decision {
+        Decision { allowed: true, reason: "".into() }
+    }
 }
 
 /// Decides who may do what. Cheap to ask; shared by all requests.
@@ -41,11 +47,15 @@ pub struct Authorizer {
 struct Grant {
     rules: Arc<[Rule]>,
     /// `RBAC: allowed by ClusterRoleBinding "x" of ClusterRole "y" to Group "z"`.
-    reason: String,
+    reason: Arc<str>,
 }
 
-/// Grants by subject: `u:` and the user's name, or `g:` and the group's.
-type Grants = HashMap<String, Vec<Grant>>;
+/// Grants by the name of their subject.
+#[derive(Default)]
+struct Grants {
+    users: HashMap<String, Vec<Grant>>,
+    groups: HashMap<String, Vec<Grant>>,
+}
 
 #[derive(Default)]
 struct Index {
@@ -82,13 +92,13 @@ impl Authorizer {
     /// Whether the user may do it, by RBAC or as the node it is.
     pub fn authorize(&self, user: &UserInfo, attributes: &Attributes<'_>) -> Decision {
         if user.groups.iter().any(|group| group == MASTERS) {
-            return Decision { allowed: true, reason: String::new() };
+            return Decision::allow();
         }
         let index = self.index();
         if let Some(node) = node::name_of(user)
             && node::authorize(&*self.snapshots, &index.node_rules, node, attributes)
         {
-            return Decision { allowed: true, reason: String::new() };
+            return Decision::allow();
         }
         let namespace = match attributes {
             Attributes::Resource { namespace, .. } => *namespace,
@@ -111,7 +121,7 @@ impl Authorizer {
             1 => format!("RBAC: {}", problems[0]),
             _ => format!("RBAC: [{}]", problems.join(", ")),
         };
-        Decision { allowed: false, reason }
+        Decision { allowed: false, reason: reason.into() }
     }
 
     /// As [`Authorizer::authorize`], with upstream's 403 for an answer.
@@ -151,14 +161,11 @@ impl Authorizer {
 }
 
 impl Index {
-    fn grants(&self, user: &UserInfo, namespace: &str) -> impl Iterator<Item = &Grant> {
+    fn grants<'a>(&'a self, user: &'a UserInfo, namespace: &str) -> impl Iterator<Item = &'a Grant> {
         let places = [Some(&self.everywhere), self.by_namespace.get(namespace)];
-        let subjects: Vec<String> = std::iter::once(format!("u:{}", user.name))
-            .chain(user.groups.iter().map(|group| format!("g:{group}")))
-            .collect();
-        places.into_iter().flatten().flat_map(move |grants| {
-            let found: Vec<&Grant> = subjects.iter().filter_map(|s| grants.get(s)).flatten().collect();
-            found
+        places.into_iter().flatten().flat_map(|grants| {
+            let own = grants.users.get(&user.name);
+            own.into_iter().chain(user.groups.iter().filter_map(|group| grants.groups.get(group))).flatten()
         })
     }
 
@@ -222,13 +229,13 @@ impl Index {
             _ => format!("\"{}/{}\"", binding.name(), namespace),
         };
         for subject in subjects.unwrap_or_default() {
-            let (key, who) = match subject.kind.as_str() {
-                "User" => (format!("u:{}", subject.name), format!("{:?}", subject.name)),
-                "Group" => (format!("g:{}", subject.name), format!("{:?}", subject.name)),
+            let (subjects, name, who) = match subject.kind.as_str() {
+                "User" => (&mut grants.users, subject.name.clone(), format!("{:?}", subject.name)),
+                "Group" => (&mut grants.groups, subject.name.clone(), format!("{:?}", subject.name)),
                 "ServiceAccount" => {
                     let home = subject.namespace.as_deref().filter(|n| !n.is_empty()).unwrap_or(namespace);
                     let user = format!("system:serviceaccount:{home}:{}", subject.name);
-                    (format!("u:{user}"), format!("\"{}/{home}\"", subject.name))
+                    (&mut grants.users, user, format!("\"{}/{home}\"", subject.name))
                 }
                 _ => continue,
             };
@@ -239,7 +246,7 @@ impl Index {
                 role.name,
                 subject.kind
             );
-            grants.entry(key).or_default().push(Grant { rules: rules.clone(), reason });
+            subjects.entry(name).or_default().push(Grant { rules: rules.clone(), reason: reason.into() });
         }
     }
 }
@@ -366,7 +373,7 @@ mod tests {
         assert!(!authorizer.authorize(&eve, &get("pods", "a", "p")).allowed);
         cluster.put(binding("a", "eve", ("Role", "local-reader"), json!({"kind": "User", "name": "eve"})));
         let decision = authorizer.authorize(&eve, &get("pods", "a", "p"));
-        assert_eq!(decision.reason, "RBAC: allowed by RoleBinding \"eve/a\" of Role \"local-reader\" to User \"eve\"");
+        assert_eq!(&*decision.reason, "RBAC: allowed by RoleBinding \"eve/a\" of Role \"local-reader\" to User \"eve\"");
         cluster.remove(kinds().bindings, "a", "eve");
         assert!(!authorizer.authorize(&eve, &get("pods", "a", "p")).allowed);
     }

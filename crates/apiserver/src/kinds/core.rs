@@ -240,16 +240,12 @@ fn validate_secret(secret: &Value, errors: &mut FieldErrors) {
         }
         "kubernetes.io/dockerconfigjson" => docker_config(data, ".dockerconfigjson", errors),
         "kubernetes.io/dockercfg" => docker_config(data, ".dockercfg", errors),
-        "kubernetes.io/basic-auth" => {
-            if data.get("username").is_none() && data.get("password").is_none() {
-                needs("username", errors);
-                needs("password", errors);
-            }
+        "kubernetes.io/basic-auth" if data.get("username").is_none() && data.get("password").is_none() => {
+            needs("username", errors);
+            needs("password", errors);
         }
-        "kubernetes.io/ssh-auth" => {
-            if data.text("ssh-privatekey").is_empty() {
-                errors.required("data[ssh-privatekey]", "");
-            }
+        "kubernetes.io/ssh-auth" if data.text("ssh-privatekey").is_empty() => {
+            errors.required("data[ssh-privatekey]", "");
         }
         "kubernetes.io/tls" => {
             needs("tls.crt", errors);

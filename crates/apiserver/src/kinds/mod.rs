@@ -4,6 +4,8 @@ pub mod check;
 mod batch;
 mod container_validation;
 mod core;
+#[cfg(test)]
+mod defaults_tests;
 mod networking;
 pub mod pod;
 mod pod_spec;

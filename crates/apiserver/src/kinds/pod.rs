@@ -215,30 +215,6 @@ fn node_selector_only_grows(new: &Value, old: &Value, errors: &mut FieldErrors) 
     }
 }
 
-/// Whether only ephemeral containers were added, as the subresource of that name allows.
-pub fn validate_ephemeral_update(new: &Value, old: &Value, errors: &mut FieldErrors) {
-    let (new_list, old_list) =
-        (new.at("spec").items("ephemeralContainers"), old.at("spec").items("ephemeralContainers"));
-    for (n, before) in old_list.iter().enumerate() {
-        let now = new_list.iter().find(|container| container.text("name") == before.text("name"));
-        match now {
-            None => errors.forbidden(
-                &format!("spec.ephemeralContainers[{n}]"),
-                &format!("existing ephemeral containers {:?} may not be removed\n", before.text("name")),
-            ),
-            Some(now) if !same(now, before) => errors.forbidden(
-                &format!("spec.ephemeralContainers[{n}]"),
-                &format!(
-                    "existing ephemeral containers {:?} may not be changed\n{}",
-                    before.text("name"),
-                    difference(now, before, "spec")
-                ),
-            ),
-            Some(_) => {}
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use minke_api::Kind;

@@ -397,7 +397,7 @@ fn warnings(service: &Value) -> Vec<String> {
         );
     }
     if spec.text("clusterIP") == "None" {
-        if spec.text("loadBalancerIP") != "" {
+        if spec.has("loadBalancerIP") {
             warnings.push("spec.loadBalancerIP is ignored for headless services".to_owned());
         }
         if spec.text("sessionAffinity") == "ClientIP" {

@@ -55,10 +55,8 @@ fn validate_source(kind: &str, source: &Value, path: &str, errors: &mut FieldErr
         }
     };
     match kind {
-        "emptyDir" => {
-            if source.has("sizeLimit") {
-                check::quantity(source.at("sizeLimit"), &at(path, "sizeLimit"), errors);
-            }
+        "emptyDir" if source.has("sizeLimit") => {
+            check::quantity(source.at("sizeLimit"), &at(path, "sizeLimit"), errors);
         }
         "hostPath" => {
             needs(&["path"], errors);
