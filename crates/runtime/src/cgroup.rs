@@ -144,6 +144,13 @@ impl Cgroups {
         self.hierarchies.iter().map(|h| h.root.join(path)).collect()
     }
 
+    /// Of [`Cgroups::dirs`], those that a runtime which knows v1's controllers or v2 does not know: named v1
+    /// hierarchies, and v2 beside v1.
+    pub fn dirs_beside_controllers(&self, path: &str) -> Vec<PathBuf> {
+        let beside = self.hierarchies.iter().filter(|h| h.controllers.is_empty() && !self.is_v2());
+        beside.map(|h| h.root.join(path)).collect()
+    }
+
     /// v1's device controller, when there is one.
     pub(crate) fn v1_devices_dir(&self, path: &str) -> Option<PathBuf> {
         self.controller("devices").map(|h| h.root.join(path))
@@ -189,6 +196,8 @@ impl Cgroups {
     }
 
     /// Kills what is in the cgroup, then removes it with everything below. No error when it is not there.
+    /// Blocks until the processes are gone.
+    #[expect(clippy::disallowed_methods, reason = "the shim, which has no tokio, runs this too")]
     pub fn remove(&self, path: &str) -> io::Result<()> {
         let path = checked(path)?;
         let text = path.to_str().unwrap_or_default();

@@ -4,6 +4,8 @@
 //! static busybox; says so and passes when they are not there. `cargo test --test containers -- NAME` runs
 //! the tests whose name contains NAME.
 
+#![allow(clippy::disallowed_methods, reason = "real processes in real time")]
+
 mod support;
 
 use std::time::{Duration, Instant};

@@ -1,5 +1,7 @@
 //! Pulls and pushes against a real registry on loopback, and against ones that misbehave.
 
+#![allow(clippy::disallowed_methods, reason = "real servers in real time")]
+
 #[allow(dead_code, reason = "containers.rs uses the rest")]
 mod support;
 
@@ -90,7 +92,7 @@ async fn what_is_pushed_can_be_pulled() {
     assert_eq!(one, two);
     assert_eq!(one.id, from.resolve(IMAGE).await.unwrap().unwrap().id);
     assert!(seen.load(Ordering::Relaxed) > 1 << 20);
-    assert_eq!(one.tags, [name.clone()]);
+    assert_eq!(one.tags, std::slice::from_ref(&name));
     // By digest.
     let by_digest = to.pull(&one.digests[0], Auth::Anonymous, None).await.unwrap();
     assert_eq!(by_digest.id, one.id);

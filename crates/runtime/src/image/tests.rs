@@ -185,7 +185,7 @@ fn archives_that_are_wrong_leave_nothing() {
     let files: [(&str, &[u8]); 3] = [("manifest.json", manifest.as_bytes()), ("c", &none), ("l", &good)];
     refuses(tar_of(&files), "has 1 layers, and its configuration names 0");
     refuses(docker_archive(&[Layer::new().file("../x", "").bytes()], "a:b"), "leads out of the layer");
-    refuses(docker_archive(&[good.clone()], "UPPER"), "must be lowercase");
+    refuses(docker_archive(std::slice::from_ref(&good), "UPPER"), "must be lowercase");
     let bad = format!("blobs/sha256/{}", "0".repeat(64));
     refuses(tar_of(&[(&bad, b"lies")]), "unexpected commit digest");
     let mut cut = docker_archive(&[Layer::new().file("big", &"x".repeat(5000)).bytes()], "a:b");

@@ -475,6 +475,7 @@ impl Runtime for LocalRuntime {
             image: prepared.config,
             layers: prepared.layers,
             cgroup_dirs: self.inner.cgroups.dirs(&cgroup),
+            cgroup_dirs_beside: self.inner.cgroups.dirs_beside_controllers(&cgroup),
             cgroup,
             spec,
         };

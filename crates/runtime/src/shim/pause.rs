@@ -1,8 +1,7 @@
 //! Process 1 of a pod whose containers share their process namespace: holds it open and reaps orphans.
 
 use std::io::Write;
-use std::time::Duration;
-
+use nix::sys::signal::{SigSet, Signal};
 use rustix::process::WaitOptions;
 
 use crate::sys;
@@ -33,10 +32,12 @@ fn reap() -> ! {
     if let Ok(null) = null {
         let _ = rustix::stdio::dup2_stdout(&null);
     }
+    let mut children = SigSet::empty();
+    children.add(Signal::SIGCHLD);
+    let _ = children.thread_block();
     loop {
-        // Blocks while there are children. Without any, a new orphan wakes nobody, so look now and then.
-        if rustix::process::wait(WaitOptions::empty()).is_err() {
-            std::thread::sleep(Duration::from_secs(1));
-        }
+        while let Ok(Some(_)) = rustix::process::wait(WaitOptions::NOHANG) {}
+        // A child that ends between the two is not missed: its signal stays pending.
+        let _ = children.wait();
     }
 }

@@ -132,8 +132,9 @@ pub struct ContainerRecord {
     pub image: ImageConfig,
     /// Layers, topmost first, as names below `<root>/snapshots`.
     pub layers: Vec<String>,
-    /// In every hierarchy, and the path in them.
+    /// The cgroup in every hierarchy; in those libcontainer does not know; and its path in them.
     pub cgroup_dirs: Vec<PathBuf>,
+    pub cgroup_dirs_beside: Vec<PathBuf>,
     pub cgroup: String,
 }
 

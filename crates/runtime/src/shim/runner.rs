@@ -38,6 +38,8 @@ pub fn main(mut args: impl Iterator<Item = OsString>) -> i32 {
         Ok((started, master)) => (Report::Started(started), master),
         Err(e) => (Report::Failed(e), None),
     };
+    // What libcontainer keeps for its own commands, which nobody gives.
+    let _ = fs::remove_dir_all(run.state_dir());
     send(&socket, &report, master)
 }
 
@@ -49,6 +51,10 @@ struct Run {
 }
 
 impl Run {
+    fn state_dir(&self) -> PathBuf {
+        self.root.join("containers").join(&self.id).join("state")
+    }
+
     fn start(&self) -> Result<(Started, Option<OwnedFd>), String> {
         sys::default_signals();
         let dir = self.root.join("containers").join(&self.id);
@@ -98,12 +104,15 @@ impl Run {
     }
 
     fn create(&self, dir: &Path, record: &ContainerRecord) -> Result<(i32, Option<OwnedFd>), String> {
-        let state = dir.join("state");
+        let state = self.state_dir();
         let _ = fs::remove_dir_all(&state);
         fs::create_dir_all(&state).map_err(|e| format!("{}: {e}", state.display()))?;
         let (outcome, report) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
             .map_err(|e| format!("pipe: {e}"))?;
         let console = record.spec.tty.then(|| Console::bind(dir)).transpose().map_err(|e| format!("console: {e}"))?;
+        // libcontainer knows v1's controllers or v2; the rest is ours, and inherited. Now, because moving into a
+        // cgroup waits for a grace period of the kernel (10 ms or more), and what follows at once does not.
+        join_cgroups(&record.cgroup_dirs_beside, std::process::id() as i32)?;
         let executor = Program { report: report.as_raw_fd() };
         let built = ContainerBuilder::new(self.id.clone(), SyscallType::default())
             .with_executor(executor)
@@ -117,15 +126,12 @@ impl Run {
             Err(e) => return Err(plain(&e)),
         };
         let pid = container.pid().map(|p| p.as_raw()).ok_or("the container has no process")?;
-        // libcontainer knows v1's controllers or v2; the named and the extra hierarchies are ours.
-        join_cgroups(&record.cgroup_dirs, pid)?;
         let master = console.map(|c| c.receive()).transpose().map_err(|e| format!("console: {e}"))?;
         container.start().map_err(|e| plain(&e))?;
         drop(report);
         // Closes when the program is executed, and says why if it cannot be.
         let mut error = String::new();
         fs::File::from(outcome).read_to_string(&mut error).map_err(|e| e.to_string())?;
-        let _ = fs::remove_dir_all(&state);
         match error.as_str() {
             "" => Ok((pid, master)),
             error => Err(error.to_owned()),

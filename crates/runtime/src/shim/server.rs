@@ -320,8 +320,9 @@ impl Shim {
                 Reply::Done
             }),
             Op::KillExec { exec, signal } => {
-                let found = self.execs.iter().find(|e| e.client == client && e.seq == exec);
-                found.map(|e| kill(e.pid, signal));
+                if let Some(found) = self.execs.iter().find(|e| e.client == client && e.seq == exec) {
+                    kill(found.pid, signal);
+                }
                 Ok(Reply::Done)
             }
             Op::Attach { id, stdin, stdout, stderr } => {
