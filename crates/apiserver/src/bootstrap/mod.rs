@@ -5,6 +5,8 @@
 //! while the server runs, told by watches.
 
 mod roles;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::time::Duration;
