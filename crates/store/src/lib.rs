@@ -19,6 +19,7 @@ pub use memory::Memory;
 pub use state::{Change, Event, Snapshot};
 pub use watch::Watch;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock};
 
 use minke_api::{Draft, Key, Kind, Object, Revision};
@@ -92,6 +93,7 @@ pub enum Error {
 pub struct Store {
     state: Arc<RwLock<State>>,
     queue: mpsc::Sender<Message>,
+    broken: Arc<AtomicBool>,
 }
 
 impl Store {
@@ -103,12 +105,13 @@ impl Store {
         state.loaded(revision);
         let state = Arc::new(RwLock::new(state));
         let (queue, receiver) = mpsc::channel(QUEUE);
-        let writer = Writer::new(Box::new(engine), state.clone(), receiver);
+        let broken = Arc::new(AtomicBool::new(false));
+        let writer = Writer::new(Box::new(engine), state.clone(), receiver, broken.clone());
         std::thread::Builder::new()
             .name("store-writer".to_owned())
             .spawn(move || writer.run())
             .map_err(|error| EngineError::Failed(error.to_string()))?;
-        Ok(Store { state, queue })
+        Ok(Store { state, queue, broken })
     }
 
     /// An empty store that forgets everything when it is dropped, for tests.
@@ -169,6 +172,11 @@ impl Store {
                 return (snapshot, watch);
             }
         }
+    }
+
+    /// Whether writes may succeed: not once the engine has failed for good, or the store is closed.
+    pub fn is_writable(&self) -> bool {
+        !self.queue.is_closed() && !self.broken.load(Ordering::Relaxed)
     }
 
     /// Waits until the store has reached `revision`.

@@ -5,6 +5,7 @@
 //! the next batch, so the cost of making things durable is shared by all who wait.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock};
 
 use minke_api::{Key, Kind, Object, Revision};
@@ -31,6 +32,8 @@ pub(crate) struct Writer {
     queue: mpsc::Receiver<Message>,
     /// Why nothing can be written any more.
     broken: Option<Arc<str>>,
+    /// Tells everyone else of `broken`.
+    is_broken: Arc<AtomicBool>,
 }
 
 /// Transactions that were found good, and what they will have written.
@@ -49,8 +52,9 @@ impl Writer {
         engine: Box<dyn Engine>,
         state: Arc<RwLock<State>>,
         queue: mpsc::Receiver<Message>,
+        is_broken: Arc<AtomicBool>,
     ) -> Writer {
-        Writer { engine, state, queue, broken: None }
+        Writer { engine, state, queue, broken: None, is_broken }
     }
 
     pub(crate) fn run(mut self) {
@@ -165,6 +169,7 @@ impl Writer {
             Err(EngineError::Failed(why)) => {
                 tracing::error!(error = why, "Writing the cluster's state failed; writes are refused from now on");
                 let why: Arc<str> = why.into();
+                self.is_broken.store(true, Ordering::Relaxed);
                 self.broken = Some(why.clone());
                 Some(Error::Broken(why))
             }
