@@ -24,6 +24,7 @@ mod pod;
 mod probes;
 mod references;
 mod resources;
+mod server;
 mod status;
 #[cfg(test)]
 mod testing;
@@ -31,6 +32,8 @@ mod volumes;
 mod worker;
 
 pub use network::{LocalNetwork, PodNetwork};
+/// The decoders of bytes from clients, for fuzzing.
+pub use server::spdy;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -93,6 +96,8 @@ pub enum Error {
 pub struct Kubelet {
     agent: agent::Agent,
     node: node::Node,
+    server: server::Server,
+    api: server::Api,
     stop: CancellationToken,
 }
 
@@ -101,6 +106,9 @@ impl Kubelet {
     /// tokio runtime.
     pub async fn build(config: Config) -> Result<Kubelet, Error> {
         let stop = CancellationToken::new();
+        let (cert, key) = (&config.serving_cert_pem, &config.serving_key_pem);
+        let server = server::Server::bind(config.listen, cert, key, &config.client_ca_pem).await?;
+        let port = server.local_addr().map_or(config.listen.port(), |address| address.port());
         let informers = Informers::new(config.client.clone(), stop.clone());
         let machine = machine::Machine::read(&config.data_dir);
         let events = events::Recorder::start(config.client.clone(), &config.node_name);
@@ -134,18 +142,24 @@ impl Kubelet {
         let pods =
             informers.selected(worker::pods(), FieldSelector::equal("spec.nodeName", &context.node_name));
         let nodes = informers.selected(Kind::of::<core::Node>(), FieldSelector::name(&context.node_name));
-        let identity =
-            node::Identity { labels: config.node_labels, pod_cidr: config.pod_cidr, port: config.listen.port() };
+        let identity = node::Identity { labels: config.node_labels, pod_cidr: config.pod_cidr, port };
+        let api = server::Api { context: context.clone(), pods: pods.clone() };
         let agent = agent::Agent::adopt(context.clone(), pods, nodes).await.map_err(Error::Runtime)?;
         let node = node::Node::new(context, machine, identity);
-        Ok(Kubelet { agent, node, stop })
+        Ok(Kubelet { agent, node, server, api, stop })
     }
 
     /// Runs until `shutdown`; every pod goes on without the agent.
     pub async fn run(self, shutdown: CancellationToken) {
         let stop = self.stop.clone();
         let _ended = stop.clone().drop_guard();
-        let work = async { tokio::join!(self.node.run(stop.clone()), self.agent.run(stop.clone())) };
+        let work = async {
+            tokio::join!(
+                self.node.run(stop.clone()),
+                self.agent.run(stop.clone()),
+                self.server.run(self.api, stop.clone()),
+            )
+        };
         tokio::select! { _ = work => {}, () = shutdown.cancelled() => {} }
     }
 }
