@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, anyhow, bail};
 use async_trait::async_trait;
@@ -29,6 +29,8 @@ use crate::node::{self, NodeClients};
 use crate::{KUBERNETES, addons, logging};
 
 pub const CLUSTER_DOMAIN: &str = "cluster.local";
+/// How long components may take to finish what they are at.
+const DRAIN: Duration = Duration::from_secs(10);
 /// Ports of NodePort services.
 const NODE_PORTS: std::ops::RangeInclusive<u16> = 30000..=32767;
 
@@ -83,7 +85,7 @@ impl ServerArgs {
         let tasks = TaskTracker::new();
         let control = control::bind(data)?;
         if self.detached {
-            tasks.spawn(progress.clone().report());
+            tokio::spawn(progress.clone().report());
         }
 
         progress.step("Starting the API server");
@@ -107,17 +109,15 @@ impl ServerArgs {
             proxy: client("system:kube-proxy", &[]),
             dns: server.client(UserInfo::service_account("kube-system", "coredns")),
         };
-        let accounts: Arc<dyn Fn(&str) -> Arc<dyn Client> + Send + Sync> = {
-            let clients = server.clients();
-            Arc::new(move |name| clients.client(UserInfo::service_account("kube-system", name)))
-        };
-        let api = tasks.spawn(server.run(stop.clone()));
+        let clients_of = server.clients();
+        // The API server is the last to end, so that the others can finish what they are writing.
+        let stop_api = CancellationToken::new();
+        let api = tokio::spawn(server.run(stop_api.clone()));
 
         let informers = Informers::new(manager, stop.clone());
         let config = minke_controllers::Config { root_ca: setting.keys.ca.certificate.clone(), ..Default::default() };
-        let shared = informers.clone();
-        let ending = stop.clone();
-        tasks.spawn(async move { minke_controllers::run(config, move |name| accounts(name), shared, ending).await });
+        let account = move |name: &str| clients_of(UserInfo::service_account("kube-system", name));
+        tasks.spawn(minke_controllers::run(config, account, informers, stop.clone()));
         let seen = Informers::new(scheduler, stop.clone());
         let config = minke_scheduler::Config { clock: Clock::System, seed: rand::random() };
         tasks.spawn(minke_scheduler::run(seen, config, stop.clone()));
@@ -128,30 +128,31 @@ impl ServerArgs {
             node::start(data, &setting, clients, &tasks, &stop).await?;
             progress.step(&format!("Waiting until node {} is Ready", setting.node_name));
         }
-        let ready = async {
+        let life = async {
             if !self.disable_agent {
                 node_ready(&admin, &setting.node_name, &stop).await;
             }
+            progress.ready();
+            tracing::info!(node = setting.node_name, "Ready");
+            stop.cancelled().await;
         };
         tokio::pin!(api);
         tokio::select! {
-            () = ready => {
-                progress.ready();
-                tracing::info!(node = setting.node_name, "Ready");
-                stop.cancelled().await;
-            }
             () = stop.cancelled() => {}
+            () = life => {}
             ended = &mut api => {
                 stop.cancel();
-                tasks.close();
                 ended.context("the API server panicked")?;
                 bail!("the API server ended by itself");
             }
         }
         tracing::info!("Ending; pods stay");
         tasks.close();
-        tasks.wait().await;
-        Ok(())
+        if tokio::time::timeout(DRAIN, tasks.wait()).await.is_err() {
+            tracing::warn!("Some components did not end in time");
+        }
+        stop_api.cancel();
+        api.await.context("the API server panicked")
     }
 
     async fn api_server(&self, data: &DataDir, setting: &Setting) -> Result<ApiServer> {
