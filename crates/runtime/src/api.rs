@@ -359,7 +359,8 @@ pub trait Runtime: Send + Sync {
     /// Stops it when needed and removes every trace but the logs. Unknown ids are fine.
     async fn remove_sandbox(&self, id: &str) -> Result<()>;
 
-    /// Where the sandbox's network namespace can be opened; `/proc/1/ns/net`'s for host network.
+    /// Where the sandbox's network namespace can be opened, as long as its shim lives; the caller's own for host
+    /// network. A descriptor of it stays good after the shim.
     fn sandbox_netns(&self, id: &str) -> Result<PathBuf>;
 
     /// Prepares a container: resolves the image, the user and the arguments, mounts the root filesystem.

@@ -19,4 +19,4 @@ mod users;
 pub use api::*;
 pub use local::{LocalRuntime, RuntimeConfig};
 pub use image::reference::Reference;
-pub use image::{ImageStore, Limits, Mirror, Prepared, RegistryConfig};
+pub use image::{ImageStore, Limits, Mirror, Prepared, RegistryConfig, unpack_layer};

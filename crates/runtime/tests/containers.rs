@@ -37,6 +37,8 @@ const TESTS: &[(&str, TestFn)] = tests![
     a_new_agent_adopts_what_runs,
     a_dead_shim_takes_its_containers_along,
     one_process_namespace_for_all,
+    the_nodes_own_namespaces,
+    many_at_once,
     unfinished_creations_are_cleared,
     speed_and_size,
 ];
@@ -468,6 +470,48 @@ async fn one_process_namespace_for_all() {
     node.start("c", "ps -o args").await;
     node.wait_exit("c").await;
     assert!(!node.text("c").contains("sleep 2000"), "what a container left runs on: {}", node.text("c"));
+    node.close().await;
+}
+
+async fn the_nodes_own_namespaces() {
+    let node = Node::new().await;
+    let spec = SandboxSpec { host_network: true, host_pid: true, host_ipc: true, ..node.sandbox_spec("pod") };
+    node.runtime.run_sandbox(spec).await.unwrap();
+    let names = ["net", "uts", "ipc", "pid"];
+    let script = names.map(|n| format!("readlink /proc/self/ns/{n}")).join("; ");
+    // What it leaves behind in the node's process namespace goes with it.
+    node.start("c", &format!("{script}; sleep 3000 & echo $!")).await;
+    node.wait_exit("c").await;
+    let text = node.text("c");
+    let lines: Vec<&str> = text.lines().collect();
+    for (name, got) in names.iter().zip(&lines) {
+        assert_eq!(std::fs::read_link(format!("/proc/self/ns/{name}")).unwrap().to_str().unwrap(), *got);
+    }
+    let netns = node.runtime.sandbox_netns("pod").unwrap();
+    assert_eq!(std::fs::read_link(netns).unwrap(), std::fs::read_link("/proc/self/ns/net").unwrap());
+    let left = format!("/proc/{}/exe", lines[4]);
+    assert!(std::fs::read_link(left).is_err(), "process {} is left", lines[4]);
+    node.close().await;
+}
+
+async fn many_at_once() {
+    let node = Node::new().await;
+    let pods: Vec<String> = (0..20).map(|n| format!("pod{n}")).collect();
+    let begun = Instant::now();
+    let shared = &node;
+    let all = pods.iter().map(async |pod| {
+        let node = shared;
+        node.runtime.run_sandbox(node.sandbox_spec(pod)).await.unwrap();
+        for n in 0..2 {
+            let id = format!("{pod}-c{n}");
+            node.runtime.create_container(pod, node.spec(&id, "echo $HOSTNAME; exit 4")).await.unwrap();
+            node.runtime.start_container(&id).await.unwrap();
+            assert_eq!(node.wait_exit(&id).await.exit_code, Some(4));
+            assert_eq!(node.text(&id), "web-0\n");
+        }
+    });
+    futures_util::future::join_all(all).await;
+    println!("    20 pods with 2 containers each: {:?}", begun.elapsed());
     node.close().await;
 }
 

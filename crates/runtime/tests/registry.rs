@@ -172,6 +172,22 @@ async fn nobody_there_is_said_so() {
     assert!(matches!(error, Error::InvalidImageName(_)), "{error:?}");
 }
 
+#[tokio::test]
+async fn a_registry_elsewhere_is_spoken_to_in_tls() {
+    let (sender, mut first) = tokio::sync::mpsc::channel(8);
+    let port = server(move |mut stream| {
+        let mut byte = [0; 1];
+        let _ = stream.read(&mut byte);
+        let _ = sender.try_send(byte[0]);
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = RegistryConfig::default();
+    config.mirrors.insert("*".into(), vec![format!("https://127.0.0.1:{port}")]);
+    store(dir.path(), config).pull("127.0.0.1:1/x:1", Auth::Anonymous, None).await.unwrap_err();
+    // A TLS record of the handshake.
+    assert_eq!(first.recv().await, Some(0x16));
+}
+
 /// Answers every GET by its path.
 fn answer(mut stream: std::net::TcpStream, body_of: &dyn Fn(&str) -> Option<Vec<u8>>) {
     let mut request = Vec::new();

@@ -183,7 +183,7 @@ impl ImageStore {
     }
 
     /// Keeps blobs and snapshots that no image names yet from being collected.
-    fn transfer_lock(&self) -> Result<File> {
+    pub(crate) fn transfer_lock(&self) -> Result<File> {
         self.lock("transfer.lock", rustix::fs::FlockOperation::LockShared)
     }
 
@@ -403,6 +403,12 @@ impl ImageStore {
             }
         }
     }
+}
+
+/// Unpacks one layer, plain or compressed, into the empty directory `target`, with the layers below it topmost
+/// first; returns its diff id. For tools and fuzzing: the store does this by itself.
+pub fn unpack_layer(input: impl io::Read, target: &Path, parents: &[PathBuf], limits: Limits) -> io::Result<String> {
+    unpack::unpack(input, target, parents, limits)
 }
 
 /// What an image is to be called.

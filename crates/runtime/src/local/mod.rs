@@ -462,35 +462,37 @@ impl Runtime for LocalRuntime {
             }
             sandbox.record.spec.cgroup_parent.clone()
         };
-        let prepared = self.inner.images.prepare(&spec.image)?;
-        if crate::spec::arguments(&spec, &prepared.config.entrypoint, &prepared.config.cmd).is_empty() {
-            return Err(Error::Invalid("no command specified".to_owned()));
-        }
-        let id = spec.id.clone();
-        let cgroup = format!("{cgroup_parent}/{id}");
-        let record = ContainerRecord {
-            sandbox_id: sandbox_id.to_owned(),
-            created_at: now_ns(),
-            image_id: prepared.id,
-            image: prepared.config,
-            layers: prepared.layers,
-            cgroup_dirs: self.inner.cgroups.dirs(&cgroup),
-            cgroup_dirs_beside: self.inner.cgroups.dirs_beside_controllers(&cgroup),
-            cgroup,
-            spec,
-        };
+        let (id, sandbox_id) = (spec.id.clone(), sandbox_id.to_owned());
         let dir = self.container_dir(&id);
-        let snapshots = self.inner.config.root.join("snapshots");
-        let made = record.clone();
-        blocking(move || {
+        let runtime = self.clone();
+        let record = blocking(move || {
+            // From here until the record is written, nobody may take the image's layers away.
+            let _lock = runtime.inner.images.transfer_lock()?;
+            let prepared = runtime.inner.images.prepare(&spec.image)?;
+            if crate::spec::arguments(&spec, &prepared.config.entrypoint, &prepared.config.cmd).is_empty() {
+                return Err(Error::Invalid("no command specified".to_owned()));
+            }
+            let cgroup = format!("{cgroup_parent}/{}", spec.id);
+            let cgroups = &runtime.inner.cgroups;
+            let record = ContainerRecord {
+                sandbox_id,
+                created_at: now_ns(),
+                image_id: prepared.id,
+                image: prepared.config,
+                layers: prepared.layers,
+                cgroup_dirs: cgroups.dirs(&cgroup),
+                cgroup_dirs_beside: cgroups.dirs_beside_controllers(&cgroup),
+                cgroup,
+                spec,
+            };
             match fs::create_dir(&dir) {
                 Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
-                    return Err(Error::AlreadyExists(format!("container {:?} already exists", made.spec.id)));
+                    return Err(Error::AlreadyExists(format!("container {:?} already exists", record.spec.id)));
                 }
                 done => done.map_err(failed)?,
             }
-            let made = make_container_dir(&dir, &snapshots, &made);
-            made.map_err(|e| {
+            let made = make_container_dir(&dir, &runtime.inner.config.root.join("snapshots"), &record);
+            made.map(|()| record).map_err(|e| {
                 let _ = fs::remove_dir_all(&dir);
                 failed(e)
             })
