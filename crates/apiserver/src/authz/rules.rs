@@ -1,4 +1,4 @@
-//! Rules of roles: what one allows, whether a set of them covers another, how aggregated roles get theirs.
+//! Rules of roles: what one allows, and whether a set of them covers another.
 //!
 //! Upstream: pkg/registry/rbac/validation and the RBAC authorizer.
 
@@ -6,7 +6,6 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use k8s_openapi::api::rbac::v1 as rbac;
-use minke_api::{LabelSelector, Labels};
 
 use crate::Attributes;
 
@@ -148,29 +147,6 @@ pub fn uncovered(held: &[Rule], wanted: &[Rule]) -> Vec<Rule> {
         known.extend(verbs.into_iter().filter(|verb| !known.contains(verb)).collect::<Vec<_>>());
     }
     together.into_iter().map(|(rule, verbs)| Rule { verbs, ..rule }).collect()
-}
-
-/// The rules that an aggregated ClusterRole gets: those of all roles that its selectors match, in order
-/// of their names, without repeating any. `roles` gives name, labels and rules of every ClusterRole.
-pub fn aggregate<'a>(
-    name: &str,
-    aggregation: &rbac::AggregationRule,
-    roles: impl Iterator<Item = (&'a str, &'a Labels, &'a [rbac::PolicyRule])> + Clone,
-) -> Vec<rbac::PolicyRule> {
-    let mut rules: Vec<rbac::PolicyRule> = Vec::new();
-    for selector in aggregation.cluster_role_selectors.iter().flatten() {
-        let Ok(selector) = LabelSelector::from_spec(selector) else { continue };
-        for (other, labels, own) in roles.clone() {
-            if other != name && selector.matches(labels) {
-                for rule in own {
-                    if !rules.contains(rule) {
-                        rules.push(rule.clone());
-                    }
-                }
-            }
-        }
-    }
-    rules
 }
 
 #[cfg(test)]

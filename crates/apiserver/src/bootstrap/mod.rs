@@ -2,7 +2,7 @@
 //! `kubernetes` with its endpoints, and what clients look up in kube-system.
 //!
 //! [`ensure`] makes what is missing and writes nothing when nothing is; [`keep`] puts back what goes missing
-//! while the server runs, told by watches.
+//! while the server runs, told by watches. Aggregated roles get their rules from a controller.
 
 mod roles;
 #[cfg(test)]
@@ -18,11 +18,10 @@ use k8s_openapi::api::networking::v1 as networking;
 use k8s_openapi::api::rbac::v1 as rbac;
 use k8s_openapi::api::scheduling::v1 as scheduling;
 use minke_api::{FieldSelector, Kind, Object, Status};
-use minke_client::{Client, DeleteOptions, Informers, ListOptions, Target, WorkQueue, typed};
+use minke_client::{Client, DeleteOptions, Informers, Target, WorkQueue};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use crate::authz::rules::aggregate;
 use crate::kinds::SYSTEM_PRIORITIES;
 use crate::kinds::tree::Tree;
 use crate::{Config, kubernetes_service_address};
@@ -32,8 +31,6 @@ const NAMESPACES: [&str; 4] = ["default", "kube-system", "kube-public", "kube-no
 const KUBERNETES: &str = "kubernetes";
 /// Writes that are under way at once: they share the store's commits.
 const AT_ONCE: usize = 64;
-/// A role takes from roles that themselves take from others, never deeper than this.
-const AGGREGATION_DEPTH: usize = 8;
 
 /// Makes what every cluster has. `client` acts as the API server itself and may do everything.
 pub async fn ensure(client: &dyn Client, config: &Config) -> Result<(), Status> {
@@ -43,7 +40,6 @@ pub async fn ensure(client: &dyn Client, config: &Config) -> Result<(), Status> 
     stream::iter(objects.iter().map(Ok))
         .try_for_each_concurrent(AT_ONCE, |object| async move { default_object(client, object).await })
         .await?;
-    aggregate_roles(client).await?;
     kubernetes(client, config).await
 }
 
@@ -52,7 +48,6 @@ pub async fn ensure(client: &dyn Client, config: &Config) -> Result<(), Status> 
 enum Part {
     Namespaces,
     Kubernetes,
-    Roles,
 }
 
 /// Puts back what is deleted or changed, until `stop`.
@@ -61,7 +56,6 @@ pub async fn keep(informers: Arc<Informers>, config: Config, stop: CancellationT
     let by_name = || FieldSelector::name(KUBERNETES);
     let watched = [
         (informers.of_type::<core::Namespace>(), Part::Namespaces),
-        (informers.of_type::<rbac::ClusterRole>(), Part::Roles),
         (informers.selected(Kind::of::<core::Service>(), by_name()), Part::Kubernetes),
         (informers.selected(Kind::of::<core::Endpoints>(), by_name()), Part::Kubernetes),
         (informers.selected(Kind::of::<discovery::EndpointSlice>(), by_name()), Part::Kubernetes),
@@ -93,7 +87,6 @@ pub async fn keep(informers: Arc<Informers>, config: Config, stop: CancellationT
         let outcome = match part {
             Part::Namespaces => namespaces(&*client).await,
             Part::Kubernetes => kubernetes(&*client, &config).await,
-            Part::Roles => aggregate_roles(&*client).await,
         };
         match outcome {
             Ok(()) => queue.forget(&part),
@@ -110,7 +103,6 @@ fn concerns(part: Part, object: &Object) -> bool {
     match part {
         Part::Namespaces => NAMESPACES.contains(&object.name()),
         Part::Kubernetes => object.namespace() == "default",
-        Part::Roles => true,
     }
 }
 
@@ -159,35 +151,6 @@ async fn default_object(client: &dyn Client, object: &Value) -> Result<(), Statu
         Some(wanted) => client.update(target, wanted).await.map(drop),
         None => Ok(()),
     }
-}
-
-/// Gives aggregated ClusterRoles their rules.
-async fn aggregate_roles(client: &dyn Client) -> Result<(), Status> {
-    let kind = Kind::of::<rbac::ClusterRole>();
-    // A role that takes from an aggregated one is right a round later.
-    for _ in 0..AGGREGATION_DEPTH {
-        let list = client.list(kind, "", ListOptions::default()).await?;
-        let roles: Vec<(&Arc<Object>, Arc<rbac::ClusterRole>)> =
-            list.items.iter().filter_map(|object| Some((object, typed::<rbac::ClusterRole>(object)?))).collect();
-        let mut settled = true;
-        for (object, role) in &roles {
-            let Some(rule) = &role.aggregation_rule else { continue };
-            let all = roles
-                .iter()
-                .map(|(object, role)| (object.name(), object.labels(), role.rules.as_deref().unwrap_or_default()));
-            let rules = aggregate(object.name(), rule, all);
-            if rules != role.rules.as_deref().unwrap_or_default() {
-                settled = false;
-                let mut value = object.value();
-                value.set("rules", minke_client::body(&rules));
-                client.update(Target::of(object), value).await?;
-            }
-        }
-        if settled {
-            break;
-        }
-    }
-    Ok(())
 }
 
 /// Objects that are made once and then belong to the administrator.

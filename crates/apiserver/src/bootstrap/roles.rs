@@ -4,12 +4,11 @@
 //! upstream does otherwise. Upstream: plugin/pkg/auth/authorizer/rbac/bootstrappolicy and the RBAC
 //! reconcilers, which only ever add.
 
-use minke_api::Kind;
+use k8s_openapi::api::rbac::v1::PolicyRule;
 use serde_json::{Value, json};
 
 use crate::authz::rules::{Rule, uncovered};
 use crate::kinds::tree::Tree;
-use k8s_openapi::api::rbac::v1::PolicyRule;
 
 const ROLES: &str = include_str!("../../data/rbac-roles.tsv");
 const BINDINGS: &str = include_str!("../../data/rbac-bindings.tsv");
@@ -162,42 +161,38 @@ fn rule_value(rule: Rule) -> Value {
     value
 }
 
-/// The row of an object of the tables.
-pub fn kind_of(object: &Value) -> &'static Kind {
-    Kind::by_kind(GROUP, "v1", object.text("kind")).expect("the tables hold kinds of RBAC alone")
-}
-
 #[cfg(test)]
 mod tests {
-    use minke_api::FieldErrors;
+    use minke_api::{FieldErrors, Kind};
 
     use super::*;
-    use crate::authz::{Authorizer, rules::aggregate};
+    use crate::authz::Authorizer;
     use crate::snapshots::fake::Cluster;
     use crate::strategy::strategy;
-    use crate::{Attributes, Snapshots, UserInfo};
-    use k8s_openapi::api::rbac::v1 as rbac;
-    use minke_client::typed;
+    use crate::{Attributes, UserInfo};
 
-    /// A cluster with the default roles, aggregated as bootstrap aggregates them.
+    /// A cluster with the default roles, the aggregated ones filled.
     fn cluster() -> std::sync::Arc<Cluster> {
-        let cluster = Cluster::with(defaults());
+        let mut objects = defaults();
         // `admin` takes from `edit`, which takes from `view`.
         for _ in 0..3 {
-            let roles = cluster.list(Kind::of::<rbac::ClusterRole>(), "");
-            let typed: Vec<_> = roles.iter().map(|role| typed::<rbac::ClusterRole>(role).unwrap()).collect();
-            for (role, object) in typed.iter().zip(&roles) {
-                let Some(rule) = &role.aggregation_rule else { continue };
-                let all = roles
+            for n in 0..objects.len() {
+                let selectors = objects[n].at("aggregationRule").items("clusterRoleSelectors");
+                let Some(labels) = selectors.first().map(|selector| selector.at("matchLabels").clone()) else {
+                    continue;
+                };
+                let labels = labels.as_object().unwrap();
+                let taken: Vec<Value> = objects
                     .iter()
-                    .zip(&typed)
-                    .map(|(object, role)| (object.name(), object.labels(), role.rules.as_deref().unwrap_or_default()));
-                let mut value = object.value();
-                value["rules"] = serde_json::to_value(aggregate(object.name(), rule, all)).unwrap();
-                cluster.put(value);
+                    .filter(|other| {
+                        labels.iter().all(|(k, v)| other.at("metadata").at("labels").get(k) == Some(v))
+                    })
+                    .flat_map(|other| other.items("rules").to_vec())
+                    .collect();
+                objects[n].set("rules", taken);
             }
         }
-        cluster
+        Cluster::with(objects)
     }
 
     #[test]
@@ -205,7 +200,7 @@ mod tests {
         let objects = defaults();
         assert!(objects.len() > 120, "{}", objects.len());
         for object in &objects {
-            let kind = kind_of(object);
+            let kind = Kind::by_kind(GROUP, "v1", object.text("kind")).unwrap();
             let mut errors = FieldErrors::default();
             (strategy(kind).validate)(object, &mut errors);
             let name = object["metadata"]["name"].as_str().unwrap();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1 as core;
-use minke_client::{Clock, Patch};
+use minke_client::{Clock, ListOptions, Patch};
 use minke_store::Store;
 use rcgen::{CertificateParams, IsCa, KeyPair};
 
@@ -117,20 +117,6 @@ async fn what_is_deleted_comes_back() {
         let old = client.get(target).await.unwrap();
         client.delete(target, DeleteOptions::default()).await.unwrap();
         until(async || client.get(target).await.is_ok_and(|new| new.uid() != old.uid())).await;
-    }
-    let roles = Kind::of::<rbac::ClusterRole>();
-    let own = json!({
-        "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole",
-        "metadata": {"name": "widgets", "labels": {"rbac.authorization.k8s.io/aggregate-to-view": "true"}},
-        "rules": [{"apiGroups": ["example.com"], "resources": ["widgets"], "verbs": ["get"]}],
-    });
-    client.create(Target::collection(roles, ""), own).await.unwrap();
-    for role in ["view", "edit", "admin"] {
-        until(async || {
-            let role = client.get(Target::object(roles, "", role)).await.unwrap();
-            String::from_utf8_lossy(role.json()).contains("widgets")
-        })
-        .await;
     }
     stop.cancel();
     keeper.await.unwrap();
