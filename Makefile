@@ -32,16 +32,16 @@ unit: needs
 
 # Only the scenarios; NAMES chooses some, KUBECTL another kubectl.
 scenarios: test-needs
-	$(CARGO) build --locked -p minke -p minke-testing
+	$(CARGO) build --locked -p minke -p minke-scenarios
 	KUBECTLS="$$(tests/tools/kubectls)" target/debug/scenarios $(NAMES)
 
 # The long form of the crash scenario: 50 times kill -9 of the server.
 crash: test-needs
-	$(CARGO) build --locked -p minke -p minke-testing
+	$(CARGO) build --locked -p minke -p minke-scenarios
 	target/debug/crash --rounds 50
 
 bench: build
-	$(CARGO) build --release --locked -p minke-testing
+	$(CARGO) build --release --locked -p minke-scenarios
 	target/release/bench
 
 clean:

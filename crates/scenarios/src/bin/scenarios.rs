@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
-use minke_testing::cluster::TestCluster;
-use minke_testing::scenario::{Step, mismatch, parse};
+use minke_scenarios::cluster::TestCluster;
+use minke_scenarios::scenario::{Step, mismatch, parse};
 
 /// Between two tries of a command that is waited for.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -32,6 +32,9 @@ struct Args {
     /// Leave the cluster of a scenario that fails as it is
     #[arg(long)]
     keep: bool,
+    /// Go on with a scenario after a step that fails, to see them all
+    #[arg(long)]
+    go_on: bool,
     /// Only scenarios whose name contains one of these
     names: Vec<String>,
 }
@@ -90,12 +93,12 @@ fn chosen(args: &Args, wanted: &[String]) -> Result<Vec<PathBuf>> {
     Ok(if chosen.is_empty() { vec![newest.clone()] } else { chosen })
 }
 
-/// `kubectl 1.27.16`
+/// `kubectl v1.27.16`
 fn version_of(kubectl: &Path) -> String {
-    let output = Command::new(kubectl).args(["version", "--client"]).output();
-    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
-    let version = text.lines().find_map(|line| line.strip_prefix("Client Version: v")).unwrap_or("?");
-    format!("kubectl {version}")
+    let output = Command::new(kubectl).args(["version", "--client", "-o", "json"]).output();
+    let version: Option<serde_json::Value> = output.ok().and_then(|output| serde_json::from_slice(&output.stdout).ok());
+    let version = version.as_ref().and_then(|version| version["clientVersion"]["gitVersion"].as_str());
+    format!("kubectl {}", version.unwrap_or("?"))
 }
 
 fn run(args: &Args, name: &str, steps: &[Step], kubectl: &Path) -> Result<()> {
@@ -117,7 +120,18 @@ fn run(args: &Args, name: &str, steps: &[Step], kubectl: &Path) -> Result<()> {
             ("MINKE_DATA_DIR", cluster.data.path().display().to_string()),
             ("HOME", work.display().to_string()),
         ];
-        outcome = steps.iter().try_for_each(|step| run_step(step, &environment, &work));
+        let mut wrong = Vec::new();
+        for step in steps {
+            if let Err(error) = run_step(step, &environment, &work) {
+                wrong.push(format!("{error:#}"));
+                if !args.go_on {
+                    break;
+                }
+            }
+        }
+        if !wrong.is_empty() {
+            outcome = Err(anyhow::anyhow!("{}", wrong.join("\n")));
+        }
     }
     if outcome.is_err() && args.keep {
         let dir = dir.keep();
