@@ -1,6 +1,4 @@
-//! What the scenario runner and the benchmarks share: clusters of their own, and a language for scenarios.
+//! [`sim`]: a cluster in memory and virtual time, for the controllers.
 #![forbid(unsafe_code)]
 
-pub mod cluster;
-pub mod process;
-pub mod scenario;
+pub mod sim;
