@@ -206,7 +206,8 @@ impl Target<'_> {
 
 fn redirect(from: &Uri, location: &str) -> Option<Uri> {
     let to: Uri = location.parse().ok()?;
-    if to.host().is_some() {
+    // Without a scheme, a bare word would be taken for a host.
+    if to.scheme().is_some() {
         return Some(to);
     }
     let path = if location.starts_with('/') { location.to_owned() } else { format!("/{location}") };

@@ -130,12 +130,6 @@ impl Pod {
     pub fn has_init(&self) -> bool {
         self.spec().init_containers.as_ref().is_some_and(|list| !list.is_empty())
     }
-
-    /// The container whose processes an ephemeral container is to see.
-    pub fn target_of(&self, ephemeral: &str) -> Option<&str> {
-        let list = self.spec().ephemeral_containers.iter().flatten();
-        list.filter(|c| c.name == ephemeral).find_map(|c| c.target_container_name.as_deref())
-    }
 }
 
 /// Prints a duration as Go does: `10s`, `1m20s`, `5m0s`, `1.5s`, `250ms`.
@@ -225,6 +219,5 @@ pub mod tests {
         let got: Vec<_> = pod.containers().map(|(class, c)| (class, c.name.as_str())).collect();
         let want = [(Class::Init, "a"), (Class::Sidecar, "b"), (Class::Main, "c"), (Class::Ephemeral, "d")];
         assert_eq!(got, want);
-        assert_eq!(pod.target_of("d"), Some("c"));
     }
 }

@@ -16,7 +16,8 @@ use futures_util::{Sink, SinkExt, Stream, StreamExt};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::mpsc;
 use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Error, Message};
 use tokio_util::sync::CancellationToken;
 
@@ -81,6 +82,11 @@ fn accept<S: AsyncRead + AsyncWrite + Unpin>(io: S) -> impl Future<Output = WebS
     WebSocketStream::from_raw_socket(io, Role::Server, Some(config))
 }
 
+/// Clients take any other end for a failure.
+fn good_bye() -> Message {
+    Message::Close(Some(CloseFrame { code: CloseCode::Normal, reason: "".into() }))
+}
+
 /// A connection of numbered channels.
 pub struct Channels {
     spelling: Spelling,
@@ -135,8 +141,7 @@ async fn write(
             return;
         }
     }
-    // Says good-bye with a Close message.
-    let _ = sink.close().await;
+    let _ = sink.send(good_bye()).await;
 }
 
 async fn read(
@@ -181,11 +186,12 @@ async fn read(
 pub struct Tunnel<S> {
     socket: WebSocketStream<S>,
     rest: Bytes,
+    said_good_bye: bool,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Tunnel<S> {
     pub async fn new(io: S) -> Tunnel<S> {
-        Tunnel { socket: accept(io).await, rest: Bytes::new() }
+        Tunnel { socket: accept(io).await, rest: Bytes::new(), said_good_bye: false }
     }
 }
 
@@ -224,7 +230,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Tunnel<S> {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.socket.poll_close_unpin(cx).map_err(broken)
+        if !self.said_good_bye {
+            ready!(self.socket.poll_ready_unpin(cx)).map_err(broken)?;
+            self.said_good_bye = true;
+            self.socket.start_send_unpin(good_bye()).map_err(broken)?;
+        }
+        self.socket.poll_flush_unpin(cx).map_err(broken)
     }
 }
 
@@ -272,6 +283,6 @@ mod tests {
         let got = client.next().await.expect("a message").expect("a good one");
         assert_eq!(got, Message::binary(b"\x01out".to_vec()));
         drop(channels);
-        assert!(matches!(client.next().await, Some(Ok(Message::Close(_)))));
+        assert_eq!(client.next().await.expect("a message").expect("a good one"), good_bye());
     }
 }

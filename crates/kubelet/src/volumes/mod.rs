@@ -24,10 +24,11 @@ use serde_json::json;
 use crate::container::Paths;
 use crate::env::{Facts, expand};
 use crate::pod::Pod;
-use crate::references::{self, Held, Referenced};
+use crate::references::{self, Held};
 
-pub use content::Token;
-pub use mounts::{clean_up, is_mounted};
+use content::{Content, Token};
+pub use mounts::clean_up;
+use mounts::is_mounted;
 
 /// Tokens that were asked for, by volume and path; kept so that an update of a volume needs no new one.
 pub type Tokens = BTreeMap<(String, String), Token>;
@@ -201,7 +202,7 @@ fn set_up(
     paths: &Paths,
     pod: &Pod,
     volume: &core::Volume,
-    content: Option<content::Content>,
+    content: Option<Content>,
 ) -> Result<(), String> {
     let dir = dir(paths, pod, volume);
     if let Some(host) = &volume.host_path {
@@ -271,12 +272,3 @@ fn host_path(path: &Path, kind: &str) -> Result<(), String> {
         (other, _) => Err(format!("{other} is an invalid volume type")),
     }
 }
-
-/// Names of the objects that volumes could not be without, for messages.
-pub fn unmounted(pod: &Pod) -> String {
-    let names: Vec<&str> = pod.spec().volumes.iter().flatten().map(|volume| volume.name.as_str()).collect();
-    format!("[{}]", names.join(" "))
-}
-
-pub(crate) use content::Content;
-pub(crate) type Lookups<'a> = &'a Referenced;
