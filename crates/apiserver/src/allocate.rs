@@ -130,7 +130,11 @@ impl Allocator {
             // Nothing is known of the endpoints that someone else will write: they may be of either family.
             spec.fill("ipFamilyPolicy", "RequireDualStack");
             if !spec.has("ipFamilies") {
-                let both = if spec.text("ipFamilyPolicy") == "SingleStack" { json!([own]) } else { json!([own, other]) };
+                let both = if spec.text("ipFamilyPolicy") == "SingleStack" {
+                    json!([own])
+                } else {
+                    json!([own, other])
+                };
                 spec.set("ipFamilies", both);
             }
             return;
@@ -197,7 +201,11 @@ impl Allocator {
                 let refuse = |why: String| {
                     let mut errors = FieldErrors::default();
                     let shown = json!([given]);
-                    errors.invalid("spec.clusterIPs", &shown, &format!("failed to allocate IP {address}: {why}"));
+                    errors.invalid(
+                        "spec.clusterIPs",
+                        &shown,
+                        &format!("failed to allocate IP {address}: {why}"),
+                    );
                     errors.into_result(Kind::of::<core::Service>(), name)
                 };
                 if !self.holds(address) {
@@ -229,7 +237,13 @@ impl Allocator {
         let last = if self.cidr.addr().is_ipv4() { size.checked_sub(2)? } else { size.checked_sub(1)? };
         let reserved = lower_band(size, 256).min(last);
         let at = |offset: u128| match self.cidr.network() {
-            IpAddr::V4(base) => IpAddr::from((u32::from(base) as u128 + offset).to_be_bytes().last_chunk::<4>().copied().unwrap_or_default()),
+            IpAddr::V4(base) => IpAddr::from(
+                (u32::from(base) as u128 + offset)
+                    .to_be_bytes()
+                    .last_chunk::<4>()
+                    .copied()
+                    .unwrap_or_default(),
+            ),
             IpAddr::V6(base) => IpAddr::from((u128::from(base) + offset).to_be_bytes()),
         };
         pick(1, reserved, last, |offset| !used.addresses.contains(&at(offset))).map(at)
@@ -280,7 +294,9 @@ impl Allocator {
                 }
             }
         }
-        if let Some(asked) = spec.int("healthCheckNodePort").and_then(|p| u16::try_from(p).ok()).filter(|p| *p != 0) {
+        if let Some(asked) =
+            spec.int("healthCheckNodePort").and_then(|p| u16::try_from(p).ok()).filter(|p| *p != 0)
+        {
             take(asked, "spec.healthCheckNodePort", &mut errors);
         }
         errors.into_result(Kind::of::<core::Service>(), name)?;
@@ -417,7 +433,8 @@ mod tests {
     #[test]
     fn some_services_have_no_address() {
         let allocator = allocator();
-        let headless = create(&allocator, json!({"type": "ClusterIP", "clusterIP": "None", "selector": {"a": "b"}}));
+        let headless =
+            create(&allocator, json!({"type": "ClusterIP", "clusterIP": "None", "selector": {"a": "b"}}));
         assert_eq!(headless["spec"]["clusterIPs"], json!(["None"]));
         assert_eq!(headless["spec"]["ipFamilies"], json!(["IPv4"]));
         let bare = create(&allocator, json!({"type": "ClusterIP", "clusterIP": "None"}));
@@ -436,8 +453,13 @@ mod tests {
         assert!(dry["spec"]["ports"][0]["nodePort"].is_u64() || dry["spec"]["ports"][0]["nodePort"].is_i64());
         assert!(allocator.used().addresses.is_empty() && allocator.used().ports.is_empty());
         create(&allocator, json!({"type": "NodePort", "ports": [{"port": 80, "nodePort": 30001}]}));
-        let failing = json!({"type": "NodePort", "clusterIP": "10.96.0.3", "ports": [{"port": 80, "nodePort": 30001}]});
-        refused(&allocator, failing, "spec.ports[0].nodePort: Invalid value: 30001: provided port is already allocated");
+        let failing =
+            json!({"type": "NodePort", "clusterIP": "10.96.0.3", "ports": [{"port": 80, "nodePort": 30001}]});
+        refused(
+            &allocator,
+            failing,
+            "spec.ports[0].nodePort: Invalid value: 30001: provided port is already allocated",
+        );
         create(&allocator, json!({"type": "ClusterIP", "clusterIP": "10.96.0.3"}));
     }
 
@@ -452,7 +474,8 @@ mod tests {
         let ports = json!([{"port": 53, "protocol": "TCP", "name": "t"}, {"port": 53, "protocol": "UDP", "name": "u"}]);
         let made = create(&allocator, json!({"type": "NodePort", "ports": ports}));
         assert_eq!(made["spec"]["ports"][0]["nodePort"], made["spec"]["ports"][1]["nodePort"]);
-        let local = json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local", "ports": [{"port": 80}]});
+        let local =
+            json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local", "ports": [{"port": 80}]});
         assert!(create(&allocator, local)["spec"]["healthCheckNodePort"].is_number());
     }
 

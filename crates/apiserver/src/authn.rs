@@ -332,10 +332,12 @@ mod tests {
         assert_eq!(code(Some(&bad), &none), Err(401));
         assert_eq!(code(None, &header("authorization", "Bearer nonsense")), Err(401));
         let request = json!({"spec": {}});
-        let token =
-            authenticator.tokens.issue(&*authenticator.snapshots, "a", "bot", request, now).unwrap();
+        let token = authenticator.tokens.issue(&*authenticator.snapshots, "a", "bot", request, now).unwrap();
         let bearer = format!("Bearer {}", token["status"]["token"].as_str().unwrap());
-        assert_eq!(code(Some(&bad), &header("authorization", &bearer)), Ok("system:serviceaccount:a:bot".to_owned()));
+        assert_eq!(
+            code(Some(&bad), &header("authorization", &bearer)),
+            Ok("system:serviceaccount:a:bot".to_owned())
+        );
     }
 
     #[track_caller]
@@ -366,7 +368,10 @@ mod tests {
             &[("impersonate-user", "ann"), ("impersonate-group", "devs")],
             Ok(UserInfo::new("ann", &["devs"])),
         );
-        check_impersonation(&[("impersonate-user", "ann"), ("impersonate-group", "system:masters")], Err(403));
+        check_impersonation(
+            &[("impersonate-user", "ann"), ("impersonate-group", "system:masters")],
+            Err(403),
+        );
         check_impersonation(&[("impersonate-group", "devs")], Err(500));
         check_impersonation(
             &[("impersonate-user", "system:serviceaccount:a:bot")],

@@ -8,7 +8,7 @@ use minke_api::{FieldErrors, Kind, Status};
 use serde_json::{Map, Value, json};
 
 use crate::authn::Authenticator;
-use crate::authz::{Authorizer, MASTERS};
+use crate::authz::Authorizer;
 use crate::kinds::tree::Tree;
 use crate::{Attributes, UserInfo};
 
@@ -55,7 +55,8 @@ pub fn user_info(user: &UserInfo) -> Value {
         info.set("groups", user.groups.clone());
     }
     if !user.extra.is_empty() {
-        let extra: Map<String, Value> = user.extra.iter().map(|(k, v)| (k.clone(), v.clone().into())).collect();
+        let extra: Map<String, Value> =
+            user.extra.iter().map(|(k, v)| (k.clone(), v.clone().into())).collect();
         info.set("extra", extra);
     }
     info
@@ -119,7 +120,11 @@ fn access_review(
     let mut errors = FieldErrors::default();
     let (resource, path) = (spec.at("resourceAttributes"), spec.at("nonResourceAttributes"));
     if resource.is_object() && path.is_object() {
-        errors.invalid("spec.nonResourceAttributes", path, "cannot be specified in combination with resourceAttributes");
+        errors.invalid(
+            "spec.nonResourceAttributes",
+            path,
+            "cannot be specified in combination with resourceAttributes",
+        );
     }
     if !resource.is_object() && !path.is_object() {
         errors.invalid(
@@ -160,13 +165,10 @@ fn rules_review(spec: &Value, user: &UserInfo, authorizer: &Authorizer) -> Resul
     }
     let mut resource_rules = Vec::new();
     let mut path_rules = Vec::new();
-    if user.groups.iter().any(|group| group == MASTERS) {
-        resource_rules.push(json!({"verbs": ["*"], "apiGroups": ["*"], "resources": ["*"]}));
-        path_rules.push(json!({"verbs": ["*"], "nonResourceURLs": ["*"]}));
-    }
     for rule in authorizer.rules_of(user, namespace) {
         if !rule.resources.is_empty() {
-            let mut shown = json!({"verbs": rule.verbs, "apiGroups": rule.groups, "resources": rule.resources});
+            let mut shown =
+                json!({"verbs": rule.verbs, "apiGroups": rule.groups, "resources": rule.resources});
             if !rule.names.is_empty() {
                 shown.set("resourceNames", rule.names.clone());
             }

@@ -147,7 +147,8 @@ impl Tokens {
             request = json!({});
         }
         let spec = request.pointer("/spec").cloned().unwrap_or_default();
-        let seconds = spec.get("expirationSeconds").and_then(Value::as_i64).filter(|s| *s != 0).unwrap_or(3600);
+        let seconds =
+            spec.get("expirationSeconds").and_then(Value::as_i64).filter(|s| *s != 0).unwrap_or(3600);
         check_lifetime(seconds)?;
         let asked: Vec<String> = spec
             .get("audiences")
@@ -180,7 +181,8 @@ impl Tokens {
             nbf: now_seconds,
             sub: format!("system:serviceaccount:{namespace}:{name}"),
         };
-        let header = Header { alg: Algorithm::ES256, typ: None, kid: Some(self.key_id.clone()), ..Header::default() };
+        let header =
+            Header { alg: Algorithm::ES256, typ: None, kid: Some(self.key_id.clone()), ..Header::default() };
         let token = jsonwebtoken::encode(&header, &claims, &self.signing).map_err(Status::internal)?;
         let expires = Timestamp::from_second(now_seconds + seconds).map_err(Status::internal)?;
         request["apiVersion"] = "authentication.k8s.io/v1".into();
@@ -191,7 +193,8 @@ impl Tokens {
         });
         request["spec"]["audiences"] = audiences.into();
         request["spec"]["expirationSeconds"] = seconds.into();
-        request["status"] = json!({"token": token, "expirationTimestamp": minke_api::time::format_seconds(expires)});
+        request["status"] =
+            json!({"token": token, "expirationTimestamp": minke_api::time::format_seconds(expires)});
         Ok(request)
     }
 
@@ -219,7 +222,9 @@ impl Tokens {
         let accepted = if audiences.is_empty() { &self.audiences } else { audiences };
         let shared: Vec<String> = own.iter().filter(|a| accepted.contains(a)).cloned().collect();
         if shared.is_empty() {
-            return Err(bad(format!("token audiences {own:?} is invalid for the target audiences {accepted:?}")));
+            return Err(bad(format!(
+                "token audiences {own:?} is invalid for the target audiences {accepted:?}"
+            )));
         }
         let user = user_of(snapshots, &claims, now)?;
         Ok(Verified { user, audiences: shared })
@@ -329,7 +334,11 @@ fn bind(
         }
         "Secret" => private.secret = Some(Bound::to(&*find(Kind::of::<core::Secret>(), namespace)?)),
         "Node" => private.node = Some(Bound::to(&*find(Kind::of::<core::Node>(), "")?)),
-        _ => return Err(Status::bad_request(format!("cannot bind token for serviceaccount {account:?} to object of type {kind:?}"))),
+        _ => {
+            return Err(Status::bad_request(format!(
+                "cannot bind token for serviceaccount {account:?} to object of type {kind:?}"
+            )));
+        }
     }
     Ok(())
 }
@@ -490,9 +499,20 @@ pub mod tests {
             400,
             "cannot bind token for serviceaccount \"bot\" to pod running with different serviceaccount name.",
         );
-        check_request("bot", json!({"boundObjectRef": {"kind": "Pod", "name": "gone"}}), 404, "pods \"gone\" not found");
+        check_request(
+            "bot",
+            json!({"boundObjectRef": {"kind": "Pod", "name": "gone"}}),
+            404,
+            "pods \"gone\" not found",
+        );
         let status = tokens()
-            .issue(&*cluster(), "a", "bot", json!({"spec": {"boundObjectRef": {"kind": "Pod", "name": "web", "uid": "x"}}}), at(0))
+            .issue(
+                &*cluster(),
+                "a",
+                "bot",
+                json!({"spec": {"boundObjectRef": {"kind": "Pod", "name": "web", "uid": "x"}}}),
+                at(0),
+            )
             .unwrap_err();
         assert_eq!(status.code, 409);
     }

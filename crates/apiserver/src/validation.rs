@@ -55,12 +55,8 @@ pub fn validate_metadata(
 pub fn validate_metadata_update(new: &Value, old: &Value, errors: &mut FieldErrors) {
     if !old.text("deletionTimestamp").is_empty() {
         let had: Vec<&Value> = old.items("finalizers").iter().collect();
-        let added: Vec<&str> = new
-            .items("finalizers")
-            .iter()
-            .filter(|f| !had.contains(f))
-            .filter_map(Value::as_str)
-            .collect();
+        let added: Vec<&str> =
+            new.items("finalizers").iter().filter(|f| !had.contains(f)).filter_map(Value::as_str).collect();
         if !added.is_empty() {
             let list: Vec<String> = added.iter().map(|f| format!("{f:?}")).collect();
             let why = format!(
@@ -114,11 +110,9 @@ fn owner_references(metadata: &Value, errors: &mut FieldErrors) {
         if api_version.is_empty() || api_version.matches('/').count() > 1 || api_version.ends_with('/') {
             errors.invalid(&format!("{path}.apiVersion"), api_version, "version must not be empty");
         }
-        for (field, why) in [
-            ("kind", "must not be empty"),
-            ("name", "must not be empty"),
-            ("uid", "must not be empty"),
-        ] {
+        for (field, why) in
+            [("kind", "must not be empty"), ("name", "must not be empty"), ("uid", "must not be empty")]
+        {
             if owner.text(field).is_empty() {
                 errors.invalid(&format!("{path}.{field}"), "", why);
             }
@@ -150,7 +144,11 @@ fn finalizers(metadata: &Value, errors: &mut FieldErrors) {
         if let Err(why) = names::qualified_name(finalizer) {
             errors.invalid("metadata.finalizers", finalizer, &why);
         } else if !finalizer.contains('/') && !STANDARD.contains(&finalizer) {
-            errors.invalid(&path, finalizer, "name is neither a standard finalizer name nor is it fully qualified");
+            errors.invalid(
+                &path,
+                finalizer,
+                "name is neither a standard finalizer name nor is it fully qualified",
+            );
         }
     }
     let has = |name: &str| list.iter().any(|f| f == name);
@@ -188,11 +186,20 @@ mod tests {
     fn metadata_is_checked() {
         check(json!({}), "");
         check(json!({"name": ""}), "metadata.name: Required value: name or generateName is required");
-        check(json!({"name": "Web"}), "metadata.name: Invalid value: \"Web\": a lowercase RFC 1123 subdomain");
+        check(
+            json!({"name": "Web"}),
+            "metadata.name: Invalid value: \"Web\": a lowercase RFC 1123 subdomain",
+        );
         check(json!({"generateName": "web-"}), "");
         check(json!({"generateName": "Web-"}), "metadata.generateName: Invalid value: \"Web-\"");
-        check(json!({"labels": {"app": "a b"}}), "metadata.labels: Invalid value: \"a b\": a valid label must be");
-        check(json!({"labels": {"-x": "a"}}), "metadata.labels: Invalid value: \"-x\": name part must consist");
+        check(
+            json!({"labels": {"app": "a b"}}),
+            "metadata.labels: Invalid value: \"a b\": a valid label must be",
+        );
+        check(
+            json!({"labels": {"-x": "a"}}),
+            "metadata.labels: Invalid value: \"-x\": name part must consist",
+        );
         check(json!({"annotations": {"Example.com/x": "any thing"}}), "");
         check(json!({"annotations": {"a b": ""}}), "metadata.annotations: Invalid value: \"a b\"");
         check(
@@ -209,7 +216,10 @@ mod tests {
             "metadata.ownerReferences[0].uid: Invalid value: \"\": must not be empty",
         );
         let owner = |name: &str| json!({"apiVersion": "v1", "kind": "Pod", "name": name, "uid": "u", "controller": true});
-        check(json!({"ownerReferences": [owner("a"), owner("b")]}), "metadata.ownerReferences: Invalid value");
+        check(
+            json!({"ownerReferences": [owner("a"), owner("b")]}),
+            "metadata.ownerReferences: Invalid value",
+        );
     }
 
     #[test]

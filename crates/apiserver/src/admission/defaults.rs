@@ -59,21 +59,31 @@ pub fn storage_class(context: &Context<'_>, request: &Request<'_>, claim: &mut V
 }
 
 /// An Ingress that names no class gets the default one.
-pub fn ingress_class(context: &Context<'_>, request: &Request<'_>, ingress: &mut Value) -> Result<(), Status> {
+pub fn ingress_class(
+    context: &Context<'_>,
+    request: &Request<'_>,
+    ingress: &mut Value,
+) -> Result<(), Status> {
     if !request.creates("networking.k8s.io", "Ingress")
         || ingress.at("spec").get("ingressClassName").is_some()
         || ingress.at("metadata").at("annotations").has(INGRESS_CLASS)
     {
         return Ok(());
     }
-    if let Some(name) = marked_default(context, Kind::of::<networking::IngressClass>(), &[DEFAULT_INGRESS_CLASS]) {
+    if let Some(name) =
+        marked_default(context, Kind::of::<networking::IngressClass>(), &[DEFAULT_INGRESS_CLASS])
+    {
         ingress.object("spec").set("ingressClassName", name);
     }
     Ok(())
 }
 
 /// At most one priority class is the default.
-pub fn one_default_priority(context: &Context<'_>, request: &Request<'_>, class: &Value) -> Result<(), Status> {
+pub fn one_default_priority(
+    context: &Context<'_>,
+    request: &Request<'_>,
+    class: &Value,
+) -> Result<(), Status> {
     if !request.writes("scheduling.k8s.io", "PriorityClass") || !class.flag("globalDefault") {
         return Ok(());
     }
@@ -93,7 +103,8 @@ pub fn claim_may_grow(context: &Context<'_>, request: &Request<'_>, claim: &Valu
     if !request.is("", "PersistentVolumeClaim") {
         return Ok(());
     }
-    let size = |claim: &Value| amounts(claim.at("spec").at("resources").at("requests")).get("storage").copied();
+    let size =
+        |claim: &Value| amounts(claim.at("spec").at("resources").at("requests")).get("storage").copied();
     if size(claim) <= size(old) {
         return Ok(());
     }
@@ -132,7 +143,8 @@ mod tests {
     #[test]
     fn claims_get_the_default_class() {
         let cluster = cluster(storage_class_object("fast", true));
-        let class = |spec| testing::create(&cluster, claim(spec)).unwrap()["spec"]["storageClassName"].clone();
+        let class =
+            |spec| testing::create(&cluster, claim(spec)).unwrap()["spec"]["storageClassName"].clone();
         assert_eq!(class(json!({})), "fast");
         assert_eq!(class(json!({"storageClassName": ""})), "");
         assert_eq!(class(json!({"storageClassName": "other"})), "other");
@@ -140,10 +152,16 @@ mod tests {
 
     #[test]
     fn claims_grow_where_the_class_lets_them() {
-        let sized = |size: &str| claim(json!({"storageClassName": "x", "resources": {"requests": {"storage": size}}}));
+        let sized = |size: &str| {
+            claim(json!({"storageClassName": "x", "resources": {"requests": {"storage": size}}}))
+        };
         for (grows, size, good) in [(true, "2Gi", true), (false, "2Gi", false), (false, "1Gi", true)] {
             let cluster = cluster(storage_class_object("x", grows));
-            assert_eq!(testing::write(&cluster, sized(size), Some(&sized("1Gi"))).is_ok(), good, "{grows} {size}");
+            assert_eq!(
+                testing::write(&cluster, sized(size), Some(&sized("1Gi"))).is_ok(),
+                good,
+                "{grows} {size}"
+            );
         }
     }
 
@@ -161,6 +179,10 @@ mod tests {
         let cluster = Cluster::with([class("a")]);
         assert!(testing::write(&cluster, class("a"), Some(&class("a"))).is_ok());
         let status = testing::create(&cluster, class("b")).unwrap_err();
-        assert!(status.message.ends_with("PriorityClass a is already marked as default. Only one default can exist"));
+        assert!(
+            status
+                .message
+                .ends_with("PriorityClass a is already marked as default. Only one default can exist")
+        );
     }
 }

@@ -3,8 +3,8 @@
 //!
 //! Upstream: plugin/pkg/admission/limitranger.
 
-use minke_api::{Kind, Quantity, Status};
 use k8s_openapi::api::core::v1 as core;
+use minke_api::{Kind, Quantity, Status};
 use serde_json::Value;
 
 use super::{Context, Request};
@@ -14,11 +14,19 @@ use crate::kinds::tree::Tree;
 const ANNOTATION: &str = "kubernetes.io/limit-ranger";
 
 fn ranges(context: &Context<'_>, namespace: &str) -> Vec<Value> {
-    context.snapshots.list(Kind::of::<core::LimitRange>(), namespace).iter().map(|range| range.value()).collect()
+    context
+        .snapshots
+        .list(Kind::of::<core::LimitRange>(), namespace)
+        .iter()
+        .map(|range| range.value())
+        .collect()
 }
 
 fn items<'a>(ranges: &'a [Value], kind: &'a str) -> impl Iterator<Item = &'a Value> {
-    ranges.iter().flat_map(|range| range.at("spec").items("limits")).filter(move |item| item.text("type") == kind)
+    ranges
+        .iter()
+        .flat_map(|range| range.at("spec").items("limits"))
+        .filter(move |item| item.text("type") == kind)
 }
 
 /// Fills what the containers of a new pod leave open.
@@ -71,7 +79,12 @@ pub fn check(context: &Context<'_>, request: &Request<'_>, object: &Value) -> Re
         for item in items(&ranges, "Container") {
             for container in spec.items("containers").iter().chain(spec.items("initContainers")) {
                 let resources = container.at("resources");
-                bounds(item, &amounts(resources.at("requests")), &amounts(resources.at("limits")), &mut problems);
+                bounds(
+                    item,
+                    &amounts(resources.at("requests")),
+                    &amounts(resources.at("limits")),
+                    &mut problems,
+                );
             }
         }
         for item in items(&ranges, "Pod") {
@@ -97,7 +110,9 @@ fn bounds(item: &Value, requests: &Amounts, limits: &Amounts, problems: &mut Vec
         let start = format!("minimum {name} usage per {kind} is {least}");
         match (requests.get(&name), limits.get(&name)) {
             (None, _) => problems.push(format!("{start}.  No request is specified")),
-            (Some(request), _) if *request < least => problems.push(format!("{start}, but request is {request}")),
+            (Some(request), _) if *request < least => {
+                problems.push(format!("{start}, but request is {request}"))
+            }
             (_, Some(limit)) if *limit < least => problems.push(format!("{start}, but limit is {limit}")),
             _ => {}
         }
@@ -107,7 +122,9 @@ fn bounds(item: &Value, requests: &Amounts, limits: &Amounts, problems: &mut Vec
         match (requests.get(&name), limits.get(&name)) {
             (_, None) => problems.push(format!("{start}.  No limit is specified")),
             (_, Some(limit)) if *limit > most => problems.push(format!("{start}, but limit is {limit}")),
-            (Some(request), _) if *request > most => problems.push(format!("{start}, but request is {request}")),
+            (Some(request), _) if *request > most => {
+                problems.push(format!("{start}, but request is {request}"))
+            }
             _ => {}
         }
     }

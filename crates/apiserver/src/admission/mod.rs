@@ -95,7 +95,11 @@ const VALIDATING: &[Validate] = &[
 ];
 
 /// Lets every plugin change the object. Returns warnings for the user.
-pub fn mutate(context: &Context<'_>, request: &Request<'_>, object: &mut Value) -> Result<Vec<String>, Status> {
+pub fn mutate(
+    context: &Context<'_>,
+    request: &Request<'_>,
+    object: &mut Value,
+) -> Result<Vec<String>, Status> {
     MUTATING.iter().try_for_each(|plugin| plugin(context, request, object))?;
     Ok(Vec::new())
 }

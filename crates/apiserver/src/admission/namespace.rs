@@ -66,7 +66,10 @@ mod tests {
     fn the_first_namespaces_cannot_be_deleted() {
         let cluster = Cluster::with([]);
         let status = testing::delete(&cluster, namespace("kube-system", "Active")).unwrap_err();
-        assert_eq!(status.message, "namespaces \"kube-system\" is forbidden: this namespace may not be deleted");
+        assert_eq!(
+            status.message,
+            "namespaces \"kube-system\" is forbidden: this namespace may not be deleted"
+        );
         assert!(testing::delete(&cluster, namespace("mine", "Active")).is_ok());
     }
 }

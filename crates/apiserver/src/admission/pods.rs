@@ -106,7 +106,9 @@ pub fn runtime_class(context: &Context<'_>, request: &Request<'_>, pod: &mut Val
     let class = class.value();
     let overhead = class.at("overhead").at("podFixed");
     if spec.has("overhead") && !same(spec.at("overhead"), overhead) {
-        return Err(request.forbid("pod rejected: Pod's Overhead doesn't match RuntimeClass's defined Overhead"));
+        return Err(
+            request.forbid("pod rejected: Pod's Overhead doesn't match RuntimeClass's defined Overhead")
+        );
     }
     if overhead.is_object() {
         spec.set("overhead", overhead.clone());
@@ -160,7 +162,10 @@ mod tests {
     #[test]
     fn priority_comes_from_the_class() {
         let spec = admit(vec![], json!({})).unwrap();
-        assert_eq!((spec["priority"].clone(), spec["preemptionPolicy"].clone()), (json!(0), json!("PreemptLowerPriority")));
+        assert_eq!(
+            (spec["priority"].clone(), spec["preemptionPolicy"].clone()),
+            (json!(0), json!("PreemptLowerPriority"))
+        );
         let spec = admit(vec![class("low", 5, true), class("high", 9, false)], json!({})).unwrap();
         assert_eq!((spec["priority"].clone(), spec["priorityClassName"].clone()), (json!(5), json!("low")));
         let spec = admit(vec![class("high", 9, false)], json!({"priorityClassName": "high"})).unwrap();
@@ -169,7 +174,9 @@ mod tests {
             admit(vec![], json!({"priorityClassName": "none"})).unwrap_err(),
             "pods \"web\" is forbidden: no PriorityClass with name none was found"
         );
-        assert!(admit(vec![], json!({"priority": 7})).unwrap_err().contains("the integer value of priority (7)"));
+        assert!(
+            admit(vec![], json!({"priority": 7})).unwrap_err().contains("the integer value of priority (7)")
+        );
     }
 
     #[test]
@@ -192,7 +199,10 @@ mod tests {
             "handler": "vm", "overhead": {"podFixed": {"cpu": "10m"}},
             "scheduling": {"nodeSelector": {"vm": "yes"}}});
         let spec = admit(vec![class.clone()], json!({"runtimeClassName": "vm"})).unwrap();
-        assert_eq!((spec["overhead"].clone(), spec["nodeSelector"].clone()), (json!({"cpu": "10m"}), json!({"vm": "yes"})));
+        assert_eq!(
+            (spec["overhead"].clone(), spec["nodeSelector"].clone()),
+            (json!({"cpu": "10m"}), json!({"vm": "yes"}))
+        );
         assert_eq!(
             admit(vec![class], json!({"runtimeClassName": "x"})).unwrap_err(),
             "pods \"web\" is forbidden: pod rejected: RuntimeClass \"x\" not found"

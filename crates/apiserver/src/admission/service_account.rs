@@ -127,12 +127,17 @@ mod tests {
         let volume = spec["volumes"][0]["name"].as_str().unwrap();
         assert!(volume.starts_with("kube-api-access-") && volume.len() == 21, "{volume}");
         assert_eq!(spec["containers"][0]["volumeMounts"][0]["name"], volume);
-        assert_eq!(spec["volumes"][0]["projected"]["sources"][0]["serviceAccountToken"]["expirationSeconds"], 3607);
+        assert_eq!(
+            spec["volumes"][0]["projected"]["sources"][0]["serviceAccountToken"]["expirationSeconds"],
+            3607
+        );
     }
 
     #[test]
     fn who_wants_no_token_gets_none() {
-        assert!(admit(json!({"automountServiceAccountToken": false})).unwrap()["spec"].get("volumes").is_none());
+        assert!(
+            admit(json!({"automountServiceAccountToken": false})).unwrap()["spec"].get("volumes").is_none()
+        );
         assert!(admit(json!({"serviceAccountName": "quiet"})).unwrap()["spec"].get("volumes").is_none());
         let asked = json!({"serviceAccountName": "quiet", "automountServiceAccountToken": true});
         assert!(admit(asked).unwrap()["spec"].get("volumes").is_some());

@@ -34,7 +34,8 @@ fn run(
 ) -> Result<(), Status> {
     let authorizer = Authorizer::new(cluster.clone());
     let context = Context { snapshots: &**cluster, authorizer: &authorizer };
-    let kind = Kind::by_api_version(object["apiVersion"].as_str().unwrap(), object["kind"].as_str().unwrap()).unwrap();
+    let kind = Kind::by_api_version(object["apiVersion"].as_str().unwrap(), object["kind"].as_str().unwrap())
+        .unwrap();
     let metadata = object["metadata"].clone();
     let request = Request {
         operation,

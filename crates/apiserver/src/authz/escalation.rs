@@ -138,8 +138,10 @@ mod tests {
             bind("b3", "binder", "bob"),
         ]);
         let authorizer = Authorizer::new(cluster.clone());
-        let kind = Kind::by_api_version("rbac.authorization.k8s.io/v1", object["kind"].as_str().unwrap()).unwrap();
-        let got = check_role_write(&authorizer, &*cluster, &UserInfo::new(user, &[]), kind, "a", &object, None);
+        let kind =
+            Kind::by_api_version("rbac.authorization.k8s.io/v1", object["kind"].as_str().unwrap()).unwrap();
+        let got =
+            check_role_write(&authorizer, &*cluster, &UserInfo::new(user, &[]), kind, "a", &object, None);
         assert_eq!(got.map_err(|status| status.message), want.map_err(str::to_owned));
     }
 
@@ -149,9 +151,11 @@ mod tests {
         check(
             "ann",
             role("Role", "r", &["get", "delete"], "pods"),
-            Err("roles.rbac.authorization.k8s.io \"r\" is forbidden: user \"ann\" (groups=[\"system:authenticated\"]) \
+            Err(
+                "roles.rbac.authorization.k8s.io \"r\" is forbidden: user \"ann\" (groups=[\"system:authenticated\"]) \
                  is attempting to grant RBAC permissions not currently held:\n\
-                 {APIGroups:[\"\"], Resources:[\"pods\"], Verbs:[\"delete\"]}"),
+                 {APIGroups:[\"\"], Resources:[\"pods\"], Verbs:[\"delete\"]}",
+            ),
         );
         check("eve", role("Role", "r", &["get", "delete"], "pods"), Ok(()));
     }
@@ -167,6 +171,10 @@ mod tests {
                  {APIGroups:[\"\"], Resources:[\"pods\"], Verbs:[\"create\"]}"),
         );
         check("bob", bind("new", "writer", "joe"), Ok(()));
-        check("ann", bind("new", "gone", "joe"), Err("clusterroles.rbac.authorization.k8s.io \"gone\" not found"));
+        check(
+            "ann",
+            bind("new", "gone", "joe"),
+            Err("clusterroles.rbac.authorization.k8s.io \"gone\" not found"),
+        );
     }
 }

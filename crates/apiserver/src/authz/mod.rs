@@ -268,7 +268,11 @@ pub fn forbidden(user: &UserInfo, attributes: &Attributes<'_>, reason: &str) -> 
             status
         }
         Attributes::Resource { verb, group, resource, subresource, namespace, name, .. } => {
-            let of = if subresource.is_empty() { resource.to_owned() } else { format!("{resource}/{subresource}") };
+            let of = if subresource.is_empty() {
+                resource.to_owned()
+            } else {
+                format!("{resource}/{subresource}")
+            };
             let place = match namespace {
                 "" => " at the cluster scope".to_owned(),
                 _ => format!(" in the namespace {namespace:?}"),
@@ -312,7 +316,15 @@ mod tests {
     }
 
     fn get<'a>(resource: &'a str, namespace: &'a str, name: &'a str) -> Attributes<'a> {
-        Attributes::Resource { verb: "get", group: "", version: "v1", resource, subresource: "", namespace, name }
+        Attributes::Resource {
+            verb: "get",
+            group: "",
+            version: "v1",
+            resource,
+            subresource: "",
+            namespace,
+            name,
+        }
     }
 
     fn cluster() -> Arc<Cluster> {
@@ -322,7 +334,12 @@ mod tests {
             role("Role", "a", "local-reader", pods),
             binding("", "all", ("ClusterRole", "pod-reader"), json!({"kind": "Group", "name": "readers"})),
             binding("a", "ann", ("Role", "local-reader"), json!({"kind": "User", "name": "ann"})),
-            binding("b", "sa", ("ClusterRole", "pod-reader"), json!({"kind": "ServiceAccount", "name": "bot"})),
+            binding(
+                "b",
+                "sa",
+                ("ClusterRole", "pod-reader"),
+                json!({"kind": "ServiceAccount", "name": "bot"}),
+            ),
             binding("c", "lost", ("Role", "gone"), json!({"kind": "User", "name": "ann"})),
         ])
     }
@@ -344,18 +361,24 @@ mod tests {
         check(
             &ann,
             &get("pods", "b", "p"),
-            Err("pods \"p\" is forbidden: User \"ann\" cannot get resource \"pods\" in API group \"\" in the namespace \"b\""),
+            Err(
+                "pods \"p\" is forbidden: User \"ann\" cannot get resource \"pods\" in API group \"\" in the namespace \"b\"",
+            ),
         );
         check(&bot, &get("pods", "b", "p"), Ok(()));
         check(
             &bot,
             &get("pods", "", ""),
-            Err("pods is forbidden: User \"system:serviceaccount:b:bot\" cannot get resource \"pods\" in API group \"\" at the cluster scope"),
+            Err(
+                "pods is forbidden: User \"system:serviceaccount:b:bot\" cannot get resource \"pods\" in API group \"\" at the cluster scope",
+            ),
         );
         check(
             &ann,
             &get("pods", "c", ""),
-            Err("pods is forbidden: User \"ann\" cannot get resource \"pods\" in API group \"\" in the namespace \"c\": RBAC: role.rbac.authorization.k8s.io \"gone\" not found"),
+            Err(
+                "pods is forbidden: User \"ann\" cannot get resource \"pods\" in API group \"\" in the namespace \"c\": RBAC: role.rbac.authorization.k8s.io \"gone\" not found",
+            ),
         );
         check(
             &UserInfo::anonymous(),
@@ -373,7 +396,10 @@ mod tests {
         assert!(!authorizer.authorize(&eve, &get("pods", "a", "p")).allowed);
         cluster.put(binding("a", "eve", ("Role", "local-reader"), json!({"kind": "User", "name": "eve"})));
         let decision = authorizer.authorize(&eve, &get("pods", "a", "p"));
-        assert_eq!(&*decision.reason, "RBAC: allowed by RoleBinding \"eve/a\" of Role \"local-reader\" to User \"eve\"");
+        assert_eq!(
+            &*decision.reason,
+            "RBAC: allowed by RoleBinding \"eve/a\" of Role \"local-reader\" to User \"eve\""
+        );
         cluster.remove(kinds().bindings, "a", "eve");
         assert!(!authorizer.authorize(&eve, &get("pods", "a", "p")).allowed);
     }

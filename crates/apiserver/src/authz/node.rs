@@ -127,7 +127,10 @@ mod tests {
             resources: vec![resource.to_owned()],
             ..Rule::default()
         };
-        vec![all("", "nodes", &["create", "get", "list", "watch"]), all("", "services", &["get", "list", "watch"])]
+        vec![
+            all("", "nodes", &["create", "get", "list", "watch"]),
+            all("", "services", &["get", "list", "watch"]),
+        ]
     }
 
     #[track_caller]

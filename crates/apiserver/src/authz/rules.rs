@@ -41,7 +41,9 @@ fn names_resource(list: &[String], resource: &str, subresource: &str) -> bool {
         item == "*"
             || match item.split_once('/') {
                 None => subresource.is_empty() && item == resource,
-                Some((of, sub)) => !subresource.is_empty() && sub == subresource && (of == "*" || of == resource),
+                Some((of, sub)) => {
+                    !subresource.is_empty() && sub == subresource && (of == "*" || of == resource)
+                }
             }
     })
 }
@@ -106,7 +108,8 @@ impl Rule {
         }
         let (resource, subresource) = atom.resources[0].split_once('/').unwrap_or((&atom.resources[0], ""));
         lists(&self.groups, &atom.groups[0])
-            && (self.resources.contains(&atom.resources[0]) || names_resource(&self.resources, resource, subresource))
+            && (self.resources.contains(&atom.resources[0])
+                || names_resource(&self.resources, resource, subresource))
             && (self.names.is_empty() || atom.names.first().is_some_and(|name| self.names.contains(name)))
     }
 }
@@ -135,10 +138,8 @@ impl fmt::Display for Rule {
 
 /// What of `wanted` is not covered by `held`, in the fewest rules that say it; empty when all is.
 pub fn uncovered(held: &[Rule], wanted: &[Rule]) -> Vec<Rule> {
-    let missing = wanted
-        .iter()
-        .flat_map(Rule::atoms)
-        .filter(|atom| !held.iter().any(|rule| rule.covers(atom)));
+    let missing =
+        wanted.iter().flat_map(Rule::atoms).filter(|atom| !held.iter().any(|rule| rule.covers(atom)));
     // Atoms that differ in their verb alone read better as one rule.
     let mut together: BTreeMap<Rule, Vec<String>> = BTreeMap::new();
     for mut atom in missing {
@@ -203,7 +204,9 @@ mod tests {
     #[test]
     fn paths_match_whole_or_by_prefix() {
         let open = rule("get|/healthz,/apis/*");
-        for (path, want) in [("/healthz", true), ("/healthz/ping", false), ("/apis/apps", true), ("/apis", false)] {
+        for (path, want) in
+            [("/healthz", true), ("/healthz/ping", false), ("/apis/apps", true), ("/apis", false)]
+        {
             assert_eq!(open.allows(&Attributes::Path { verb: "get", path }), want, "{path}");
         }
         assert!(!open.allows(&Attributes::Path { verb: "post", path: "/healthz" }));
@@ -212,7 +215,8 @@ mod tests {
     #[track_caller]
     fn check_uncovered(held: &[&str], wanted: &[&str], want: &[&str]) {
         let rules = |texts: &[&str]| texts.iter().map(|text| rule(text)).collect::<Vec<_>>();
-        let missing: Vec<String> = uncovered(&rules(held), &rules(wanted)).iter().map(Rule::to_string).collect();
+        let missing: Vec<String> =
+            uncovered(&rules(held), &rules(wanted)).iter().map(Rule::to_string).collect();
         assert_eq!(missing, want);
     }
 

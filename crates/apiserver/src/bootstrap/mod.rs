@@ -107,16 +107,23 @@ fn concerns(part: Part, object: &Object) -> bool {
 }
 
 async fn namespaces(client: &dyn Client) -> Result<(), Status> {
-    let all = NAMESPACES.map(|name| json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}));
+    let all =
+        NAMESPACES.map(|name| json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}));
     stream::iter(all.iter().map(Ok))
-        .try_for_each_concurrent(AT_ONCE, |object| async move { create_if_missing(client, object).await.map(drop) })
+        .try_for_each_concurrent(AT_ONCE, |object| async move {
+            create_if_missing(client, object).await.map(drop)
+        })
         .await
 }
 
 fn target(object: &Value) -> Target<'_> {
     let kind = Kind::by_api_version(object.text("apiVersion"), object.text("kind"));
     let metadata = object.at("metadata");
-    Target::object(kind.expect("what bootstrap makes is of a served kind"), metadata.text("namespace"), metadata.text("name"))
+    Target::object(
+        kind.expect("what bootstrap makes is of a served kind"),
+        metadata.text("namespace"),
+        metadata.text("name"),
+    )
 }
 
 /// The stored object, made first if need be.

@@ -82,7 +82,9 @@ fn push(holder: &mut Value, field: &str, item: Value) {
 fn same_or_new<'a>(objects: &'a mut Vec<Value>, kind: &str, namespace: &str, name: &str) -> &'a mut Value {
     let same = objects.iter().rposition(|object| {
         let metadata = object.at("metadata");
-        object.text("kind") == kind && metadata.text("name") == name && metadata.text("namespace") == namespace
+        object.text("kind") == kind
+            && metadata.text("name") == name
+            && metadata.text("namespace") == namespace
     });
     let at = same.unwrap_or_else(|| {
         let mut metadata = json!({
@@ -178,7 +180,8 @@ mod tests {
         for _ in 0..3 {
             for n in 0..objects.len() {
                 let selectors = objects[n].at("aggregationRule").items("clusterRoleSelectors");
-                let Some(labels) = selectors.first().map(|selector| selector.at("matchLabels").clone()) else {
+                let Some(labels) = selectors.first().map(|selector| selector.at("matchLabels").clone())
+                else {
                     continue;
                 };
                 let labels = labels.as_object().unwrap();
@@ -213,8 +216,15 @@ mod tests {
 
     fn may(user: &UserInfo, verb: &str, group: &str, resource: &str) -> bool {
         let (resource, subresource) = resource.split_once('/').unwrap_or((resource, ""));
-        let attributes =
-            Attributes::Resource { verb, group, version: "v1", resource, subresource, namespace: "a", name: "x" };
+        let attributes = Attributes::Resource {
+            verb,
+            group,
+            version: "v1",
+            resource,
+            subresource,
+            namespace: "a",
+            name: "x",
+        };
         Authorizer::new(cluster()).authorize(user, &attributes).allowed
     }
 
@@ -254,8 +264,15 @@ mod tests {
         }
         let authorizer = Authorizer::new(cluster);
         let check = |user: &str, verb: &str, group: &str, resource: &str, want: bool| {
-            let attributes =
-                Attributes::Resource { verb, group, version: "v1", resource, subresource: "", namespace: "a", name: "x" };
+            let attributes = Attributes::Resource {
+                verb,
+                group,
+                version: "v1",
+                resource,
+                subresource: "",
+                namespace: "a",
+                name: "x",
+            };
             let decision = authorizer.authorize(&UserInfo::new(user, &[]), &attributes);
             assert_eq!(decision.allowed, want, "{user} {verb} {resource}");
         };
@@ -271,7 +288,8 @@ mod tests {
 
     #[test]
     fn reconciling_adds_and_never_takes() {
-        let default = defaults().into_iter().find(|object| object["metadata"]["name"] == "system:basic-user").unwrap();
+        let default =
+            defaults().into_iter().find(|object| object["metadata"]["name"] == "system:basic-user").unwrap();
         assert_eq!(reconciled(&default, &default), None);
         let mut stored = default.clone();
         stored["rules"] = json!([{"apiGroups": ["x"], "resources": ["y"], "verbs": ["z"]}]);

@@ -70,9 +70,11 @@ fn cluster() -> Cluster {
 async fn a_second_start_writes_nothing() {
     let cluster = cluster();
     ensure(&*cluster.client, &cluster.config).await.unwrap();
-    let service = cluster.client.get(Target::object(Kind::of::<core::Service>(), "default", KUBERNETES)).await.unwrap();
+    let service =
+        cluster.client.get(Target::object(Kind::of::<core::Service>(), "default", KUBERNETES)).await.unwrap();
     assert_eq!(service.field("spec.clusterIP"), Some("10.96.0.1"));
-    let namespaces = cluster.client.list(Kind::of::<core::Namespace>(), "", ListOptions::default()).await.unwrap();
+    let namespaces =
+        cluster.client.list(Kind::of::<core::Namespace>(), "", ListOptions::default()).await.unwrap();
     let names: Vec<&str> = namespaces.items.iter().map(|namespace| namespace.name()).collect();
     assert_eq!(names, ["default", "kube-node-lease", "kube-public", "kube-system"]);
     let before = cluster.store.revision();
@@ -112,7 +114,9 @@ async fn what_is_deleted_comes_back() {
     let informers = Informers::new(cluster.client.clone(), stop.clone());
     let keeper = tokio::spawn(keep(informers, cluster.config.clone(), stop.clone()));
     let client = &*cluster.client;
-    for kind in [Kind::of::<core::Service>(), Kind::of::<core::Endpoints>(), Kind::of::<discovery::EndpointSlice>()] {
+    for kind in
+        [Kind::of::<core::Service>(), Kind::of::<core::Endpoints>(), Kind::of::<discovery::EndpointSlice>()]
+    {
         let target = Target::object(kind, "default", KUBERNETES);
         let old = client.get(target).await.unwrap();
         client.delete(target, DeleteOptions::default()).await.unwrap();
@@ -131,7 +135,8 @@ async fn an_administrators_changes_stay() {
     cluster.client.patch(target, Patch::Merge(json!({"rules": rules}))).await.unwrap();
     ensure(&*cluster.client, &cluster.config).await.unwrap();
     let role = cluster.client.get(target).await.unwrap().value();
-    let groups: Vec<&str> = role["rules"].as_array().unwrap().iter().map(|r| r["apiGroups"][0].as_str().unwrap()).collect();
+    let groups: Vec<&str> =
+        role["rules"].as_array().unwrap().iter().map(|r| r["apiGroups"][0].as_str().unwrap()).collect();
     assert_eq!(groups, ["x", "authentication.k8s.io", "authorization.k8s.io", "authorization.k8s.io"]);
 }
 

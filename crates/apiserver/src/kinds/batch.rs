@@ -44,7 +44,11 @@ pub static CRON_JOB: Strategy = Strategy {
     validate: validate_cron_job,
     name: |name| {
         // Leaves room for the time that is added to the names of its Jobs.
-        if name.len() > 52 { Err("must be no more than 52 characters".to_owned()) } else { names::dns_subdomain(name) }
+        if name.len() > 52 {
+            Err("must be no more than 52 characters".to_owned())
+        } else {
+            names::dns_subdomain(name)
+        }
     },
     warnings: |cron| {
         let path = "spec.jobTemplate.spec.template.spec";
@@ -65,7 +69,9 @@ pub static CRON_JOB: Strategy = Strategy {
 fn job_defaults(job: &mut Value) {
     let labels = job.at("spec").at("template").at("metadata").at("labels").clone();
     let spec = job.object("spec");
-    if spec.get("completions").is_none_or(Value::is_null) && spec.get("parallelism").is_none_or(Value::is_null) {
+    if spec.get("completions").is_none_or(Value::is_null)
+        && spec.get("parallelism").is_none_or(Value::is_null)
+    {
         spec.fill("completions", 1);
     }
     spec.fill("parallelism", 1);
@@ -133,7 +139,9 @@ fn validate_job_spec(spec: &Value, path: &str, errors: &mut FieldErrors) {
             None => errors.required(&at(path, "completions"), "when completion mode is Indexed"),
             Some(_) => {
                 if let Some(parallelism) = spec.int("parallelism").filter(|p| *p > MAX_INDEXED) {
-                    let why = format!("must be less than or equal to {MAX_INDEXED} when completion mode is Indexed");
+                    let why = format!(
+                        "must be less than or equal to {MAX_INDEXED} when completion mode is Indexed"
+                    );
                     errors.invalid(&at(path, "parallelism"), parallelism, &why);
                 }
             }
@@ -173,7 +181,14 @@ fn validate_job_update(new: &Value, old: &Value, errors: &mut FieldErrors) {
     if !elastic {
         check::immutable(spec, before, "spec", "completions", errors);
     }
-    for field in ["selector", "completionMode", "podFailurePolicy", "backoffLimitPerIndex", "successPolicy", "managedBy"] {
+    for field in [
+        "selector",
+        "completionMode",
+        "podFailurePolicy",
+        "backoffLimitPerIndex",
+        "successPolicy",
+        "managedBy",
+    ] {
         check::immutable(spec, before, "spec", field, errors);
     }
     // Where a suspended Job that has not begun will run may still be told to it.
@@ -217,7 +232,11 @@ fn validate_cron_job(cron: &Value, errors: &mut FieldErrors) {
         if zone.is_empty() {
             errors.invalid("spec.timeZone", zone, "timeZone must be nil or non-empty string");
         } else if zone.eq_ignore_ascii_case("local") {
-            errors.invalid("spec.timeZone", zone, "timeZone must be an explicit time zone as defined in https://www.iana.org/time-zones");
+            errors.invalid(
+                "spec.timeZone",
+                zone,
+                "timeZone must be an explicit time zone as defined in https://www.iana.org/time-zones",
+            );
         }
     }
     let job = spec.at("jobTemplate").at("spec");
@@ -232,7 +251,8 @@ fn validate_cron_job(cron: &Value, errors: &mut FieldErrors) {
 
 /// Five fields of numbers, lists, ranges and steps, or one of the words for common schedules.
 fn check_schedule(schedule: &str) -> Result<(), String> {
-    const WORDS: [&str; 7] = ["@yearly", "@annually", "@monthly", "@weekly", "@daily", "@midnight", "@hourly"];
+    const WORDS: [&str; 7] =
+        ["@yearly", "@annually", "@monthly", "@weekly", "@daily", "@midnight", "@hourly"];
     const FIELDS: [(i64, i64, &[&str]); 5] = [
         (0, 59, &[]),
         (0, 23, &[]),
@@ -249,7 +269,11 @@ fn check_schedule(schedule: &str) -> Result<(), String> {
         return if good { Ok(()) } else { Err(format!("failed to parse duration {schedule}")) };
     }
     if schedule.starts_with('@') {
-        return if WORDS.contains(&schedule) { Ok(()) } else { Err(format!("unrecognized descriptor: {schedule}")) };
+        return if WORDS.contains(&schedule) {
+            Ok(())
+        } else {
+            Err(format!("unrecognized descriptor: {schedule}"))
+        };
     }
     let fields: Vec<&str> = schedule.split_whitespace().collect();
     if fields.len() != FIELDS.len() {
@@ -270,7 +294,9 @@ fn check_schedule_part(part: &str, least: i64, most: i64, words: &[&str]) -> Res
         if let Some(at) = words.iter().position(|word| *word == lower) {
             return Ok(least + at as i64);
         }
-        text.parse().map_err(|_| format!("failed to parse int from {text}: strconv.Atoi: parsing {text:?}: invalid syntax"))
+        text.parse().map_err(|_| {
+            format!("failed to parse int from {text}: strconv.Atoi: parsing {text:?}: invalid syntax")
+        })
     };
     let step_number: i64 = number(step)?;
     if step_number <= 0 {
@@ -355,7 +381,17 @@ mod tests {
         for good in ["* * * * *", "*/5 0-4,6 1 jan-mar MON", "@daily", "@every 1h30m", "0 0 ? * 0"] {
             assert_eq!(check_schedule(good), Ok(()), "{good}");
         }
-        for bad in ["", "* * * *", "60 * * * *", "*/0 * * * *", "5-1 * * * *", "x * * * *", "@often", "TZ=UTC * * * * *", "* * 0 * *"] {
+        for bad in [
+            "",
+            "* * * *",
+            "60 * * * *",
+            "*/0 * * * *",
+            "5-1 * * * *",
+            "x * * * *",
+            "@often",
+            "TZ=UTC * * * * *",
+            "* * 0 * *",
+        ] {
             assert!(check_schedule(bad).is_err(), "{bad}");
         }
     }

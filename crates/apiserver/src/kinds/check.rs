@@ -176,7 +176,15 @@ mod tests {
 
     #[test]
     fn ports_have_short_names() {
-        for (name, good) in [("http", true), ("a-1", true), ("80", false), ("a--b", false), ("-a", false), ("Http", false), ("a-name-too-long-x", false)] {
+        for (name, good) in [
+            ("http", true),
+            ("a-1", true),
+            ("80", false),
+            ("a--b", false),
+            ("-a", false),
+            ("Http", false),
+            ("a-name-too-long-x", false),
+        ] {
             assert_eq!(port_name_problems(name).is_empty(), good, "{name}");
         }
     }

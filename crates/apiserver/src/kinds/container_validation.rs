@@ -86,12 +86,17 @@ fn validate_container(
         "initContainers" if !sidecar => {
             for field in ["lifecycle", "livenessProbe", "readinessProbe", "startupProbe"] {
                 if container.has(field) {
-                    errors.forbidden(&at(path, field), "may not be set for init containers without restartPolicy=Always");
+                    errors.forbidden(
+                        &at(path, field),
+                        "may not be set for init containers without restartPolicy=Always",
+                    );
                 }
             }
         }
         "ephemeralContainers" => {
-            for field in ["ports", "livenessProbe", "readinessProbe", "startupProbe", "lifecycle", "resources"] {
+            for field in
+                ["ports", "livenessProbe", "readinessProbe", "startupProbe", "lifecycle", "resources"]
+            {
                 if container.has(field) {
                     errors.forbidden(&at(path, field), "cannot be set for an Ephemeral Container");
                 }
@@ -114,8 +119,11 @@ fn validate_container(
                     let path = format!("{path}.lifecycle.{hook}");
                     validate_handler(handler, &["exec", "httpGet", "sleep", "tcpSocket"], &path, errors);
                     let grace = spec.int("terminationGracePeriodSeconds").unwrap_or_default();
-                    if let Some(seconds) = handler.at("sleep").int("seconds").filter(|s| *s < 0 || *s > grace) {
-                        let why = format!("must be greater than or equal to 0 and less than or equal to terminationGracePeriodSeconds ({grace})");
+                    if let Some(seconds) = handler.at("sleep").int("seconds").filter(|s| *s < 0 || *s > grace)
+                    {
+                        let why = format!(
+                            "must be greater than or equal to 0 and less than or equal to terminationGracePeriodSeconds ({grace})"
+                        );
                         errors.invalid(&at(&path, "sleep"), seconds, &why);
                     }
                 }
@@ -209,7 +217,8 @@ fn validate_env(container: &Value, path: &str, errors: &mut FieldErrors) {
 }
 
 fn validate_env_source(env: &Value, path: &str, errors: &mut FieldErrors) {
-    const SOURCES: [&str; 5] = ["fieldRef", "resourceFieldRef", "configMapKeyRef", "secretKeyRef", "fileKeyRef"];
+    const SOURCES: [&str; 5] =
+        ["fieldRef", "resourceFieldRef", "configMapKeyRef", "secretKeyRef", "fileKeyRef"];
     let source = env.at("valueFrom");
     let given: Vec<&str> = SOURCES.into_iter().filter(|name| source.at(name).is_object()).collect();
     if given.is_empty() {
@@ -255,12 +264,17 @@ pub fn field_ref(reference: &Value, allowed: &[&str], path: &str, errors: &mut F
     } else if let Some((of, key)) = field.split_once("['") {
         let key = key.strip_suffix("']").unwrap_or_default();
         if !matches!(of, "metadata.labels" | "metadata.annotations") || key.is_empty() {
-            errors.invalid(&path, field, "error converting fieldPath: field label does not support subscript");
+            errors.invalid(
+                &path,
+                field,
+                "error converting fieldPath: field label does not support subscript",
+            );
         } else {
             check::name(&key.to_lowercase(), &path, names::qualified_name, errors);
         }
     } else if !allowed.contains(&field) {
-        let known = matches!(field, "metadata.labels" | "metadata.annotations") || FIELD_PATHS.contains(&field);
+        let known =
+            matches!(field, "metadata.labels" | "metadata.annotations") || FIELD_PATHS.contains(&field);
         if known {
             errors.not_supported(&path, field, allowed);
         } else {
@@ -278,7 +292,8 @@ pub fn resource_field_ref(reference: &Value, in_volume: bool, path: &str, errors
     match reference.text("resource") {
         "" => errors.required(&at(path, "resource"), ""),
         resource => {
-            let huge = resource.starts_with("limits.hugepages-") || resource.starts_with("requests.hugepages-");
+            let huge =
+                resource.starts_with("limits.hugepages-") || resource.starts_with("requests.hugepages-");
             if !huge && !RESOURCE_FIELDS.contains(&resource) {
                 errors.not_supported(&at(path, "resource"), resource, &RESOURCE_FIELDS);
             }
@@ -297,7 +312,9 @@ fn validate_mounts(container: &Value, path: &str, volumes: &HashSet<&str>, error
         }
         match mount.text("mountPath") {
             "" => errors.required(&at(&path, "mountPath"), ""),
-            target if !seen.insert(target) => errors.invalid(&at(&path, "mountPath"), target, "must be unique"),
+            target if !seen.insert(target) => {
+                errors.invalid(&at(&path, "mountPath"), target, "must be unique")
+            }
             _ => {}
         }
         for field in ["subPath", "subPathExpr"] {
@@ -314,7 +331,9 @@ fn validate_mounts(container: &Value, path: &str, volumes: &HashSet<&str>, error
         }
         let propagation = ["Bidirectional", "HostToContainer", "None"];
         check::one_of_if_set(mount, &path, "mountPropagation", &propagation, errors);
-        if mount.text("mountPropagation") == "Bidirectional" && !container.at("securityContext").flag("privileged") {
+        if mount.text("mountPropagation") == "Bidirectional"
+            && !container.at("securityContext").flag("privileged")
+        {
             errors.forbidden(
                 &at(&path, "mountPropagation"),
                 "Bidirectional mount propagation is available only to privileged containers",
@@ -332,7 +351,9 @@ fn validate_mounts(container: &Value, path: &str, volumes: &HashSet<&str>, error
         }
         match device.text("devicePath") {
             "" => errors.required(&at(&path, "devicePath"), ""),
-            target if !seen.insert(target) => errors.invalid(&at(&path, "devicePath"), target, "must be unique"),
+            target if !seen.insert(target) => {
+                errors.invalid(&at(&path, "devicePath"), target, "must be unique")
+            }
             _ => {}
         }
     }
@@ -389,7 +410,9 @@ fn validate_resources(resources: &Value, path: &str, errors: &mut FieldErrors) {
                 let why = format!("must be less than or equal to {name} limit of {limit}");
                 errors.invalid(&at(path, "requests"), &request.to_string(), &why);
             }
-            None if whole => errors.required(&at(path, "limits"), "Limit must be set for non overcommitable resources"),
+            None if whole => {
+                errors.required(&at(path, "limits"), "Limit must be set for non overcommitable resources")
+            }
             _ => {}
         }
     }
@@ -403,7 +426,11 @@ fn validate_context(container: &Value, path: &str, errors: &mut FieldErrors) {
     check::one_of_if_set(context, &path, "procMount", &["Default", "Unmasked"], errors);
     if context.at("allowPrivilegeEscalation").as_bool() == Some(false) {
         if context.flag("privileged") {
-            errors.invalid(&path, context, "cannot set `allowPrivilegeEscalation` to false and `privileged` to true");
+            errors.invalid(
+                &path,
+                context,
+                "cannot set `allowPrivilegeEscalation` to false and `privileged` to true",
+            );
         }
         let added = context.at("capabilities").items("add");
         if added.iter().any(|capability| capability == "CAP_SYS_ADMIN") {
@@ -418,10 +445,15 @@ fn validate_context(container: &Value, path: &str, errors: &mut FieldErrors) {
 
 fn validate_probe(probe: &Value, kind: &str, path: &str, errors: &mut FieldErrors) {
     validate_handler(probe, &HANDLERS, path, errors);
-    let fields = ["initialDelaySeconds", "timeoutSeconds", "periodSeconds", "successThreshold", "failureThreshold"];
+    let fields =
+        ["initialDelaySeconds", "timeoutSeconds", "periodSeconds", "successThreshold", "failureThreshold"];
     check::not_negative(probe, path, &fields, errors);
     if kind != "readinessProbe" && probe.int("successThreshold") != Some(1) {
-        errors.invalid(&at(path, "successThreshold"), probe.int("successThreshold").unwrap_or_default(), "must be 1");
+        errors.invalid(
+            &at(path, "successThreshold"),
+            probe.int("successThreshold").unwrap_or_default(),
+            "must be 1",
+        );
     }
     if let Some(seconds) = probe.int("terminationGracePeriodSeconds") {
         let path = at(path, "terminationGracePeriodSeconds");
@@ -500,7 +532,10 @@ mod tests {
         check(json!({}), "");
         check(json!({"name": "My"}), "name: Invalid value: \"My\": a lowercase RFC 1123 label must consist");
         check(json!({"image": ""}), "image: Required value");
-        check(json!({"image": " nginx"}), "image: Invalid value: \" nginx\": must not have leading or trailing whitespace");
+        check(
+            json!({"image": " nginx"}),
+            "image: Invalid value: \" nginx\": must not have leading or trailing whitespace",
+        );
         check(
             json!({"imagePullPolicy": "Maybe"}),
             "imagePullPolicy: Unsupported value: \"Maybe\": supported values: \"Always\", \"IfNotPresent\", \"Never\"",
@@ -521,12 +556,18 @@ mod tests {
         );
         check(json!({"env": [{"name": "A.b-c", "value": "x"}]}), "");
         check(json!({"env": [{"value": "x"}]}), "env[0].name: Required value");
-        check(json!({"env": [{"name": "a=b"}]}), "env[0].name: Invalid value: \"a=b\": a valid environment variable name");
+        check(
+            json!({"env": [{"name": "a=b"}]}),
+            "env[0].name: Invalid value: \"a=b\": a valid environment variable name",
+        );
         check(
             json!({"env": [{"name": "A", "valueFrom": {"fieldRef": {"fieldPath": "spec.x"}}}]}),
             "env[0].valueFrom.fieldRef.fieldPath: Invalid value: \"spec.x\": error converting fieldPath: field label not supported: spec.x",
         );
-        check(json!({"env": [{"name": "A", "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['a/b']"}}}]}), "");
+        check(
+            json!({"env": [{"name": "A", "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['a/b']"}}}]}),
+            "",
+        );
         check(
             json!({"env": [{"name": "A", "valueFrom": {"secretKeyRef": {"name": "s"}}}]}),
             "env[0].valueFrom.secretKeyRef.key: Required value",
@@ -536,7 +577,10 @@ mod tests {
     #[test]
     fn mounts_and_resources_are_checked() {
         check(json!({"volumeMounts": [{"name": "v", "mountPath": "/v"}]}), "");
-        check(json!({"volumeMounts": [{"name": "w", "mountPath": "/v"}]}), "volumeMounts[0].name: Not found: \"w\"");
+        check(
+            json!({"volumeMounts": [{"name": "w", "mountPath": "/v"}]}),
+            "volumeMounts[0].name: Not found: \"w\"",
+        );
         check(
             json!({"volumeMounts": [{"name": "v", "mountPath": "/v"}, {"name": "v", "mountPath": "/v"}]}),
             "volumeMounts[1].mountPath: Invalid value: \"/v\": must be unique",

@@ -131,7 +131,9 @@ pub static NODE: Strategy = Strategy {
             check::name(taint.text("key"), &at(&path, "key"), names::qualified_name, errors);
             check::name(taint.text("value"), &at(&path, "value"), names::label_value, errors);
             check::one_of(taint, &path, "effect", &["NoSchedule", "PreferNoSchedule", "NoExecute"], errors);
-            let twin = |other: &Value| other.text("key") == taint.text("key") && other.text("effect") == taint.text("effect");
+            let twin = |other: &Value| {
+                other.text("key") == taint.text("key") && other.text("effect") == taint.text("effect")
+            };
             if node.at("spec").items("taints")[..n].iter().any(twin) {
                 errors.duplicate(&path, taint);
             }
@@ -140,10 +142,14 @@ pub static NODE: Strategy = Strategy {
     validate_update: |new, old, errors| {
         let (spec, before) = (new.at("spec"), old.at("spec"));
         if before.has("podCIDRs") && spec.get("podCIDRs") != before.get("podCIDRs") {
-            errors.forbidden("spec.podCIDRs", "node updates may not change podCIDR except from \"\" to valid");
+            errors
+                .forbidden("spec.podCIDRs", "node updates may not change podCIDR except from \"\" to valid");
         }
         if before.has("providerID") && spec.text("providerID") != before.text("providerID") {
-            errors.forbidden("spec.providerID", "node updates may not change providerID except from \"\" to valid");
+            errors.forbidden(
+                "spec.providerID",
+                "node updates may not change providerID except from \"\" to valid",
+            );
         }
     },
     ..Strategy::PLAIN
@@ -156,7 +162,9 @@ pub static LIMIT_RANGE: Strategy = Strategy {
                 round_quantities(item.sub(field));
             }
             if item.text("type") == "Container" {
-                for (from, to) in [("max", "default"), ("default", "defaultRequest"), ("min", "defaultRequest")] {
+                for (from, to) in
+                    [("max", "default"), ("default", "defaultRequest"), ("min", "defaultRequest")]
+                {
                     let known: Vec<(String, Value)> =
                         item.members(from).map(|(key, value)| (key.to_owned(), value.clone())).collect();
                     if !known.is_empty() {
@@ -187,7 +195,9 @@ pub static RESOURCE_QUOTA: Strategy = Strategy {
             check::quantity(value, &path, errors);
         }
     },
-    validate_update: |new, old, errors| check::immutable(new.at("spec"), old.at("spec"), "spec", "scopes", errors),
+    validate_update: |new, old, errors| {
+        check::immutable(new.at("spec"), old.at("spec"), "spec", "scopes", errors)
+    },
     returns_deleted: true,
     ..Strategy::PLAIN
 };
@@ -264,7 +274,11 @@ fn docker_config(data: &Value, key: &str, errors: &mut FieldErrors) {
     let parsed = BASE64.decode(encoded).ok().map(|bytes| serde_json::from_slice::<Value>(&bytes));
     if !matches!(parsed, Some(Ok(_))) {
         // The value is secret and is not shown.
-        errors.invalid(&path, "<secret contents redacted>", "invalid character looking for beginning of value");
+        errors.invalid(
+            &path,
+            "<secret contents redacted>",
+            "invalid character looking for beginning of value",
+        );
     }
 }
 
@@ -362,7 +376,8 @@ fn validate_limit_range(range: &Value, errors: &mut FieldErrors) {
             if let (Some(low), Some(high)) = (least.get(&name), most.get(&name))
                 && ratio.as_f64() > high.as_f64() / low.as_f64()
             {
-                let why = format!("ratio {ratio} is greater than max/min = {:.6}", high.as_f64() / low.as_f64());
+                let why =
+                    format!("ratio {ratio} is greater than max/min = {:.6}", high.as_f64() / low.as_f64());
                 errors.invalid(&path, &ratio.to_string(), &why);
             }
         }
@@ -391,8 +406,14 @@ mod tests {
     fn secrets_are_checked() {
         let check = |object, want| check(&SECRET, "secrets", object, want);
         check(json!({"stringData": {"a": "b"}}), "");
-        check(json!({"data": {"a b": ""}}), "data[a b]: Invalid value: \"a b\": a valid config key must consist");
-        check(json!({"data": {"a": "A".repeat(1_400_000)}}), "data: Too long: may not be more than 1048576 bytes");
+        check(
+            json!({"data": {"a b": ""}}),
+            "data[a b]: Invalid value: \"a b\": a valid config key must consist",
+        );
+        check(
+            json!({"data": {"a": "A".repeat(1_400_000)}}),
+            "data: Too long: may not be more than 1048576 bytes",
+        );
         check(json!({"type": "kubernetes.io/tls", "data": {"tls.crt": ""}}), "data[tls.key]: Required value");
         check(
             json!({"type": "kubernetes.io/dockerconfigjson", "data": {".dockerconfigjson": "eA=="}}),
@@ -424,9 +445,19 @@ mod tests {
     #[test]
     fn config_maps_and_limit_ranges_are_checked() {
         check(&CONFIG_MAP, "configmaps", json!({"data": {"a.b": "x"}}), "");
-        check(&CONFIG_MAP, "configmaps", json!({"data": {"..a": "x"}}), "data[..a]: Invalid value: \"..a\": must not start with '..'");
+        check(
+            &CONFIG_MAP,
+            "configmaps",
+            json!({"data": {"..a": "x"}}),
+            "data[..a]: Invalid value: \"..a\": must not start with '..'",
+        );
         let range = |item| json!({"spec": {"limits": [item]}});
-        check(&LIMIT_RANGE, "limitranges", range(json!({"type": "Container", "max": {"cpu": "1"}, "min": {"cpu": "100m"}})), "");
+        check(
+            &LIMIT_RANGE,
+            "limitranges",
+            range(json!({"type": "Container", "max": {"cpu": "1"}, "min": {"cpu": "100m"}})),
+            "",
+        );
         check(
             &LIMIT_RANGE,
             "limitranges",

@@ -1,7 +1,7 @@
 //! The kinds that behave: which file holds the strategy of which kind.
 
-pub mod check;
 mod batch;
+pub mod check;
 mod container_validation;
 mod core;
 #[cfg(test)]

@@ -13,11 +13,13 @@ use crate::strategy::Strategy;
 pub static INGRESS: Strategy = Strategy {
     prepare_create: |ingress| ingress.set("status", json!({"loadBalancer": {}})),
     validate: validate_ingress,
-    warnings: |ingress| match ingress.at("metadata").at("annotations").text("kubernetes.io/ingress.class") {
+    warnings: |ingress| {
+        match ingress.at("metadata").at("annotations").text("kubernetes.io/ingress.class") {
         "" => Vec::new(),
         _ => vec![
             "annotation \"kubernetes.io/ingress.class\" is deprecated, please use 'spec.ingressClassName' instead".to_owned(),
         ],
+    }
     },
     generation: true,
     ..Strategy::PLAIN
@@ -36,10 +38,16 @@ pub static INGRESS_CLASS: Strategy = Strategy {
         } else if controller.len() > 250 {
             errors.too_long("spec.controller", 250);
         } else if controller.split('/').count() < 2 {
-            errors.invalid("spec.controller", controller, "must be a domain-prefixed path (such as \"acme.io/foo\")");
+            errors.invalid(
+                "spec.controller",
+                controller,
+                "must be a domain-prefixed path (such as \"acme.io/foo\")",
+            );
         }
     },
-    validate_update: |new, old, errors| check::immutable(new.at("spec"), old.at("spec"), "spec", "controller", errors),
+    validate_update: |new, old, errors| {
+        check::immutable(new.at("spec"), old.at("spec"), "spec", "controller", errors)
+    },
     generation: true,
     ..Strategy::PLAIN
 };
@@ -95,7 +103,9 @@ pub static IP_ADDRESS: Strategy = Strategy {
             check::required(parent, "spec.parentRef", "name", errors);
         }
     },
-    validate_update: |new, old, errors| check::immutable(new.at("spec"), old.at("spec"), "spec", "parentRef", errors),
+    validate_update: |new, old, errors| {
+        check::immutable(new.at("spec"), old.at("spec"), "spec", "parentRef", errors)
+    },
     name: |name| match name.parse::<std::net::IpAddr>() {
         Ok(address) if address.to_string() == name => Ok(()),
         Ok(_) => Err("must be in canonical form".to_owned()),
@@ -124,7 +134,9 @@ pub static SERVICE_CIDR: Strategy = Strategy {
             }
         }
     },
-    validate_update: |new, old, errors| check::immutable(new.at("spec"), old.at("spec"), "spec", "cidrs", errors),
+    validate_update: |new, old, errors| {
+        check::immutable(new.at("spec"), old.at("spec"), "spec", "cidrs", errors)
+    },
     unconditional_update: false,
     ..Strategy::PLAIN
 };
@@ -157,7 +169,12 @@ fn validate_ingress(ingress: &Value, errors: &mut FieldErrors) {
             validate_host(host, &format!("spec.tls[{n}].hosts[{m}]"), errors);
         }
         if tls.has("secretName") {
-            check::name(tls.text("secretName"), &format!("spec.tls[{n}].secretName"), names::dns_subdomain, errors);
+            check::name(
+                tls.text("secretName"),
+                &format!("spec.tls[{n}].secretName"),
+                names::dns_subdomain,
+                errors,
+            );
         }
     }
 }
@@ -248,7 +265,11 @@ fn validate_policy(policy: &Value, errors: &mut FieldErrors) {
     }
     let types = spec.items("policyTypes");
     if types.len() > 2 {
-        errors.invalid("spec.policyTypes", spec.at("policyTypes"), "may not specify more than two policyTypes");
+        errors.invalid(
+            "spec.policyTypes",
+            spec.at("policyTypes"),
+            "may not specify more than two policyTypes",
+        );
     }
     for (n, kind) in types.iter().filter_map(Value::as_str).enumerate() {
         if !["Egress", "Ingress"].contains(&kind) {
@@ -304,7 +325,11 @@ fn validate_peer(peer: &Value, path: &str, errors: &mut FieldErrors) {
             let path = format!("{path}.except[{n}]");
             match (except.parse::<ipnet::IpNet>(), &range) {
                 (Err(_), _) => {
-                    errors.invalid(&path, except, "must be a valid CIDR value, (e.g. 10.9.8.0/24 or 2001:db8::/64)");
+                    errors.invalid(
+                        &path,
+                        except,
+                        "must be a valid CIDR value, (e.g. 10.9.8.0/24 or 2001:db8::/64)",
+                    );
                 }
                 (Ok(inner), Ok(outer)) if !outer.contains(&inner) || *outer == inner => {
                     errors.invalid(&path, except, &format!("must be a strict subset of `cidr`: {outer:?}"));
@@ -396,7 +421,9 @@ mod tests {
 
     #[test]
     fn ingresses_are_checked() {
-        let check = |spec: Value, want| check(&INGRESS, ("networking.k8s.io", "Ingress"), json!({"spec": spec}), want);
+        let check = |spec: Value, want| {
+            check(&INGRESS, ("networking.k8s.io", "Ingress"), json!({"spec": spec}), want)
+        };
         let backend = json!({"service": {"name": "web", "port": {"number": 80}}});
         check(json!({"defaultBackend": backend}), "");
         check(json!({}), "spec: Invalid value: {}: either `defaultBackend` or `rules` must be specified");
@@ -428,7 +455,10 @@ mod tests {
     #[test]
     fn slices_are_checked() {
         let check = |slice, want| check(&ENDPOINT_SLICE, ("discovery.k8s.io", "EndpointSlice"), slice, want);
-        check(json!({"addressType": "IPv4", "endpoints": [{"addresses": ["10.0.0.1"]}], "ports": [{"port": 80}]}), "");
+        check(
+            json!({"addressType": "IPv4", "endpoints": [{"addresses": ["10.0.0.1"]}], "ports": [{"port": 80}]}),
+            "",
+        );
         check(
             json!({"addressType": "IPv4", "endpoints": [{"addresses": ["x"]}]}),
             "endpoints[0].addresses[0]: Invalid value: \"x\": must be a valid IPv4 address",

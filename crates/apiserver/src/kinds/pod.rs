@@ -116,9 +116,10 @@ fn put_back(spec: &mut Value, old: &Value, field: &str) {
 /// Equality in which absent, null and empty are the same.
 pub fn same(a: &Value, b: &Value) -> bool {
     match (a, b) {
-        (Value::Object(a), Value::Object(b)) => {
-            a.keys().chain(b.keys()).all(|key| same(a.get(key).unwrap_or(&Value::Null), b.get(key).unwrap_or(&Value::Null)))
-        }
+        (Value::Object(a), Value::Object(b)) => a
+            .keys()
+            .chain(b.keys())
+            .all(|key| same(a.get(key).unwrap_or(&Value::Null), b.get(key).unwrap_or(&Value::Null))),
         (Value::Array(a), Value::Array(b)) => a.len() == b.len() && a.iter().zip(b).all(|(a, b)| same(a, b)),
         _ => a == b || is_empty(a) && is_empty(b),
     }
@@ -151,7 +152,8 @@ fn collect_differences(new: &Value, old: &Value, path: &str, lines: &mut Vec<Str
     }
     match (new, old) {
         (Value::Object(a), Value::Object(b)) => {
-            let mut keys: Vec<&String> = a.keys().chain(b.keys().filter(|key| !a.contains_key(*key))).collect();
+            let mut keys: Vec<&String> =
+                a.keys().chain(b.keys().filter(|key| !a.contains_key(*key))).collect();
             keys.sort();
             for key in keys {
                 collect_differences(new.at(key), old.at(key), &format!("{path}.{key}"), lines);
@@ -189,7 +191,10 @@ fn tolerations_only_grow(new: &Value, old: &Value, errors: &mut FieldErrors) {
         .iter()
         .any(|before| !new.items("tolerations").iter().any(|now| identity(now) == identity(before)));
     if lost {
-        errors.forbidden("spec.tolerations", "existing toleration can not be modified except its tolerationSeconds");
+        errors.forbidden(
+            "spec.tolerations",
+            "existing toleration can not be modified except its tolerationSeconds",
+        );
     }
 }
 
@@ -250,12 +255,18 @@ mod tests {
         check(|spec| spec["containers"][0]["image"] = "nginx:2".into(), "");
         check(|spec| spec["activeDeadlineSeconds"] = 5.into(), "");
         check(|spec| spec["tolerations"].as_array_mut().unwrap().push(json!({"key": "b"})), "");
-        check(|spec| spec["tolerations"] = json!([]), "spec.tolerations: Forbidden: existing toleration can not be modified");
+        check(
+            |spec| spec["tolerations"] = json!([]),
+            "spec.tolerations: Forbidden: existing toleration can not be modified",
+        );
         check(
             |spec| spec["nodeName"] = "n2".into(),
             "spec: Forbidden: pod updates may not change fields other than `spec.containers[*].image`,`spec.initContainers[*].image`",
         );
-        check(|spec| spec["containers"][0]["command"] = json!(["x"]), "spec: Forbidden: pod updates may not change");
+        check(
+            |spec| spec["containers"][0]["command"] = json!(["x"]),
+            "spec: Forbidden: pod updates may not change",
+        );
         check(
             |spec| spec["containers"] = json!([]),
             "spec.containers: Forbidden: pod updates may not add or remove containers",

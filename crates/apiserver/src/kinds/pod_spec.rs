@@ -258,8 +258,11 @@ fn requests_from_limits(resources: &mut Value) {
 /// Requests of the pod as a whole, where its limits are given: the sum of its containers' requests, else
 /// the limit.
 fn pod_level_requests(spec: &mut Value) {
-    let limits: Vec<(String, Value)> =
-        spec.at("resources").members("limits").map(|(name, value)| (name.to_owned(), value.clone())).collect();
+    let limits: Vec<(String, Value)> = spec
+        .at("resources")
+        .members("limits")
+        .map(|(name, value)| (name.to_owned(), value.clone()))
+        .collect();
     if limits.is_empty() {
         return;
     }

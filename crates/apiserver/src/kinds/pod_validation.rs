@@ -68,13 +68,21 @@ pub fn validate_spec(spec: &Value, path: &str, errors: &mut FieldErrors) {
         }
     }
     if let Some(seconds) = spec.int("activeDeadlineSeconds").filter(|s| !(1..=MAX_ID).contains(s)) {
-        errors.invalid(&at(path, "activeDeadlineSeconds"), seconds, "must be between 1 and 2147483647, inclusive");
+        errors.invalid(
+            &at(path, "activeDeadlineSeconds"),
+            seconds,
+            "must be between 1 and 2147483647, inclusive",
+        );
     }
     validate_tolerations(spec, path, errors);
     for (n, alias) in spec.items("hostAliases").iter().enumerate() {
         let path = format!("{path}.hostAliases[{n}]");
         if alias.text("ip").parse::<std::net::IpAddr>().is_err() {
-            errors.invalid(&at(&path, "ip"), alias.text("ip"), "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)");
+            errors.invalid(
+                &at(&path, "ip"),
+                alias.text("ip"),
+                "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)",
+            );
         }
         for (m, host) in alias.items("hostnames").iter().filter_map(Value::as_str).enumerate() {
             check::name(host, &format!("{path}.hostnames[{m}]"), names::dns_subdomain, errors);
@@ -106,7 +114,11 @@ fn validate_dns(spec: &Value, path: &str, errors: &mut FieldErrors) {
         );
     }
     if servers.len() > 3 {
-        errors.invalid(&at(&path, "nameservers"), config.at("nameservers"), "must not have more than 3 nameservers");
+        errors.invalid(
+            &at(&path, "nameservers"),
+            config.at("nameservers"),
+            "must not have more than 3 nameservers",
+        );
     }
     for (n, server) in servers.iter().filter_map(Value::as_str).enumerate() {
         if server.parse::<std::net::IpAddr>().is_err() {
@@ -119,7 +131,11 @@ fn validate_dns(spec: &Value, path: &str, errors: &mut FieldErrors) {
     }
     let searches = config.items("searches");
     if searches.len() > 32 {
-        errors.invalid(&at(&path, "searches"), config.at("searches"), "must not have more than 32 search paths");
+        errors.invalid(
+            &at(&path, "searches"),
+            config.at("searches"),
+            "must not have more than 32 search paths",
+        );
     }
     if searches.iter().filter_map(Value::as_str).map(|s| s.len() + 1).sum::<usize>() > 2049 {
         errors.invalid(
@@ -164,11 +180,17 @@ pub fn validate_seccomp(context: &Value, path: &str, errors: &mut FieldErrors) {
         }
         "RuntimeDefault" | "Unconfined" => {
             if profile.get("localhostProfile").is_some() {
-                errors.invalid(&at(&path, "localhostProfile"), local, "can only be set when seccomp type is Localhost");
+                errors.invalid(
+                    &at(&path, "localhostProfile"),
+                    local,
+                    "can only be set when seccomp type is Localhost",
+                );
             }
         }
         "" => errors.required(&at(&path, "type"), "type is required when seccompProfile is set"),
-        other => errors.not_supported(&at(&path, "type"), other, &["Localhost", "RuntimeDefault", "Unconfined"]),
+        other => {
+            errors.not_supported(&at(&path, "type"), other, &["Localhost", "RuntimeDefault", "Unconfined"])
+        }
     }
 }
 
@@ -229,7 +251,8 @@ fn validate_tolerations(spec: &Value, path: &str, errors: &mut FieldErrors) {
     const EFFECTS: [&str; 3] = ["NoSchedule", "PreferNoSchedule", "NoExecute"];
     for (n, toleration) in spec.items("tolerations").iter().enumerate() {
         let path = format!("{path}.tolerations[{n}]");
-        let (key, operator, value) = (toleration.text("key"), toleration.text("operator"), toleration.text("value"));
+        let (key, operator, value) =
+            (toleration.text("key"), toleration.text("operator"), toleration.text("value"));
         if !key.is_empty() {
             check::name(key, &at(&path, "key"), names::qualified_name, errors);
         } else if operator != "Exists" {
@@ -249,12 +272,20 @@ fn validate_tolerations(spec: &Value, path: &str, errors: &mut FieldErrors) {
         match operator {
             "" | "Equal" => check::name(value, &at(&path, "operator"), names::label_value, errors),
             "Exists" if !value.is_empty() => {
-                errors.invalid(&at(&path, "operator"), toleration, "value must be empty when `operator` is 'Exists'");
+                errors.invalid(
+                    &at(&path, "operator"),
+                    toleration,
+                    "value must be empty when `operator` is 'Exists'",
+                );
             }
             "Exists" => {}
             "Lt" | "Gt" => {
                 if value.parse::<i64>().is_err() {
-                    errors.invalid(&at(&path, "value"), value, "value must be a valid integer when `operator` is 'Lt' or 'Gt'");
+                    errors.invalid(
+                        &at(&path, "value"),
+                        value,
+                        "value must be a valid integer when `operator` is 'Lt' or 'Gt'",
+                    );
                 }
             }
             other => errors.not_supported(&at(&path, "operator"), other, &["Equal", "Exists"]),
@@ -289,7 +320,12 @@ fn validate_spread(spec: &Value, path: &str, errors: &mut FieldErrors) {
         if constraint.text("topologyKey").is_empty() {
             errors.required(&at(&path, "topologyKey"), "can not be empty");
         } else {
-            check::name(constraint.text("topologyKey"), &at(&path, "topologyKey"), names::qualified_name, errors);
+            check::name(
+                constraint.text("topologyKey"),
+                &at(&path, "topologyKey"),
+                names::qualified_name,
+                errors,
+            );
         }
         let allowed = ["DoNotSchedule", "ScheduleAnyway"];
         let when = constraint.text("whenUnsatisfiable");
@@ -297,7 +333,9 @@ fn validate_spread(spec: &Value, path: &str, errors: &mut FieldErrors) {
             errors.not_supported(&at(&path, "whenUnsatisfiable"), when, &allowed);
         }
         let twin = |other: &Value| {
-            ["topologyKey", "whenUnsatisfiable"].iter().all(|field| other.text(field) == constraint.text(field))
+            ["topologyKey", "whenUnsatisfiable"]
+                .iter()
+                .all(|field| other.text(field) == constraint.text(field))
         };
         if constraints[..n].iter().any(twin) {
             let shown = format!("{{{}, {when}}}", constraint.text("topologyKey"));
@@ -372,7 +410,10 @@ fn validate_node_selector_term(term: &Value, path: &str, errors: &mut FieldError
             let values = requirement.items("values");
             match requirement.text("operator") {
                 "In" | "NotIn" if values.is_empty() => {
-                    errors.required(&at(&path, "values"), "must be specified when `operator` is 'In' or 'NotIn'");
+                    errors.required(
+                        &at(&path, "values"),
+                        "must be specified when `operator` is 'In' or 'NotIn'",
+                    );
                 }
                 "Exists" | "DoesNotExist" if !values.is_empty() => errors.forbidden(
                     &at(&path, "values"),
@@ -459,14 +500,23 @@ mod tests {
             "spec.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms: Required value: must have at least one node selector term",
         );
         check(
-            |s| s["topologySpreadConstraints"] = json!([{"maxSkew": 0, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}]),
+            |s| {
+                s["topologySpreadConstraints"] =
+                    json!([{"maxSkew": 0, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}])
+            },
             "spec.topologySpreadConstraints[0].maxSkew: Invalid value: 0: must be greater than zero",
         );
         check(
             |s| s["securityContext"] = json!({"runAsUser": -1}),
             "spec.securityContext.runAsUser: Invalid value: -1: must be between 0 and 2147483647, inclusive",
         );
-        check(|s| s["nodeSelector"] = json!({"a": "b c"}), "spec.nodeSelector: Invalid value: \"b c\": a valid label must be");
-        check(|s| s["hostname"] = "A".into(), "spec.hostname: Invalid value: \"A\": a lowercase RFC 1123 label");
+        check(
+            |s| s["nodeSelector"] = json!({"a": "b c"}),
+            "spec.nodeSelector: Invalid value: \"b c\": a valid label must be",
+        );
+        check(
+            |s| s["hostname"] = "A".into(),
+            "spec.hostname: Invalid value: \"A\": a lowercase RFC 1123 label",
+        );
     }
 }

@@ -27,7 +27,9 @@ pub fn pod_warnings(spec: &Value, path: &str) -> Vec<String> {
     }
     for (n, volume) in spec.items("volumes").iter().enumerate() {
         if volume.at("gitRepo").is_object() {
-            warnings.push(format!("{path}.volumes[{n}].gitRepo: deprecated in v1.11, and disabled by default in v1.33+"));
+            warnings.push(format!(
+                "{path}.volumes[{n}].gitRepo: deprecated in v1.11, and disabled by default in v1.33+"
+            ));
         }
     }
     for list in ["initContainers", "containers"] {
@@ -45,19 +47,25 @@ fn container_warnings(container: &Value, path: &str, warnings: &mut Vec<String>)
     let mut seen = HashSet::new();
     for (n, env) in container.items("env").iter().enumerate() {
         if !seen.insert(env.text("name")) {
-            warnings.push(format!("{path}.env[{n}]: hides previous definition of {:?}, which may be dropped when using apply", env.text("name")));
+            warnings.push(format!(
+                "{path}.env[{n}]: hides previous definition of {:?}, which may be dropped when using apply",
+                env.text("name")
+            ));
         }
     }
     let mut ports = HashSet::new();
     for (n, port) in container.items("ports").iter().enumerate() {
-        let known = (port.int("containerPort"), port.text("protocol"), port.int("hostPort"), port.text("hostIP"));
+        let known =
+            (port.int("containerPort"), port.text("protocol"), port.int("hostPort"), port.text("hostIP"));
         if !ports.insert(known) {
             warnings.push(format!(
                 "{path}.ports[{n}]: duplicate port definition with {}",
                 container
                     .items("ports")
                     .iter()
-                    .position(|other| other.int("containerPort") == known.0 && other.text("protocol") == known.1)
+                    .position(
+                        |other| other.int("containerPort") == known.0 && other.text("protocol") == known.1
+                    )
                     .map(|first| format!("{path}.ports[{first}]"))
                     .unwrap_or_default()
             ));

@@ -62,7 +62,10 @@ pub static PRIORITY_CLASS: Strategy = Strategy {
         let value = class.int("value").unwrap_or_default();
         let system = super::SYSTEM_PRIORITIES.iter().find(|(known, _)| *known == name);
         if name.starts_with("system-") && system.is_none() {
-            errors.forbidden("metadata.name", "priority class names with 'system-' prefix are reserved for system use only");
+            errors.forbidden(
+                "metadata.name",
+                "priority class names with 'system-' prefix are reserved for system use only",
+            );
         } else if let Some((_, known)) = system
             && *known != value
         {
@@ -127,7 +130,10 @@ pub static CLUSTER_ROLE: Strategy = Strategy {
         validate_rules(role, false, errors);
         let rule = role.at("aggregationRule");
         if rule.is_object() && !rule.has("clusterRoleSelectors") {
-            errors.required("aggregationRule.clusterRoleSelectors", "at least one clusterRoleSelector required if aggregationRule is non-nil");
+            errors.required(
+                "aggregationRule.clusterRoleSelectors",
+                "at least one clusterRoleSelector required if aggregationRule is non-nil",
+            );
         }
         for (n, selector) in rule.items("clusterRoleSelectors").iter().enumerate() {
             check::selector(selector, &format!("aggregationRule.clusterRoleSelectors[{n}]"), errors);
@@ -200,8 +206,12 @@ fn validate_scaler(spec: &Value, errors: &mut FieldErrors) {
             ("Resource", "resource"),
         ];
         match TYPES.iter().find(|(kind, _)| *kind == metric.text("type")) {
-            None if metric.text("type").is_empty() => errors.required(&at(&path, "type"), "must specify a metric source type"),
-            None => errors.not_supported(&at(&path, "type"), metric.text("type"), &TYPES.map(|(kind, _)| kind)),
+            None if metric.text("type").is_empty() => {
+                errors.required(&at(&path, "type"), "must specify a metric source type")
+            }
+            None => {
+                errors.not_supported(&at(&path, "type"), metric.text("type"), &TYPES.map(|(kind, _)| kind))
+            }
             Some((_, field)) if !metric.at(field).is_object() => {
                 errors.required(&at(&path, field), "must populate information for the given metric source");
             }
@@ -219,10 +229,18 @@ fn validate_rules(role: &Value, namespaced: bool, errors: &mut FieldErrors) {
         if rule.has("nonResourceURLs") {
             let urls = at(&path, "nonResourceURLs");
             if namespaced {
-                errors.invalid(&urls, rule.at("nonResourceURLs"), "namespaced rules cannot apply to non-resource URLs");
+                errors.invalid(
+                    &urls,
+                    rule.at("nonResourceURLs"),
+                    "namespaced rules cannot apply to non-resource URLs",
+                );
             }
             if rule.has("apiGroups") || rule.has("resources") || rule.has("resourceNames") {
-                errors.invalid(&urls, rule.at("nonResourceURLs"), "rules cannot apply to both regular resources and non-resource URLs");
+                errors.invalid(
+                    &urls,
+                    rule.at("nonResourceURLs"),
+                    "rules cannot apply to both regular resources and non-resource URLs",
+                );
             }
             continue;
         }

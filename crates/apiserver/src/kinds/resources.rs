@@ -89,9 +89,14 @@ pub fn pod_amounts(spec: &Value, field: &str) -> Amounts {
 /// `Guaranteed`, `Burstable` or `BestEffort`.
 pub fn qos_class(spec: &Value) -> &'static str {
     let computes = |amounts: Amounts| -> Amounts {
-        amounts.into_iter().filter(|(name, q)| matches!(name.as_str(), "cpu" | "memory") && *q > Quantity::ZERO).collect()
+        amounts
+            .into_iter()
+            .filter(|(name, q)| matches!(name.as_str(), "cpu" | "memory") && *q > Quantity::ZERO)
+            .collect()
     };
-    let level = |resources: &Value| (computes(amounts(resources.at("requests"))), computes(amounts(resources.at("limits"))));
+    let level = |resources: &Value| {
+        (computes(amounts(resources.at("requests"))), computes(amounts(resources.at("limits"))))
+    };
     let whole = spec.at("resources");
     let each: Vec<(Amounts, Amounts)> = if whole.has("requests") || whole.has("limits") {
         vec![level(whole)]
@@ -127,7 +132,10 @@ mod tests {
             (json!([container(full.clone(), full.clone())]), "Guaranteed"),
             (json!([container(json!({"cpu": "1000m", "memory": "1Gi"}), full.clone())]), "Guaranteed"),
             (json!([container(json!({"cpu": "500m", "memory": "1Gi"}), full.clone())]), "Burstable"),
-            (json!([container(full.clone(), full.clone()), container(none.clone(), none.clone())]), "Burstable"),
+            (
+                json!([container(full.clone(), full.clone()), container(none.clone(), none.clone())]),
+                "Burstable",
+            ),
             (json!([container(json!({"cpu": "1"}), none.clone())]), "Burstable"),
             (json!([container(json!({"cpu": "0"}), none.clone())]), "BestEffort"),
             (json!([container(json!({"example.com/gpu": "1"}), none)]), "BestEffort"),

@@ -98,7 +98,9 @@ fn prepare_update(new: &mut Value, old: &Value) {
     let before = old.at("spec");
     let spec = new.object("spec");
     // One of the two fields may have been changed, the other is then made to follow.
-    if spec.text("clusterIP") != before.text("clusterIP") && spec.get("clusterIPs") == before.get("clusterIPs") {
+    if spec.text("clusterIP") != before.text("clusterIP")
+        && spec.get("clusterIPs") == before.get("clusterIPs")
+    {
         match spec.text("clusterIP") {
             "" => _ = spec.unset("clusterIPs"),
             address => {
@@ -123,15 +125,17 @@ fn prepare_update(new: &mut Value, old: &Value) {
         let known: Vec<Value> = before.items("ports").to_vec();
         let taken: HashSet<i64> = spec.items("ports").iter().filter_map(|p| p.int("nodePort")).collect();
         for port in spec.each("ports").filter(|port| port.int("nodePort").is_none_or(|n| n == 0)) {
-            let twin = known.iter().find(|k| {
-                k.int("port") == port.int("port") && k.text("protocol") == port.text("protocol")
-            });
+            let twin = known
+                .iter()
+                .find(|k| k.int("port") == port.int("port") && k.text("protocol") == port.text("protocol"));
             if let Some(number) = twin.and_then(|twin| twin.int("nodePort")).filter(|n| !taken.contains(n)) {
                 port.set("nodePort", number);
             }
         }
     }
-    if needs_health_port(before) && needs_health_port(spec) && spec.int("healthCheckNodePort").is_none_or(|n| n == 0)
+    if needs_health_port(before)
+        && needs_health_port(spec)
+        && spec.int("healthCheckNodePort").is_none_or(|n| n == 0)
     {
         spec.set("healthCheckNodePort", before.at("healthCheckNodePort").clone());
     }
@@ -148,7 +152,11 @@ fn drop_what_went_with_the_type(spec: &mut Value, before: &Value) {
         }
     }
     if needs_node_ports(before) && !needs_node_ports(spec) {
-        let same = spec.items("ports").iter().zip(before.items("ports")).all(|(a, b)| a.get("nodePort") == b.get("nodePort"))
+        let same = spec
+            .items("ports")
+            .iter()
+            .zip(before.items("ports"))
+            .all(|(a, b)| a.get("nodePort") == b.get("nodePort"))
             || spec.items("ports").len() != before.items("ports").len();
         if same {
             spec.each("ports").for_each(|port| _ = port.unset("nodePort"));
@@ -235,7 +243,9 @@ fn validate_ports(spec: &Value, errors: &mut FieldErrors) {
         check::one_of(port, &path, "protocol", &["SCTP", "TCP", "UDP"], errors);
         match port.at("targetPort") {
             Value::String(name) => check::port_name(name, &at(&path, "targetPort"), errors),
-            number => check::port_number(number.as_i64().unwrap_or_default(), &at(&path, "targetPort"), errors),
+            number => {
+                check::port_number(number.as_i64().unwrap_or_default(), &at(&path, "targetPort"), errors)
+            }
         }
         if let Some(protocol) = port.get("appProtocol").and_then(Value::as_str) {
             check::name(protocol, &at(&path, "appProtocol"), names::qualified_name, errors);
@@ -291,7 +301,11 @@ fn validate_addresses(spec: &Value, errors: &mut FieldErrors) {
         }
         for (n, address) in listed.iter().filter_map(Value::as_str).enumerate() {
             if address == "None" && listed.len() > 1 {
-                errors.invalid("spec.clusterIPs", spec.at("clusterIPs"), "'None' must be the first and only value");
+                errors.invalid(
+                    "spec.clusterIPs",
+                    spec.at("clusterIPs"),
+                    "'None' must be the first and only value",
+                );
             } else if address != "None" && address.parse::<IpAddr>().is_err() {
                 errors.invalid(&format!("spec.clusterIPs[{n}]"), address, NOT_AN_ADDRESS);
             }
@@ -304,15 +318,25 @@ fn validate_addresses(spec: &Value, errors: &mut FieldErrors) {
         let path = format!("spec.externalIPs[{n}]");
         match address.parse::<IpAddr>() {
             Err(_) => errors.invalid(&path, address, NOT_AN_ADDRESS),
-            Ok(ip) if ip.is_unspecified() => errors.invalid(&path, address, "may not be unspecified (0.0.0.0 or ::)"),
+            Ok(ip) if ip.is_unspecified() => {
+                errors.invalid(&path, address, "may not be unspecified (0.0.0.0 or ::)")
+            }
             Ok(ip) if ip.is_loopback() => {
                 errors.invalid(&path, address, "may not be in the loopback range (127.0.0.0/8, ::1/128)");
             }
             Ok(IpAddr::V4(ip)) if ip.is_link_local() => {
-                errors.invalid(&path, address, "may not be in the link-local range (169.254.0.0/16, fe80::/10)");
+                errors.invalid(
+                    &path,
+                    address,
+                    "may not be in the link-local range (169.254.0.0/16, fe80::/10)",
+                );
             }
             Ok(ip) if ip.is_multicast() => {
-                errors.invalid(&path, address, "may not be in the link-local multicast range (224.0.0.0/24, ff02::/10)");
+                errors.invalid(
+                    &path,
+                    address,
+                    "may not be in the link-local multicast range (224.0.0.0/24, ff02::/10)",
+                );
             }
             Ok(_) => {}
         }
@@ -393,7 +417,8 @@ fn warnings(service: &Value) -> Vec<String> {
     let mut warnings = Vec::new();
     if spec.has("externalIPs") {
         warnings.push(
-            "spec.externalIPs: externalIPs are deprecated and will stop working in a future release".to_owned(),
+            "spec.externalIPs: externalIPs are deprecated and will stop working in a future release"
+                .to_owned(),
         );
     }
     if spec.text("clusterIP") == "None" {

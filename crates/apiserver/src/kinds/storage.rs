@@ -37,7 +37,10 @@ pub static PERSISTENT_VOLUME: Strategy = Strategy {
             spec
         };
         if !super::pod::same(&source(new), &source(old)) {
-            errors.forbidden("spec.persistentvolumesource", "spec.persistentvolumesource is immutable after creation");
+            errors.forbidden(
+                "spec.persistentvolumesource",
+                "spec.persistentvolumesource is immutable after creation",
+            );
         }
         check::immutable(new.at("spec"), old.at("spec"), "spec", "volumeMode", errors);
         if old.at("spec").has("nodeAffinity") {
@@ -157,7 +160,10 @@ pub static VOLUME_ATTACHMENT: Strategy = Strategy {
         check::required(spec, "spec", "nodeName", errors);
         let source = spec.at("source");
         if !source.has("persistentVolumeName") && !source.has("inlineVolumeSpec") {
-            errors.required("spec.source", "must specify exactly one of inlineVolumeSpec and persistentVolumeName");
+            errors.required(
+                "spec.source",
+                "must specify exactly one of inlineVolumeSpec and persistentVolumeName",
+            );
         }
     },
     validate_update: |new, old, errors| {
@@ -213,10 +219,17 @@ fn validate_volume(volume: &Value, errors: &mut FieldErrors) {
         None => errors.not_supported("spec.capacity", spec.at("capacity"), &["storage"]),
         Some(size) => positive(size, "spec.capacity[storage]", errors),
     }
-    check::one_of_if_set(spec, "spec", "persistentVolumeReclaimPolicy", &["Delete", "Recycle", "Retain"], errors);
+    check::one_of_if_set(
+        spec,
+        "spec",
+        "persistentVolumeReclaimPolicy",
+        &["Delete", "Recycle", "Retain"],
+        errors,
+    );
     check::one_of_if_set(spec, "spec", "volumeMode", &["Block", "Filesystem"], errors);
     let members = spec.as_object().into_iter().flatten();
-    let mut sources = members.filter(|(name, v)| v.is_object() && !OPEN_VOLUME_FIELDS.contains(&name.as_str()));
+    let mut sources =
+        members.filter(|(name, v)| v.is_object() && !OPEN_VOLUME_FIELDS.contains(&name.as_str()));
     match sources.next() {
         None => errors.required("spec", "must specify a volume type"),
         Some((name, source)) => {
@@ -224,7 +237,10 @@ fn validate_volume(volume: &Value, errors: &mut FieldErrors) {
             if name == "hostPath" {
                 check::required(source, &path, "path", errors);
                 if source.text("path") == "/" && spec.text("persistentVolumeReclaimPolicy") == "Recycle" {
-                    errors.forbidden("spec.persistentVolumeReclaimPolicy", "may not be 'recycle' for a hostPath mount of '/'");
+                    errors.forbidden(
+                        "spec.persistentVolumeReclaimPolicy",
+                        "may not be 'recycle' for a hostPath mount of '/'",
+                    );
                 }
             }
             if name == "local" {
@@ -276,7 +292,9 @@ fn validate_claim_update(new: &Value, old: &Value, errors: &mut FieldErrors) {
             "spec is immutable after creation except resources.requests and volumeAttributesClassName for bound claims",
         );
     }
-    let size = |claim: &Value| super::resources::amounts(claim.at("spec").at("resources").at("requests")).get("storage").copied();
+    let size = |claim: &Value| {
+        super::resources::amounts(claim.at("spec").at("resources").at("requests")).get("storage").copied()
+    };
     if let (Some(now), Some(before)) = (size(new), size(old)) {
         if now < before {
             errors.forbidden("spec.resources.requests.storage", "field can not be less than status.capacity");

@@ -157,7 +157,11 @@ fn downward_files(source: &Value, path: &str, errors: &mut FieldErrors) {
         let (field, resource) = (item.at("fieldRef"), item.at("resourceFieldRef"));
         match (field.is_object(), resource.is_object()) {
             (true, true) => {
-                errors.invalid(&path, "resource", "fieldRef and resourceFieldRef can not be specified simultaneously");
+                errors.invalid(
+                    &path,
+                    "resource",
+                    "fieldRef and resourceFieldRef can not be specified simultaneously",
+                );
             }
             (true, false) => field_ref(field, &FIELD_PATHS, &at(&path, "fieldRef"), errors),
             (false, true) => resource_field_ref(resource, true, &at(&path, "resourceFieldRef"), errors),
@@ -228,7 +232,12 @@ pub fn claim_spec(spec: &Value, path: &str, errors: &mut FieldErrors) {
     }
     check::one_of_if_set(spec, path, "volumeMode", &["Block", "Filesystem"], errors);
     if spec.has("storageClassName") {
-        check::name(spec.text("storageClassName"), &at(path, "storageClassName"), names::dns_subdomain, errors);
+        check::name(
+            spec.text("storageClassName"),
+            &at(path, "storageClassName"),
+            names::dns_subdomain,
+            errors,
+        );
     }
 }
 
@@ -247,10 +256,7 @@ pub fn access_modes(spec: &Value, path: &str, errors: &mut FieldErrors) {
         }
     }
     if modes.len() > 1 && modes.contains(&"ReadWriteOncePod") {
-        errors.forbidden(
-            &at(path, "accessModes"),
-            "may not use ReadWriteOncePod with other access modes",
-        );
+        errors.forbidden(&at(path, "accessModes"), "may not use ReadWriteOncePod with other access modes");
     }
 }
 
@@ -280,7 +286,10 @@ mod tests {
             json!({"name": "a", "emptyDir": {}, "hostPath": {"path": "/"}}),
             "v[0].hostPath: Forbidden: may not specify more than 1 volume type",
         );
-        check(json!({"name": "a", "hostPath": {"path": "/a/../b"}}), "v[0].hostPath.path: Invalid value: \"/a/../b\": must not contain '..'");
+        check(
+            json!({"name": "a", "hostPath": {"path": "/a/../b"}}),
+            "v[0].hostPath.path: Invalid value: \"/a/../b\": must not contain '..'",
+        );
         check(json!({"name": "a", "secret": {}}), "v[0].secret.secretName: Required value");
         check(
             json!({"name": "a", "configMap": {"name": "c", "defaultMode": 0o1000}}),

@@ -35,7 +35,9 @@ pub static DEPLOYMENT: Strategy = Strategy {
         template_defaults(spec.object("template"));
     },
     validate: validate_deployment,
-    validate_update: |new, old, errors| check::immutable(new.at("spec"), old.at("spec"), "spec", "selector", errors),
+    validate_update: |new, old, errors| {
+        check::immutable(new.at("spec"), old.at("spec"), "spec", "selector", errors)
+    },
     warnings: template_warnings,
     generation: true,
     ..Strategy::PLAIN
@@ -53,7 +55,9 @@ pub static REPLICA_SET: Strategy = Strategy {
         validate_selected_template(spec, "deployment", errors);
         always_restarting(spec.at("template").at("spec"), "ReplicaSet", errors);
     },
-    validate_update: |new, old, errors| check::immutable(new.at("spec"), old.at("spec"), "spec", "selector", errors),
+    validate_update: |new, old, errors| {
+        check::immutable(new.at("spec"), old.at("spec"), "spec", "selector", errors)
+    },
     warnings: template_warnings,
     generation: true,
     ..Strategy::PLAIN
@@ -110,7 +114,9 @@ pub static DAEMON_SET: Strategy = Strategy {
         new.object("metadata").object("annotations").set(TEMPLATE_GENERATION, generation.to_string());
     },
     validate: validate_daemon_set,
-    validate_update: |new, old, errors| check::immutable(new.at("spec"), old.at("spec"), "spec", "selector", errors),
+    validate_update: |new, old, errors| {
+        check::immutable(new.at("spec"), old.at("spec"), "spec", "selector", errors)
+    },
     warnings: template_warnings,
     generation: true,
     ..Strategy::PLAIN
@@ -237,7 +243,12 @@ fn validate_deployment(deployment: &Value, errors: &mut FieldErrors) {
         }
         other => errors.not_supported("spec.strategy", other, &["Recreate", "RollingUpdate"]),
     }
-    check::not_negative(spec, "spec", &["minReadySeconds", "revisionHistoryLimit", "progressDeadlineSeconds"], errors);
+    check::not_negative(
+        spec,
+        "spec",
+        &["minReadySeconds", "revisionHistoryLimit", "progressDeadlineSeconds"],
+        errors,
+    );
     if let Some(deadline) = spec.int("progressDeadlineSeconds")
         && deadline <= spec.int("minReadySeconds").unwrap_or_default()
     {
@@ -419,7 +430,10 @@ mod tests {
             |spec| spec["strategy"] = json!({"rollingUpdate": {"maxSurge": 0, "maxUnavailable": "0%"}}),
             "spec.strategy.rollingUpdate.maxUnavailable: Invalid value: \"0%\": may not be 0 when `maxSurge` is 0",
         );
-        check(|spec| spec["template"]["spec"]["containers"] = json!([]), "spec.template.spec.containers: Required value");
+        check(
+            |spec| spec["template"]["spec"]["containers"] = json!([]),
+            "spec.template.spec.containers: Required value",
+        );
     }
 
     #[test]
@@ -448,7 +462,8 @@ mod tests {
         new["spec"]["selector"]["matchLabels"]["app"] = "api".into();
         let mut errors = FieldErrors::default();
         (DEPLOYMENT.validate_update)(&new, &old, &mut errors);
-        let status = errors.into_result(Kind::by_kind("apps", "v1", "Deployment").unwrap(), "web").unwrap_err();
+        let status =
+            errors.into_result(Kind::by_kind("apps", "v1", "Deployment").unwrap(), "web").unwrap_err();
         assert_eq!(
             status.message,
             "Deployment.apps \"web\" is invalid: spec.selector: Invalid value: {\"matchLabels\":{\"app\":\"api\"}}: field is immutable"
