@@ -127,7 +127,9 @@ struct Writer {
 
 impl Writer {
     async fn write(&mut self, happening: Happening) {
-        let Some(step) = self.correlator.correlate(happening, self.clock.now(), Instant::now()) else { return };
+        let Some(step) = self.correlator.correlate(happening, self.clock.now(), Instant::now()) else {
+            return;
+        };
         for attempt in 0..ATTEMPTS {
             match self.attempt(&step).await {
                 Ok(()) => return,
@@ -258,7 +260,8 @@ impl Correlator {
         // A recorded revision would make every state of the object a subject of its own.
         group.about[5] = happening.about.field_path.clone();
         let combined = self.is_one_of_many(&group, &happening.message, at);
-        let key = SeriesKey { group, message: if combined { String::new() } else { happening.message.clone() } };
+        let key =
+            SeriesKey { group, message: if combined { String::new() } else { happening.message.clone() } };
         if !self.may_tell(&about, at) {
             return None;
         }
@@ -447,13 +450,18 @@ mod tests {
     fn a_flood_about_one_object_is_cut_off() {
         let mut correlator = correlator(false);
         let at = Instant::now();
-        let told = (0..100).filter(|_| correlator.correlate(happening("A", "x"), time(0), at).is_some()).count();
+        let told =
+            (0..100).filter(|_| correlator.correlate(happening("A", "x"), time(0), at).is_some()).count();
         assert_eq!(told, 25);
         let mut other = happening("A", "x");
         other.about.name = Some("api".to_owned());
         assert!(correlator.correlate(other, time(0), at).is_some());
-        assert!(correlator.correlate(happening("A", "x"), time(301), at + Duration::from_secs(301)).is_some());
-        assert!(correlator.correlate(happening("A", "x"), time(302), at + Duration::from_secs(302)).is_none());
+        assert!(
+            correlator.correlate(happening("A", "x"), time(301), at + Duration::from_secs(301)).is_some()
+        );
+        assert!(
+            correlator.correlate(happening("A", "x"), time(302), at + Duration::from_secs(302)).is_none()
+        );
     }
 
     #[test]

@@ -16,7 +16,10 @@ fn rules(role: &Typed<ClusterRole>, roles: &[Typed<ClusterRole>]) -> Option<Vec<
     let mut rules: Vec<PolicyRule> = Vec::new();
     for selector in selectors.iter().filter_map(|selector| LabelSelector::from_spec(selector).ok()) {
         let others = roles.iter().filter(|other| other.object.name() != role.object.name());
-        for rule in others.filter(|other| selector.matches(other.object.labels())).flat_map(|o| o.rules.iter().flatten()) {
+        for rule in others
+            .filter(|other| selector.matches(other.object.labels()))
+            .flat_map(|o| o.rules.iter().flatten())
+        {
             if !rules.contains(rule) {
                 rules.push(rule.clone());
             }
@@ -72,10 +75,14 @@ mod tests {
             role("a", json!({"metadata": labels, "rules": [rule("get")]})),
             role("b", json!({"metadata": labels, "rules": [rule("get"), rule("list")]})),
             role("c", json!({"rules": [rule("delete")]})),
-            role("view", json!({"metadata": labels, "rules": [rule("old")], "aggregationRule":
-                {"clusterRoleSelectors": [{"matchLabels": {"to": "view"}}]}})),
+            role(
+                "view",
+                json!({"metadata": labels, "rules": [rule("old")], "aggregationRule":
+                {"clusterRoleSelectors": [{"matchLabels": {"to": "view"}}]}}),
+            ),
         ];
-        let verbs = |rules: Vec<PolicyRule>| rules.into_iter().flat_map(|rule| rule.verbs).collect::<Vec<_>>();
+        let verbs =
+            |rules: Vec<PolicyRule>| rules.into_iter().flat_map(|rule| rule.verbs).collect::<Vec<_>>();
         assert_eq!(verbs(rules(&roles[3], &roles).unwrap()), ["get", "list"]);
         assert_eq!(rules(&roles[0], &roles), None);
     }

@@ -97,7 +97,8 @@ impl<T: Resource + DeserializeOwned + Send + Sync + 'static> Typed<T> {
     where
         T: Serialize,
     {
-        let object = Object::from_value(Kind::of::<T>(), &minke_client::body(object)).expect("a valid object");
+        let object =
+            Object::from_value(Kind::of::<T>(), &minke_client::body(object)).expect("a valid object");
         Typed::new(Arc::new(object)).expect("fits its type")
     }
 }
@@ -209,7 +210,12 @@ impl Ctx {
         object
     }
 
-    pub async fn create(&self, kind: &'static Kind, namespace: &str, body: Value) -> Result<Arc<Object>, Status> {
+    pub async fn create(
+        &self,
+        kind: &'static Kind,
+        namespace: &str,
+        body: Value,
+    ) -> Result<Arc<Object>, Status> {
         Ok(self.wrote(self.client.create(Target::collection(kind, namespace), body).await?))
     }
 
@@ -222,7 +228,11 @@ impl Ctx {
     }
 
     /// Writes the status of `object` as it was read: a conflict if it has changed since.
-    pub async fn update_status(&self, object: &Object, status: &impl Serialize) -> Result<Arc<Object>, Status> {
+    pub async fn update_status(
+        &self,
+        object: &Object,
+        status: &impl Serialize,
+    ) -> Result<Arc<Object>, Status> {
         let mut body = object.value();
         body["status"] = minke_client::body(status);
         self.update(Target::of(object).sub("status"), body).await
@@ -287,7 +297,8 @@ impl Ctx {
                 }
                 may_adopt = true;
             }
-            let reference = json!({ "metadata": { "uid": orphan.uid(), "ownerReferences": [controller_ref(owner)] } });
+            let reference =
+                json!({ "metadata": { "uid": orphan.uid(), "ownerReferences": [controller_ref(owner)] } });
             match self.patch(Target::of(&orphan), Patch::Strategic(reference)).await {
                 Ok(adopted) => mine.push(adopted),
                 Err(error) if error.is_not_found() || error.code == 422 => {}

@@ -124,7 +124,13 @@ async fn carry_out(
     Ok(())
 }
 
-async fn resize(ctx: &Ctx, deployment: &Typed<Deployment>, set: &Object, from: i32, to: i32) -> Result<(), Status> {
+async fn resize(
+    ctx: &Ctx,
+    deployment: &Typed<Deployment>,
+    set: &Object,
+    from: i32,
+    to: i32,
+) -> Result<(), Status> {
     let (desired, max) = rollout::limits(deployment);
     let mut body = set.value();
     body["spec"]["replicas"] = to.into();
@@ -183,13 +189,25 @@ async fn create(
     let message = format!("Failed to create new replica set {name:?}: {error}");
     if rollout::condition(status.conditions.as_deref().unwrap_or_default(), "Progressing").is_some() {
         let conditions = status.conditions.get_or_insert_default();
-        rollout::set_condition(conditions, "Progressing", "False", "ReplicaSetCreateError", message.clone(), ctx.now());
+        rollout::set_condition(
+            conditions,
+            "Progressing",
+            "False",
+            "ReplicaSetCreateError",
+            message.clone(),
+            ctx.now(),
+        );
     }
     ctx.events.warning(object, "ReplicaSetCreateError", message);
     Err(error)
 }
 
-fn replica_set(deployment: &Typed<Deployment>, name: &str, replicas: i32, annotations: &Annotations) -> Value {
+fn replica_set(
+    deployment: &Typed<Deployment>,
+    name: &str,
+    replicas: i32,
+    annotations: &Annotations,
+) -> Value {
     let spec = &deployment.spec;
     let hash = rollout::template_hash(deployment);
     let mut template = body(&spec.template);

@@ -31,11 +31,14 @@ pub(crate) fn subsets(service: &Typed<Service>, pods: &[Typed<Pod>]) -> (Vec<End
     let mut groups: BTreeMap<Ports, [Vec<EndpointAddress>; 2]> = BTreeMap::new();
     let mut left = CAPACITY;
     let mut over = false;
-    let mut candidates: Vec<&Typed<Pod>> = pods.iter().filter(|pod| anyway || pod.object.deleted().is_none()).collect();
+    let mut candidates: Vec<&Typed<Pod>> =
+        pods.iter().filter(|pod| anyway || pod.object.deleted().is_none()).collect();
     candidates.sort_by_key(|pod| !pods::is_ready(pod));
     for pod in candidates {
         let is_v4 = |address: &String| !address.contains(':');
-        let Some(ip) = services::addresses(pod).into_iter().find(|ip| is_v4(ip) == (family == "IPv4")) else { continue };
+        let Some(ip) = services::addresses(pod).into_iter().find(|ip| is_v4(ip) == (family == "IPv4")) else {
+            continue;
+        };
         let resolved = declared.iter().filter_map(|port| {
             let protocol = port.protocol.clone().unwrap_or_else(|| "TCP".to_owned());
             let number = services::target_port(pod, port)?;
@@ -106,7 +109,9 @@ impl Controller for EndpointsController {
         let present = ctx.get::<Endpoints>(&item.key);
         let Some(service) = ctx.get::<Service>(&item.key) else {
             // What somebody else made is theirs.
-            let ours = |endpoints: &Typed<Endpoints>| endpoints.object.labels().get(MANAGED_BY.0) == Some(MANAGED_BY.1);
+            let ours = |endpoints: &Typed<Endpoints>| {
+                endpoints.object.labels().get(MANAGED_BY.0) == Some(MANAGED_BY.1)
+            };
             if let Some(left) = present.filter(ours) {
                 ctx.delete(&left.object, DeleteOptions::default()).await?;
             }
@@ -116,10 +121,12 @@ impl Controller for EndpointsController {
         let pods = services::pods_of(ctx, &service, &selector);
         let (subsets, over) = subsets(&service, &pods);
         let labels = labels(&service, &[MANAGED_BY]);
-        let trigger = trigger_time(&service, &pods).map(|at| format_seconds(at));
+        let trigger = trigger_time(&service, &pods).map(format_seconds);
         let (target, mut body) = match &present {
             Some(present) => {
-                let marked = |key: &str| present.metadata.annotations.as_ref().is_some_and(|all| all.contains_key(key));
+                let marked = |key: &str| {
+                    present.metadata.annotations.as_ref().is_some_and(|all| all.contains_key(key))
+                };
                 let same = present.subsets.clone().unwrap_or_default() == subsets;
                 if same && json!(present.metadata.labels) == labels && marked(OVER_CAPACITY) == over {
                     return Ok(Requeue::Never);
@@ -127,7 +134,8 @@ impl Controller for EndpointsController {
                 (Some(Target::of(&present.object)), present.object.value())
             }
             None => {
-                let metadata = json!({ "name": service.object.name(), "namespace": service.object.namespace() });
+                let metadata =
+                    json!({ "name": service.object.name(), "namespace": service.object.namespace() });
                 (None, json!({ "apiVersion": "v1", "kind": "Endpoints", "metadata": metadata }))
             }
         };
@@ -197,7 +205,11 @@ mod tests {
     fn a_crowd_is_cut_at_a_thousand() {
         let service = service(json!({"selector": {"app": "web"}, "ports": [{"port": 80}]}));
         let pods: Vec<_> = (0..1001)
-            .map(|n| pod(&format!("p{n}"), |p| p["status"]["podIP"] = format!("10.1.{}.{}", n / 250, n % 250).into()))
+            .map(|n| {
+                pod(&format!("p{n}"), |p| {
+                    p["status"]["podIP"] = format!("10.1.{}.{}", n / 250, n % 250).into()
+                })
+            })
             .collect();
         let (subsets, over) = subsets(&service, &pods);
         assert!(over);

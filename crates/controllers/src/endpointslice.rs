@@ -368,7 +368,9 @@ mod tests {
     }
 
     fn web() -> Typed<Service> {
-        service(json!({"selector": {"app": "web"}, "ports": [{"port": 80, "targetPort": 8080}], "ipFamilies": ["IPv4"]}))
+        service(
+            json!({"selector": {"app": "web"}, "ports": [{"port": 80, "targetPort": 8080}], "ipFamilies": ["IPv4"]}),
+        )
     }
 
     fn at(name: &str, ip: &str, change: impl FnOnce(&mut Value)) -> Typed<Pod> {
@@ -393,17 +395,24 @@ mod tests {
         let mut after = Vec::new();
         for (at, old) in before.iter().enumerate().filter(|(at, _)| !plan.delete.contains(at)) {
             match plan.update.iter().find(|(updated, _)| *updated == at) {
-                Some((_, endpoints)) => after.push(slice(old.object.name().to_owned(), &group_of(old), endpoints)),
+                Some((_, endpoints)) => {
+                    after.push(slice(old.object.name().to_owned(), &group_of(old), endpoints))
+                }
                 None => after.push(old.clone()),
             }
         }
         let new = plan.create.iter().enumerate();
-        after.extend(new.map(|(n, (group, endpoints))| slice(format!("s{}-{n}", before.len()), group, endpoints)));
+        after.extend(
+            new.map(|(n, (group, endpoints))| slice(format!("s{}-{n}", before.len()), group, endpoints)),
+        );
         after
     }
 
     #[track_caller]
-    fn settle(desired: impl Fn() -> BTreeMap<Group, Vec<Endpoint>>, before: &[Typed<EndpointSlice>]) -> Vec<Typed<EndpointSlice>> {
+    fn settle(
+        desired: impl Fn() -> BTreeMap<Group, Vec<Endpoint>>,
+        before: &[Typed<EndpointSlice>],
+    ) -> Vec<Typed<EndpointSlice>> {
         let after = slices_of(&plan(desired(), before), before);
         assert_eq!(plan(desired(), &after), Plan::default(), "a plan settles");
         assert!(after.iter().all(|slice| slice.endpoints.as_ref().is_none_or(|all| all.len() <= PER_SLICE)));
@@ -411,7 +420,9 @@ mod tests {
     }
 
     fn many(from: usize, to: usize) -> BTreeMap<Group, Vec<Endpoint>> {
-        let pods: Vec<_> = (from..to).map(|n| at(&format!("p{n:03}"), &format!("10.0.{}.{}", n / 250, n % 250), |_| {})).collect();
+        let pods: Vec<_> = (from..to)
+            .map(|n| at(&format!("p{n:03}"), &format!("10.0.{}.{}", n / 250, n % 250), |_| {}))
+            .collect();
         desired(&web(), &pods, |_| None)
     }
 
@@ -424,16 +435,24 @@ mod tests {
             assert_eq!(ports, [(String::new(), "TCP".to_owned(), Some(8080), None)]);
             assert_eq!(endpoints[0].zone.as_deref(), Some("zone-of-n1"));
             let conditions = endpoints[0].conditions.clone().unwrap();
-            assert_eq!([conditions.ready, conditions.serving, conditions.terminating].map(Option::unwrap), want);
+            assert_eq!(
+                [conditions.ready, conditions.serving, conditions.terminating].map(Option::unwrap),
+                want
+            );
         };
         check(at("a", "10.0.0.1", |_| {}), [true, true, false]);
         check(at("a", "10.0.0.1", |p| p["status"]["conditions"] = json!([])), [false, false, false]);
-        check(at("a", "10.0.0.1", |p| p["metadata"]["deletionTimestamp"] = time(1).into()), [false, true, true]);
+        check(
+            at("a", "10.0.0.1", |p| p["metadata"]["deletionTimestamp"] = time(1).into()),
+            [false, true, true],
+        );
     }
 
     #[test]
     fn unready_pods_are_published_when_asked() {
-        let service = service(json!({"clusterIP": "None", "publishNotReadyAddresses": true, "selector": {"app": "web"}}));
+        let service = service(
+            json!({"clusterIP": "None", "publishNotReadyAddresses": true, "selector": {"app": "web"}}),
+        );
         let pod = at("a", "10.0.0.1", |p| {
             p["status"]["conditions"] = json!([]);
             p["spec"]["hostname"] = "h".into();
@@ -448,13 +467,18 @@ mod tests {
 
     #[test]
     fn named_ports_are_looked_up_in_each_pod() {
-        let service = service(json!({"selector": {"app": "web"}, "ports": [{"name": "http", "port": 80, "targetPort": "web"}]}));
+        let service = service(
+            json!({"selector": {"app": "web"}, "ports": [{"name": "http", "port": 80, "targetPort": "web"}]}),
+        );
         let with = |name: &str, ip: &str, number: i32| {
-            at(name, ip, |p| p["spec"]["containers"][0]["ports"] = json!([{"name": "web", "containerPort": number}]))
+            at(name, ip, |p| {
+                p["spec"]["containers"][0]["ports"] = json!([{"name": "web", "containerPort": number}])
+            })
         };
         let pods = [with("a", "10.0.0.1", 8080), with("b", "10.0.0.2", 9090), with("c", "10.0.0.3", 8080)];
         let groups = desired(&service, &pods, |_| None);
-        let sizes: Vec<_> = groups.iter().map(|((_, ports), endpoints)| (ports[0].2, endpoints.len())).collect();
+        let sizes: Vec<_> =
+            groups.iter().map(|((_, ports), endpoints)| (ports[0].2, endpoints.len())).collect();
         assert_eq!(sizes, [(Some(8080), 2), (Some(9090), 1)]);
     }
 

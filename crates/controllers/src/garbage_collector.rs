@@ -190,7 +190,8 @@ impl GarbageCollector {
                 owners.solid.push(owner);
                 continue;
             };
-            let cached = ctx.informers.of(kind).get(namespace, &owner.name).filter(|found| *found.uid() == *owner.uid);
+            let cached =
+                ctx.informers.of(kind).get(namespace, &owner.name).filter(|found| *found.uid() == *owner.uid);
             let found = match cached {
                 Some(found) => Some(found),
                 None => self.ask(ctx, kind, namespace, owner).await?,
@@ -236,7 +237,13 @@ impl GarbageCollector {
         Ok(found)
     }
 
-    fn warn_of_other_namespace(&self, ctx: &Ctx, kind: &'static Kind, owner: &OwnerReference, object: &Object) {
+    fn warn_of_other_namespace(
+        &self,
+        ctx: &Ctx,
+        kind: &'static Kind,
+        owner: &OwnerReference,
+        object: &Object,
+    ) {
         let objects = ctx.informers.of(kind);
         let elsewhere = objects.snapshot().values().any(|other| *other.uid() == *owner.uid);
         if kind.namespaced && elsewhere {
@@ -300,7 +307,12 @@ mod tests {
     }
 
     #[track_caller]
-    fn check(finalizers: &[&str], [solid, dangling, waiting]: [bool; 3], has_dependents: bool, want: Verdict) {
+    fn check(
+        finalizers: &[&str],
+        [solid, dangling, waiting]: [bool; 3],
+        has_dependents: bool,
+        want: Verdict,
+    ) {
         let object = object("ns", "Pod", finalizers);
         let pick = |flag: bool, at: usize| object.owners().iter().skip(at).take(usize::from(flag)).collect();
         let owners = Owners { solid: pick(solid, 0), dangling: pick(dangling, 1), waiting: pick(waiting, 1) };

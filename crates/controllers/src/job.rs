@@ -64,7 +64,8 @@ fn is_failed(pod: &Typed<Pod>) -> bool {
 
 impl Pods<'_> {
     fn uncounted(&self, test: impl Fn(&Typed<Pod>) -> bool) -> Vec<&Typed<Pod>> {
-        let fresh = |pod: &&Typed<Pod>| has_finalizer(&pod.object) && !self.counted.contains(pod.object.uid());
+        let fresh =
+            |pod: &&Typed<Pod>| has_finalizer(&pod.object) && !self.counted.contains(pod.object.uid());
         self.all.iter().filter(fresh).filter(|pod| test(pod)).collect()
     }
 
@@ -82,7 +83,14 @@ fn holds(status: &JobStatus, type_: &str) -> bool {
     conditions.any(|condition| condition.type_ == type_ && condition.status == "True")
 }
 
-fn set_condition(status: &mut JobStatus, type_: &str, value: &str, reason: Option<&str>, message: Option<String>, now: Timestamp) {
+fn set_condition(
+    status: &mut JobStatus,
+    type_: &str,
+    value: &str,
+    reason: Option<&str>,
+    message: Option<String>,
+    now: Timestamp,
+) {
     let conditions = status.conditions.get_or_insert_default();
     if conditions.iter().any(|condition| condition.type_ == type_ && condition.status == value) {
         return;
@@ -123,7 +131,8 @@ pub(crate) fn plan(job: &Typed<Job>, all: &[Typed<Pod>], now: Timestamp) -> Plan
 
     let active = pods.active();
     let ready = active.iter().filter(|pod| pods::is_ready(pod)).count() as i32;
-    let terminating = all.iter().filter(|pod| pod.object.deleted().is_some() && !pods::is_finished(pod)).count();
+    let terminating =
+        all.iter().filter(|pod| pod.object.deleted().is_some() && !pods::is_finished(pod)).count();
     let (succeeded, failed) = (status.succeeded.unwrap_or(0), status.failed.unwrap_or(0));
     let verdict = judge(&spec, &status, succeeded, failed, now);
     if let Some((type_, reason, message)) = verdict {
@@ -143,7 +152,8 @@ pub(crate) fn plan(job: &Typed<Job>, all: &[Typed<Pod>], now: Timestamp) -> Plan
         let end = start.0.saturating_add(Duration::from_secs(limit.max(0) as u64)).unwrap_or(now);
         plan.due = Some(plan.due.map_or(end, |due| due.min(end)));
     }
-    let all_counted = status.uncounted_terminated_pods.as_ref().is_none_or(|named| *named == Default::default());
+    let all_counted =
+        status.uncounted_terminated_pods.as_ref().is_none_or(|named| *named == Default::default());
     if ending && all_counted && active.is_empty() && terminating == 0 {
         conclude(&spec, &mut status, &mut plan, now);
     }
@@ -156,7 +166,13 @@ pub(crate) fn plan(job: &Typed<Job>, all: &[Typed<Pod>], now: Timestamp) -> Plan
 }
 
 /// Moves finished pods through the counting.
-fn count(pods: &Pods, uncounted: &UncountedTerminatedPods, spec: &JobSpec, status: &mut JobStatus, plan: &mut Plan) {
+fn count(
+    pods: &Pods,
+    uncounted: &UncountedTerminatedPods,
+    spec: &JobSpec,
+    status: &mut JobStatus,
+    plan: &mut Plan,
+) {
     let present: BTreeMap<&str, &Typed<Pod>> = pods.all.iter().map(|pod| (pod.object.uid(), pod)).collect();
     // Those that the status names are counted; as soon as their finalizer is off they are named no more.
     let still = |uids: &Option<Vec<String>>| -> Vec<String> {
@@ -165,7 +181,8 @@ fn count(pods: &Pods, uncounted: &UncountedTerminatedPods, spec: &JobSpec, statu
     };
     let (mut succeeded, mut failed) = (still(&uncounted.succeeded), still(&uncounted.failed));
     plan.release = succeeded.iter().chain(&failed).cloned().collect();
-    let done = if is_indexed(spec) { parse_indexes(status.completed_indexes.as_deref()) } else { BTreeSet::new() };
+    let done =
+        if is_indexed(spec) { parse_indexes(status.completed_indexes.as_deref()) } else { BTreeSet::new() };
     let mut indexes = done;
     for pod in pods.uncounted(|pod| pods::phase(pod) == "Succeeded").into_iter().take(BURST) {
         if is_indexed(spec) {
@@ -192,7 +209,13 @@ fn count(pods: &Pods, uncounted: &UncountedTerminatedPods, spec: &JobSpec, statu
 }
 
 /// Whether the Job is decided: the condition it will have, and why.
-fn judge(spec: &JobSpec, status: &JobStatus, succeeded: i32, failed: i32, now: Timestamp) -> Option<(&'static str, &'static str, String)> {
+fn judge(
+    spec: &JobSpec,
+    status: &JobStatus,
+    succeeded: i32,
+    failed: i32,
+    now: Timestamp,
+) -> Option<(&'static str, &'static str, String)> {
     if holds(status, "SuccessCriteriaMet") || holds(status, "FailureTarget") {
         return None;
     }
@@ -218,7 +241,14 @@ fn judge(spec: &JobSpec, status: &JobStatus, succeeded: i32, failed: i32, now: T
 }
 
 /// Pods to make or take away so that the right number is at work. Returns how many that will be.
-fn fill(spec: &JobSpec, status: &JobStatus, pods: &Pods, active: &[&Typed<Pod>], plan: &mut Plan, now: Timestamp) -> Option<i32> {
+fn fill(
+    spec: &JobSpec,
+    status: &JobStatus,
+    pods: &Pods,
+    active: &[&Typed<Pod>],
+    plan: &mut Plan,
+    now: Timestamp,
+) -> Option<i32> {
     let parallelism = spec.parallelism.unwrap_or(1).max(0);
     let succeeded = status.succeeded.unwrap_or(0);
     let wanted = match spec.completions {
@@ -230,11 +260,14 @@ fn fill(spec: &JobSpec, status: &JobStatus, pods: &Pods, active: &[&Typed<Pod>],
     if have > wanted {
         let mut surplus: Vec<Typed<Pod>> = active.iter().map(|pod| (*pod).clone()).collect();
         pods::sort_for_deletion(&mut surplus, &pods::per_node(active.iter().copied()), now);
-        plan.delete = surplus.iter().take((have - wanted) as usize).map(|pod| pod.object.uid().to_owned()).collect();
+        plan.delete =
+            surplus.iter().take((have - wanted) as usize).map(|pod| pod.object.uid().to_owned()).collect();
         return Some(wanted);
     }
     let waits_for_going = spec.pod_replacement_policy.as_deref() == Some("Failed");
-    let going = pods.all.iter().filter(|pod| pod.object.deleted().is_some() && !pods::is_finished(pod)).count() as i32;
+    let going =
+        pods.all.iter().filter(|pod| pod.object.deleted().is_some() && !pods::is_finished(pod)).count()
+            as i32;
     let missing = wanted - have - if waits_for_going { going } else { 0 };
     if missing <= 0 {
         return None;
@@ -248,7 +281,8 @@ fn fill(spec: &JobSpec, status: &JobStatus, pods: &Pods, active: &[&Typed<Pod>],
     if is_indexed(spec) {
         let done = parse_indexes(status.completed_indexes.as_deref());
         let busy: BTreeSet<i32> = active.iter().filter_map(|pod| index_of(pod)).collect();
-        let free = (0..spec.completions.unwrap_or(0)).filter(|index| !done.contains(index) && !busy.contains(index));
+        let free =
+            (0..spec.completions.unwrap_or(0)).filter(|index| !done.contains(index) && !busy.contains(index));
         plan.create = free.take(missing).map(Some).collect();
     } else {
         plan.create = vec![None; missing];
@@ -259,8 +293,11 @@ fn fill(spec: &JobSpec, status: &JobStatus, pods: &Pods, active: &[&Typed<Pod>],
 /// When the last failure has been waited out: 10 s, twice as long for each failure before it.
 fn retry_at(pods: &Pods, failures: i32) -> Option<Timestamp> {
     let ended = |pod: &Typed<Pod>| {
-        let statuses = pod.status.as_ref().and_then(|status| status.container_statuses.clone()).unwrap_or_default();
-        let times = statuses.iter().filter_map(|s| s.state.as_ref()?.terminated.as_ref()?.finished_at.as_ref().map(|t| t.0));
+        let statuses =
+            pod.status.as_ref().and_then(|status| status.container_statuses.clone()).unwrap_or_default();
+        let times = statuses
+            .iter()
+            .filter_map(|s| s.state.as_ref()?.terminated.as_ref()?.finished_at.as_ref().map(|t| t.0));
         times.max().or(pod.object.deleted())
     };
     let last_failure = pods.all.iter().filter(|pod| is_failed(pod)).filter_map(&ended).max()?;
@@ -275,7 +312,14 @@ fn retry_at(pods: &Pods, failures: i32) -> Option<Timestamp> {
 fn note_suspension(suspended: bool, status: &mut JobStatus, plan: &mut Plan, now: Timestamp) {
     let was = holds(status, "Suspended");
     if suspended && !was {
-        set_condition(status, "Suspended", "True", Some("JobSuspended"), Some("Job suspended".to_owned()), now);
+        set_condition(
+            status,
+            "Suspended",
+            "True",
+            Some("JobSuspended"),
+            Some("Job suspended".to_owned()),
+            now,
+        );
         status.start_time = None;
         plan.tell.push((false, "Suspended", "Job suspended".to_owned()));
     } else if !suspended && was {
@@ -300,7 +344,11 @@ fn conclude(spec: &JobSpec, status: &mut JobStatus, plan: &mut Plan, now: Timest
         set_condition(status, "Complete", "True", Some(&reason), Some(message), now);
         plan.tell.push((false, "Completed", "Job completed".to_owned()));
         if spec.completions.is_some_and(|completions| status.succeeded.unwrap_or(0) > completions) {
-            plan.tell.push((true, "TooManySucceededPods", "Too many succeeded pods running after completion count reached".to_owned()));
+            plan.tell.push((
+                true,
+                "TooManySucceededPods",
+                "Too many succeeded pods running after completion count reached".to_owned(),
+            ));
         }
     }
 }
@@ -352,7 +400,9 @@ impl Controller for Jobs {
         let states = change.old.iter().chain(&change.new);
         let mut items: Vec<Item> = states.filter_map(|pod| Item::controller_of(pod, kind)).collect();
         // A pod that must not vanish before it is counted, of a Job that is no more.
-        if let Some(orphan) = change.new.as_ref().filter(|pod| pod.controller().is_none() && !pod.labels().is_empty()) {
+        if let Some(orphan) =
+            change.new.as_ref().filter(|pod| pod.controller().is_none() && !pod.labels().is_empty())
+        {
             for job in ctx.informers.of(kind).in_namespace(orphan.namespace()) {
                 let Some(typed) = Typed::<Job>::new(job.clone()) else { continue };
                 if selector(&typed).is_some_and(|selector| selector.matches(orphan.labels())) {
@@ -402,7 +452,9 @@ impl Jobs {
     /// The Job is gone; its pods must not wait to be counted.
     async fn let_go(&self, ctx: &Ctx, item: &Item) -> Result<Requeue, Status> {
         let pods = ctx.informer::<Pod>().in_namespace(&item.key.namespace);
-        let of_it = |pod: &&std::sync::Arc<Object>| Item::controller_of(pod, Kind::of::<Job>()).as_ref() == Some(item);
+        let of_it = |pod: &&std::sync::Arc<Object>| {
+            Item::controller_of(pod, Kind::of::<Job>()).as_ref() == Some(item)
+        };
         for pod in pods.iter().filter(of_it).filter(|pod| has_finalizer(pod)) {
             release(ctx, pod).await?;
         }

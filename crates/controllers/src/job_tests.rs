@@ -21,7 +21,9 @@ fn world(spec: Value) -> World {
 impl World {
     fn step(&mut self) -> Plan {
         let plan = plan(&self.job, &self.pods, self.now);
-        self.pods.retain(|pod| !(plan.delete.iter().any(|uid| uid == pod.object.uid()) && !has_finalizer(&pod.object)));
+        self.pods.retain(|pod| {
+            has_finalizer(&pod.object) || !plan.delete.iter().any(|uid| uid == pod.object.uid())
+        });
         for at in 0..self.pods.len() {
             let uid = self.pods[at].object.uid().to_owned();
             if plan.release.contains(&uid) {
@@ -68,7 +70,11 @@ impl World {
         for _ in 0..20 {
             let before = (self.job.status.clone(), self.pods.len());
             let plan = self.step();
-            if plan.create.is_empty() && plan.delete.is_empty() && plan.release.is_empty() && before == (self.job.status.clone(), self.pods.len()) {
+            if plan.create.is_empty()
+                && plan.delete.is_empty()
+                && plan.release.is_empty()
+                && before == (self.job.status.clone(), self.pods.len())
+            {
                 return;
             }
         }

@@ -62,6 +62,14 @@ impl Default for Config {
     }
 }
 
+/// The service accounts of kube-system that the controllers act as.
+pub fn accounts() -> impl Iterator<Item = &'static str> {
+    let mut accounts: Vec<&'static str> = CONTROLLERS.iter().map(|row| row.account).collect();
+    accounts.sort_unstable();
+    accounts.dedup();
+    accounts.into_iter()
+}
+
 /// Every controller: its name, the service account of kube-system it acts as, the component its events
 /// name, and how it is made.
 #[rustfmt::skip]

@@ -40,7 +40,10 @@ impl Controller for Namespaces {
         let namespaces = Kind::of::<Namespace>();
         let item = Item::new(namespaces, "", object.namespace());
         let waits = |item: &Item| {
-            ctx.informers.of(namespaces).get_key(&item.key).is_some_and(|namespace| namespace.deleted().is_some())
+            ctx.informers
+                .of(namespaces)
+                .get_key(&item.key)
+                .is_some_and(|namespace| namespace.deleted().is_some())
         };
         change.new.is_none().then_some(item).filter(waits).into_iter().collect()
     }
@@ -184,11 +187,46 @@ fn status(old: &NamespaceStatus, left: &Left, now: Timestamp) -> NamespaceStatus
     let remaining = list(&left.objects, &|name, count| format!("{name} has {count} resource instances"));
     let finalizing = list(&left.finalizers, &|name, count| format!("{name} in {count} resource instances"));
     let rows = [
-        ("NamespaceDeletionDiscoveryFailure", false, "", String::new(), "ResourcesDiscovered", "All resources successfully discovered"),
-        ("NamespaceDeletionGroupVersionParsingFailure", false, "", String::new(), "ParsedGroupVersions", "All legacy kube types successfully parsed"),
-        ("NamespaceDeletionContentFailure", !errors.is_empty(), "ContentDeletionFailed", format!("Failed to delete all resource types, {} remaining: {errors}", left.errors.len()), "ContentDeleted", "All content successfully deleted, may be waiting on finalization"),
-        ("NamespaceContentRemaining", !remaining.is_empty(), "SomeResourcesRemain", format!("Some resources are remaining: {remaining}"), "ContentRemoved", "All content successfully removed"),
-        ("NamespaceFinalizersRemaining", !finalizing.is_empty(), "SomeFinalizersRemain", format!("Some content in the namespace has finalizers remaining: {finalizing}"), "ContentHasNoFinalizers", "All content-preserving finalizers finished"),
+        (
+            "NamespaceDeletionDiscoveryFailure",
+            false,
+            "",
+            String::new(),
+            "ResourcesDiscovered",
+            "All resources successfully discovered",
+        ),
+        (
+            "NamespaceDeletionGroupVersionParsingFailure",
+            false,
+            "",
+            String::new(),
+            "ParsedGroupVersions",
+            "All legacy kube types successfully parsed",
+        ),
+        (
+            "NamespaceDeletionContentFailure",
+            !errors.is_empty(),
+            "ContentDeletionFailed",
+            format!("Failed to delete all resource types, {} remaining: {errors}", left.errors.len()),
+            "ContentDeleted",
+            "All content successfully deleted, may be waiting on finalization",
+        ),
+        (
+            "NamespaceContentRemaining",
+            !remaining.is_empty(),
+            "SomeResourcesRemain",
+            format!("Some resources are remaining: {remaining}"),
+            "ContentRemoved",
+            "All content successfully removed",
+        ),
+        (
+            "NamespaceFinalizersRemaining",
+            !finalizing.is_empty(),
+            "SomeFinalizersRemain",
+            format!("Some content in the namespace has finalizers remaining: {finalizing}"),
+            "ContentHasNoFinalizers",
+            "All content-preserving finalizers finished",
+        ),
     ];
     for (type_, bad, bad_reason, bad_message, good_reason, good_message) in rows {
         let (value, reason, message) = match bad {
@@ -200,7 +238,14 @@ fn status(old: &NamespaceStatus, left: &Left, now: Timestamp) -> NamespaceStatus
     status
 }
 
-fn set(conditions: &mut Vec<NamespaceCondition>, type_: &str, value: &str, reason: &str, message: String, now: Timestamp) {
+fn set(
+    conditions: &mut Vec<NamespaceCondition>,
+    type_: &str,
+    value: &str,
+    reason: &str,
+    message: String,
+    now: Timestamp,
+) {
     let at = conditions.iter().position(|condition| condition.type_ == type_);
     let same_value = at.is_some_and(|at| conditions[at].status == value);
     let since = if same_value { at.and_then(|at| conditions[at].last_transition_time.clone()) } else { None };
@@ -239,8 +284,14 @@ mod tests {
         left.finalizers.insert("example.com/f".to_owned(), 1);
         let held = status(&NamespaceStatus::default(), &left, now());
         let text = |status: &NamespaceStatus, type_: &str| {
-            let found = status.conditions.iter().flatten().find(|condition| condition.type_ == type_).unwrap();
-            format!("{} {} {}", found.status, found.reason.as_deref().unwrap(), found.message.as_deref().unwrap())
+            let found =
+                status.conditions.iter().flatten().find(|condition| condition.type_ == type_).unwrap();
+            format!(
+                "{} {} {}",
+                found.status,
+                found.reason.as_deref().unwrap(),
+                found.message.as_deref().unwrap()
+            )
         };
         assert_eq!(held.phase.as_deref(), Some("Terminating"));
         assert_eq!(
@@ -254,6 +305,9 @@ mod tests {
         let later = now() + Duration::from_secs(9);
         assert_eq!(status(&held, &left, later), held, "nothing new is nothing to write");
         let free = status(&held, &Left::default(), later);
-        assert_eq!(text(&free, "NamespaceContentRemaining"), "False ContentRemoved All content successfully removed");
+        assert_eq!(
+            text(&free, "NamespaceContentRemaining"),
+            "False ContentRemoved All content successfully removed"
+        );
     }
 }

@@ -105,7 +105,12 @@ fn tainted(node: &Node, evicting: bool, now: Timestamp) -> Vec<Taint> {
             wanted.push((key, "NoExecute"));
         }
     }
-    wanted.extend(PRESSURES.iter().filter(|(type_, _)| value(node, type_) == "True").map(|(_, key)| (*key, "NoSchedule")));
+    wanted.extend(
+        PRESSURES
+            .iter()
+            .filter(|(type_, _)| value(node, type_) == "True")
+            .map(|(_, key)| (*key, "NoSchedule")),
+    );
     if spec.unschedulable.unwrap_or(false) {
         wanted.push((UNSCHEDULABLE, "NoSchedule"));
     }
@@ -189,7 +194,9 @@ impl Controller for NodeLifecycle {
             Some((ready.last_heartbeat_time.clone(), ready.status != "Unknown"))
         };
         let now = beat(&node);
-        if old.is_none() || (now.as_ref().is_some_and(|(_, told)| *told) && old.as_ref().map(beat) != Some(now.clone())) {
+        if old.is_none()
+            || (now.as_ref().is_some_and(|(_, told)| *told) && old.as_ref().map(beat) != Some(now.clone()))
+        {
             self.hear(new.name(), now.is_some_and(|(_, told)| told));
         }
         if old.is_none() {
@@ -300,7 +307,8 @@ mod tests {
     use serde_json::Value;
 
     fn node(ready: &str, change: impl FnOnce(&mut Value)) -> Node {
-        let conditions = json!([{"type": "Ready", "status": ready, "lastHeartbeatTime": "2023-01-01T00:00:00Z"}]);
+        let conditions =
+            json!([{"type": "Ready", "status": ready, "lastHeartbeatTime": "2023-01-01T00:00:00Z"}]);
         let mut value = json!({ "spec": {}, "status": { "conditions": conditions } });
         change(&mut value);
         serde_json::from_value(value).unwrap()
@@ -309,7 +317,8 @@ mod tests {
     #[track_caller]
     fn check(node: &Node, evicting: bool, want: &[&str]) {
         let taints = tainted(node, evicting, now());
-        let text: Vec<String> = taints.iter().map(|taint| format!("{}:{}", taint.key, taint.effect)).collect();
+        let text: Vec<String> =
+            taints.iter().map(|taint| format!("{}:{}", taint.key, taint.effect)).collect();
         assert_eq!(text, want);
         let mut again = node.clone();
         again.spec.get_or_insert_default().taints = Some(taints.clone());
@@ -320,20 +329,40 @@ mod tests {
     fn conditions_become_taints() {
         let old = |taints: Value| move |n: &mut Value| n["spec"]["taints"] = taints;
         check(&node("True", |_| {}), true, &[]);
-        check(&node("False", |_| {}), true, &["node.kubernetes.io/not-ready:NoSchedule", "node.kubernetes.io/not-ready:NoExecute"]);
         check(
-            &node("Unknown", old(json!([{"key": NOT_READY, "effect": "NoExecute"}, {"key": "mine", "effect": "NoSchedule"}]))),
+            &node("False", |_| {}),
             true,
-            &["mine:NoSchedule", "node.kubernetes.io/unreachable:NoSchedule", "node.kubernetes.io/unreachable:NoExecute"],
+            &["node.kubernetes.io/not-ready:NoSchedule", "node.kubernetes.io/not-ready:NoExecute"],
+        );
+        check(
+            &node(
+                "Unknown",
+                old(
+                    json!([{"key": NOT_READY, "effect": "NoExecute"}, {"key": "mine", "effect": "NoSchedule"}]),
+                ),
+            ),
+            true,
+            &[
+                "mine:NoSchedule",
+                "node.kubernetes.io/unreachable:NoSchedule",
+                "node.kubernetes.io/unreachable:NoExecute",
+            ],
         );
         check(&node("Unknown", |_| {}), false, &["node.kubernetes.io/unreachable:NoSchedule"]);
-        check(&node("True", |n| n["spec"]["unschedulable"] = true.into()), true, &["node.kubernetes.io/unschedulable:NoSchedule"]);
+        check(
+            &node("True", |n| n["spec"]["unschedulable"] = true.into()),
+            true,
+            &["node.kubernetes.io/unschedulable:NoSchedule"],
+        );
         check(&node("True", old(json!([{"key": NOT_READY, "effect": "NoSchedule"}]))), true, &[]);
         let new = json!({"spec": {"taints": [{"key": NOT_READY, "effect": "NoSchedule"}]}});
         check(&serde_json::from_value(new).unwrap(), true, &["node.kubernetes.io/not-ready:NoSchedule"]);
         check(
             &node("True", |n| {
-                n["status"]["conditions"].as_array_mut().unwrap().push(json!({"type": "DiskPressure", "status": "True"}));
+                n["status"]["conditions"]
+                    .as_array_mut()
+                    .unwrap()
+                    .push(json!({"type": "DiskPressure", "status": "True"}));
             }),
             true,
             &["node.kubernetes.io/disk-pressure:NoSchedule"],

@@ -88,7 +88,9 @@ impl Controller for PodGc {
             state.finished.insert((pod.created(), pod.key().clone()));
             let surplus = state.finished.len().saturating_sub(self.finished_max);
             if self.finished_max > 0 {
-                items.extend(state.finished.iter().take(surplus).map(|(_, key)| Item { kind: pods, key: key.clone() }));
+                items.extend(
+                    state.finished.iter().take(surplus).map(|(_, key)| Item { kind: pods, key: key.clone() }),
+                );
             }
         }
         let nodes = ctx.informers.of_type::<Node>();

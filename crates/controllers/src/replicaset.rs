@@ -80,9 +80,14 @@ pub(crate) struct Plan {
     pub delete: Vec<String>,
 }
 
-/// Decides. `active` are the pods of the set that neither are finished nor go; `related` are all active pods
-/// with the same grandparent, of which nodes should not be crowded.
-pub(crate) fn plan(replicas: i32, active: &[Typed<Pod>], related: &[Typed<Pod>], now: Timestamp) -> Plan {
+/// Decides. `active` are the pods of the set that neither are finished nor go; `related` finds, if it is needed,
+/// all active pods with the same grandparent, of which nodes should not be crowded.
+pub(crate) fn plan(
+    replicas: i32,
+    active: &[Typed<Pod>],
+    related: impl FnOnce() -> Vec<Typed<Pod>>,
+    now: Timestamp,
+) -> Plan {
     let wanted = usize::try_from(replicas).unwrap_or(0);
     if active.len() < wanted {
         return Plan { create: (wanted - active.len()).min(BURST), delete: Vec::new() };
@@ -93,7 +98,7 @@ pub(crate) fn plan(replicas: i32, active: &[Typed<Pod>], related: &[Typed<Pod>],
     }
     let mut ranked = active.to_vec();
     if surplus < active.len() {
-        pods::sort_for_deletion(&mut ranked, &pods::per_node(related), now);
+        pods::sort_for_deletion(&mut ranked, &pods::per_node(&related()), now);
     }
     let delete = ranked[..surplus].iter().map(|pod| pod.object.uid().to_owned()).collect();
     Plan { create: 0, delete }
@@ -132,7 +137,8 @@ fn status(
         ready_replicas: nonzero(count(&|pod| pods::is_ready(pod))),
         available_replicas: nonzero(count(&|pod| available_at(pod).is_some_and(|at| at <= now))),
         terminating_replicas: terminating,
-        observed_generation: Some(generation.max(set.status.observed_generation.unwrap_or(0))).filter(|n| *n != 0),
+        observed_generation: Some(generation.max(set.status.observed_generation.unwrap_or(0)))
+            .filter(|n| *n != 0),
         conditions: (!conditions.is_empty()).then_some(conditions),
     };
     let next = active.iter().filter_map(available_at).filter(|at| *at > now).min();
@@ -158,7 +164,8 @@ impl Controller for Sets {
         }
         let states = change.old.iter().chain(&change.new);
         let mut items: Vec<Item> = states.filter_map(|pod| Item::controller_of(pod, kind)).collect();
-        if let Some(orphan) = change.new.as_ref().filter(|pod| pod.controller().is_none() && !pod.labels().is_empty())
+        if let Some(orphan) =
+            change.new.as_ref().filter(|pod| pod.controller().is_none() && !pod.labels().is_empty())
         {
             let sets = ctx.informers.of(kind).in_namespace(orphan.namespace());
             let wants = |set: &std::sync::Arc<Object>| {
@@ -178,7 +185,7 @@ impl Controller for Sets {
             mine.into_iter().filter(|pod| !pods::is_finished(pod)).partition(|pod| ctx.is_going(&pod.object));
         let mut failure = None;
         if object.deleted().is_none() {
-            let plan = plan(set.replicas, &active, &related(ctx, &object, &active), ctx.now());
+            let plan = plan(set.replicas, &active, || related(ctx, &object, &active), ctx.now());
             let reason = if plan.create > 0 { "FailedCreate" } else { "FailedDelete" };
             failure = carry_out(ctx, &object, &set, plan, &active).await.err().map(|error| (reason, error));
         }
@@ -205,7 +212,13 @@ fn related(ctx: &Ctx, object: &Object, active: &[Typed<Pod>]) -> Vec<Typed<Pod>>
     active.filter(|pod: &Typed<Pod>| !pods::is_finished(pod)).collect()
 }
 
-async fn carry_out(ctx: &Ctx, object: &Object, set: &Set, plan: Plan, active: &[Typed<Pod>]) -> Result<(), Status> {
+async fn carry_out(
+    ctx: &Ctx,
+    object: &Object,
+    set: &Set,
+    plan: Plan,
+    active: &[Typed<Pod>],
+) -> Result<(), Status> {
     if plan.create > 0 {
         return create_pods(ctx, object, &set.template, plan.create).await.map(drop);
     }
@@ -280,7 +293,7 @@ mod tests {
 
     #[track_caller]
     fn check_plan(replicas: i32, pods: &[Typed<Pod>], create: usize, delete: &[&str]) {
-        let plan = plan(replicas, pods, pods, now());
+        let plan = plan(replicas, pods, || pods.to_vec(), now());
         assert_eq!(plan.create, create);
         assert_eq!(plan.delete, delete.iter().map(|name| format!("uid-{name}")).collect::<Vec<_>>());
     }
@@ -302,18 +315,20 @@ mod tests {
     fn every_plan_settles() {
         for replicas in 0..8 {
             for present in 0..8 {
-                let mut world: Vec<Typed<Pod>> = (0..present).map(|n| pod(&format!("p{n}"), |_| {})).collect();
-                let first = plan(replicas, &world, &world, now());
+                let mut world: Vec<Typed<Pod>> =
+                    (0..present).map(|n| pod(&format!("p{n}"), |_| {})).collect();
+                let first = plan(replicas, &world, || world.clone(), now());
                 world.retain(|pod| !first.delete.iter().any(|uid| uid == pod.object.uid()));
                 world.extend((0..first.create).map(|n| pod(&format!("new{n}"), |_| {})));
-                assert_eq!(plan(replicas, &world, &world, now()), Plan::default());
+                assert_eq!(plan(replicas, &world, || world.clone(), now()), Plan::default());
             }
         }
     }
 
     fn set(change: impl FnOnce(&mut Set)) -> Set {
         let template = json!({"metadata": {"labels": {"app": "web"}}});
-        let mut set = Set { replicas: 2, template: serde_json::from_value(template).unwrap(), ..Set::default() };
+        let mut set =
+            Set { replicas: 2, template: serde_json::from_value(template).unwrap(), ..Set::default() };
         change(&mut set);
         set
     }
@@ -344,7 +359,8 @@ mod tests {
         assert_eq!(condition.reason.as_deref(), Some("FailedCreate"));
         assert_eq!(condition.message.as_deref(), Some("exceeded quota"));
         let later = now() + std::time::Duration::from_secs(60);
-        let again = status(&set(|s| s.status = failed.clone()), 1, &[], None, Some(("FailedCreate", &quota)), later);
+        let again =
+            status(&set(|s| s.status = failed.clone()), 1, &[], None, Some(("FailedCreate", &quota)), later);
         assert_eq!(again.0, failed, "the same failure changes nothing");
         let (well, _) = status(&set(|s| s.status = failed.clone()), 1, &[], None, None, now());
         assert_eq!(well.conditions, None);

@@ -21,8 +21,14 @@ pub(crate) const HASH: &str = "pod-template-hash";
 /// Longest revision history that is kept in an annotation, in bytes.
 const HISTORY_MAX: usize = 2000;
 /// Annotations of a Deployment that its ReplicaSets do not get.
-const OWN_ANNOTATIONS: &[&str] =
-    &["kubectl.kubernetes.io/last-applied-configuration", REVISION, HISTORY, DESIRED, MAX, "deprecated.deployment.rollback.to"];
+const OWN_ANNOTATIONS: &[&str] = &[
+    "kubectl.kubernetes.io/last-applied-configuration",
+    REVISION,
+    HISTORY,
+    DESIRED,
+    MAX,
+    "deprecated.deployment.rollback.to",
+];
 
 pub(crate) type Annotations = BTreeMap<String, String>;
 
@@ -30,11 +36,24 @@ pub(crate) type Annotations = BTreeMap<String, String>;
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Step {
     /// Make the ReplicaSet of the present template.
-    Create { replicas: i32, annotations: Annotations },
+    Create {
+        replicas: i32,
+        annotations: Annotations,
+    },
     /// Bring annotations and minReadySeconds of the new ReplicaSet up to date.
-    Refresh { set: usize, annotations: Annotations, min_ready_seconds: i32 },
-    Resize { set: usize, from: i32, to: i32 },
-    Delete { set: usize },
+    Refresh {
+        set: usize,
+        annotations: Annotations,
+        min_ready_seconds: i32,
+    },
+    Resize {
+        set: usize,
+        from: i32,
+        to: i32,
+    },
+    Delete {
+        set: usize,
+    },
 }
 
 #[derive(Debug, Default, PartialEq)]
@@ -239,7 +258,8 @@ impl<'a> Rollout<'a> {
         let set = self.old.iter_mut().chain(&mut self.new).find(|set| set.at == at);
         let set = set.expect("resized sets are among those of the rollout");
         let from = std::mem::replace(&mut set.replicas, to);
-        let stale = set.number(DESIRED) != Some(self.replicas) || set.number(MAX) != Some(self.replicas + self.surge);
+        let stale =
+            set.number(DESIRED) != Some(self.replicas) || set.number(MAX) != Some(self.replicas + self.surge);
         if from != to || stale {
             self.plan.steps.push(Step::Resize { set: at, from, to });
         }
@@ -309,7 +329,10 @@ impl<'a> Rollout<'a> {
         let fraction = if self.replicas == 0 {
             -set.replicas
         } else {
-            let before = set.number(MAX).filter(|max| *max != 0).unwrap_or_else(|| self.old_status().replicas.unwrap_or(0));
+            let before = set
+                .number(MAX)
+                .filter(|max| *max != 0)
+                .unwrap_or_else(|| self.old_status().replicas.unwrap_or(0));
             let now = f64::from(self.replicas + self.surge);
             // A set with pods was sized under some maximum; without a record its size is left alone.
             let ratio = if before == 0 { 1.0 } else { now / f64::from(before) };
@@ -436,11 +459,14 @@ impl<'a> Rollout<'a> {
     fn finish(mut self, rolling_out: bool) -> Plan {
         let available: i32 = self.all().map(Set::available).sum();
         let sum = |count: &dyn Fn(&Set) -> i32| self.all().map(count).sum::<i32>();
-        let terminating: Option<i32> =
-            self.all().map(|set| set.set.status.as_ref().and_then(|status| status.terminating_replicas)).sum();
+        let terminating: Option<i32> = self
+            .all()
+            .map(|set| set.set.status.as_ref().and_then(|status| status.terminating_replicas))
+            .sum();
         let ready = sum(&|set| set.set.status.as_ref().and_then(|status| status.ready_replicas).unwrap_or(0));
         let mut status = DeploymentStatus {
-            observed_generation: Some(self.deployment.object.generation()).filter(|generation| *generation != 0),
+            observed_generation: Some(self.deployment.object.generation())
+                .filter(|generation| *generation != 0),
             replicas: nonzero(sum(&|set| set.actual())),
             updated_replicas: nonzero(self.new.as_ref().map_or(0, Set::actual)),
             ready_replicas: nonzero(ready),
@@ -488,7 +514,8 @@ impl<'a> Rollout<'a> {
             self.set_condition("Progressing", "True", "NewReplicaSetAvailable", message);
         } else if is_progress(&self.old_status(), status) {
             let message = format!("{name} is progressing.");
-            let since = current.filter(|c| c.status.as_deref() == Some("True")).and_then(|c| c.last_transition_time);
+            let since =
+                current.filter(|c| c.status.as_deref() == Some("True")).and_then(|c| c.last_transition_time);
             // The time must move even when nothing else does: it is what the deadline counts from.
             self.conditions.retain(|condition| condition.type_.as_deref() != Some("Progressing"));
             self.set_condition("Progressing", "True", "ReplicaSetUpdated", message);
@@ -571,7 +598,10 @@ fn portion(value: Option<&IntOrString>, whole: i32, round_up: bool) -> i32 {
     portion.or_else(|_| scaled(&default, whole, round_up)).unwrap_or(0).max(0)
 }
 
-pub(crate) fn condition<'c>(conditions: &'c [DeploymentCondition], type_: &str) -> Option<&'c DeploymentCondition> {
+pub(crate) fn condition<'c>(
+    conditions: &'c [DeploymentCondition],
+    type_: &str,
+) -> Option<&'c DeploymentCondition> {
     conditions.iter().find(|condition| condition.type_.as_deref() == Some(type_))
 }
 

@@ -64,7 +64,8 @@ impl World {
     }
 
     fn plan(&self) -> Plan {
-        let pods_remain = |old: &[&ReplicaSet]| old.iter().any(|set| set.status.as_ref().unwrap().replicas > 0);
+        let pods_remain =
+            |old: &[&ReplicaSet]| old.iter().any(|set| set.status.as_ref().unwrap().replicas > 0);
         plan(&self.deployment, &self.sets, pods_remain, self.now)
     }
 
@@ -87,9 +88,11 @@ impl World {
                         ..ReplicaSetSpec::default()
                     };
                     let mut set = ReplicaSet { spec, ..ReplicaSet::default() };
-                    set.status = Some(ReplicaSetStatus { terminating_replicas: Some(0), ..Default::default() });
+                    set.status =
+                        Some(ReplicaSetStatus { terminating_replicas: Some(0), ..Default::default() });
                     set.metadata.name = Some(format!("web-{}", self.made));
-                    set.metadata.creation_timestamp = Some(seconds(self.now + Duration::from_secs(self.made as u64)));
+                    set.metadata.creation_timestamp =
+                        Some(seconds(self.now + Duration::from_secs(self.made as u64)));
                     set.metadata.annotations = Some(annotations);
                     self.sets.push(Typed::test(&set));
                 }
@@ -212,14 +215,24 @@ fn a_new_deployment_gets_its_replica_set() {
         "True MinimumReplicasAvailable: Deployment has minimum availability."
     );
     let status = world.deployment.status.clone().unwrap();
-    assert_eq!((status.replicas, status.updated_replicas, status.available_replicas), (Some(3), Some(3), Some(3)));
+    assert_eq!(
+        (status.replicas, status.updated_replicas, status.available_replicas),
+        (Some(3), Some(3), Some(3))
+    );
     assert_eq!((status.unavailable_replicas, status.observed_generation), (None, Some(1)));
 }
 
 /// Rolls from v1 to v2 and checks the limits after every single write and pod.
 #[track_caller]
-fn check_rollout(replicas: i32, surge: serde_json::Value, unavailable: serde_json::Value, max: i32, min: i32) {
-    let strategy = json!({"type": "RollingUpdate", "rollingUpdate": {"maxSurge": surge, "maxUnavailable": unavailable}});
+fn check_rollout(
+    replicas: i32,
+    surge: serde_json::Value,
+    unavailable: serde_json::Value,
+    max: i32,
+    min: i32,
+) {
+    let strategy =
+        json!({"type": "RollingUpdate", "rollingUpdate": {"maxSurge": surge, "maxUnavailable": unavailable}});
     let mut world = World::new(deployment("v1", replicas, |d| d["spec"]["strategy"] = strategy));
     world.settle(|_| {});
     world.set_image("v2");
@@ -317,10 +330,7 @@ fn a_deployment_scaled_in_mid_rollout_grows_in_proportion() {
     world.broken.push("bad".to_owned());
     world.set_image("bad");
     world.settle(|_| {});
-    assert_eq!(
-        world.sizes(),
-        [("1".to_owned(), "v1".to_owned(), 8), ("2".to_owned(), "bad".to_owned(), 5)]
-    );
+    assert_eq!(world.sizes(), [("1".to_owned(), "v1".to_owned(), 8), ("2".to_owned(), "bad".to_owned(), 5)]);
     world.change(|d| d.spec.replicas = Some(15));
     let plan = world.plan();
     let resized: Vec<_> = plan.steps.iter().map(|step| format!("{step:?}")).collect();
@@ -352,7 +362,8 @@ fn old_revisions_beyond_the_limit_are_deleted() {
 fn failures_of_replica_sets_are_shown() {
     let mut world = World::new(deployment("v1", 1, |_| {}));
     world.settle(|_| {});
-    let failure = json!([{"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": "quota"}]);
+    let failure =
+        json!([{"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": "quota"}]);
     let failure = serde_json::from_value(failure).unwrap();
     world.edit(0, |set| set.status.as_mut().unwrap().conditions = Some(failure));
     world.settle(|_| {});
@@ -364,7 +375,8 @@ fn failures_of_replica_sets_are_shown() {
 
 #[test]
 fn without_a_deadline_no_progress_is_told() {
-    let mut world = World::new(deployment("v1", 1, |d| d["spec"]["progressDeadlineSeconds"] = i32::MAX.into()));
+    let mut world =
+        World::new(deployment("v1", 1, |d| d["spec"]["progressDeadlineSeconds"] = i32::MAX.into()));
     world.settle(|_| {});
     assert_eq!(world.condition("Progressing"), "");
 }
@@ -375,7 +387,10 @@ fn the_hash_depends_on_the_template_and_on_collisions() {
     assert_eq!(first, template_hash(&deployment("v1", 5, |d| d["metadata"]["labels"] = json!({"a": "b"}))));
     assert_ne!(first, template_hash(&deployment("v2", 1, |_| {})));
     assert_ne!(first, template_hash(&deployment("v1", 1, |d| d["status"] = json!({"collisionCount": 1}))));
-    assert!(first.len() <= 10 && first.bytes().all(|b| b"bcdfghjklmnpqrstvwxz2456789".contains(&b)), "{first}");
+    assert!(
+        first.len() <= 10 && first.bytes().all(|b| b"bcdfghjklmnpqrstvwxz2456789".contains(&b)),
+        "{first}"
+    );
     assert_eq!(fnv1a(b"hello"), 0x4f9f2cab);
     assert_eq!(safe_encode(1234567890), "56789bcdf4");
 }

@@ -92,7 +92,8 @@ fn start(
         tasks.spawn(async move { shutdown.run_until_cancelled(follow).await });
     }
     for _ in 0..config.workers {
-        let worker = Worker { row, controller: controller.clone(), shared: shared.clone(), queue: queue.clone() };
+        let worker =
+            Worker { row, controller: controller.clone(), shared: shared.clone(), queue: queue.clone() };
         let shutdown = shutdown.clone();
         tasks.spawn(async move { worker.run(shutdown).await });
     }
@@ -150,7 +151,8 @@ impl Worker {
         for (kind, revision) in ctx.written() {
             let informer = self.shared.informers.of(kind);
             let shown = tokio::time::timeout(CACHE_MAX, informer.reached(revision));
-            let shown = tokio::select! { shown = shown => shown.is_ok(), () = shutdown.cancelled() => return };
+            let shown =
+                tokio::select! { shown = shown => shown.is_ok(), () = shutdown.cancelled() => return };
             if !shown {
                 tracing::warn!(parent: &span, kind = kind.plural, %revision, "The cache does not show a write");
             }

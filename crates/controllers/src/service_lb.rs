@@ -20,12 +20,18 @@ pub(crate) struct ServiceLb;
 
 fn is_ours(service: &Service) -> bool {
     let spec = service.spec.as_ref();
-    spec.is_some_and(|spec| spec.type_.as_deref() == Some("LoadBalancer") && spec.load_balancer_class.is_none())
+    spec.is_some_and(|spec| {
+        spec.type_.as_deref() == Some("LoadBalancer") && spec.load_balancer_class.is_none()
+    })
 }
 
 /// Where the service can be reached: at the external addresses of the nodes, or else the internal ones. `serving`
 /// are the nodes with endpoints, if only those answer.
-fn ingress(nodes: &[Typed<Node>], serving: Option<&BTreeSet<String>>, family: &str) -> Vec<LoadBalancerIngress> {
+fn ingress(
+    nodes: &[Typed<Node>],
+    serving: Option<&BTreeSet<String>>,
+    family: &str,
+) -> Vec<LoadBalancerIngress> {
     let usable = |node: &&Typed<Node>| {
         let here = serving.is_none_or(|serving| serving.contains(node.object.name()));
         here && is_ready(node) && node.object.labels().get(EXCLUDED).is_none()
@@ -64,7 +70,8 @@ impl Controller for ServiceLb {
         if object.kind() == services {
             return vec![Item::of(object)];
         }
-        let concerned = |service: &std::sync::Arc<minke_api::Object>| service.field("spec.type") == Some("LoadBalancer");
+        let concerned =
+            |service: &std::sync::Arc<minke_api::Object>| service.field("spec.type") == Some("LoadBalancer");
         if object.kind() == Kind::of::<EndpointSlice>() {
             let Some(name) = object.labels().get(SERVICE_NAME) else { return Vec::new() };
             let service = ctx.informers.of(services).get(object.namespace(), name).filter(concerned);
@@ -91,8 +98,14 @@ impl Controller for ServiceLb {
             return Ok(Requeue::Never);
         }
         let (before, after) = match ours {
-            true => (("EnsuringLoadBalancer", "Ensuring load balancer"), ("EnsuredLoadBalancer", "Ensured load balancer")),
-            false => (("DeletingLoadBalancer", "Deleting load balancer"), ("DeletedLoadBalancer", "Deleted load balancer")),
+            true => (
+                ("EnsuringLoadBalancer", "Ensuring load balancer"),
+                ("EnsuredLoadBalancer", "Ensured load balancer"),
+            ),
+            false => (
+                ("DeletingLoadBalancer", "Deleting load balancer"),
+                ("DeletedLoadBalancer", "Deleted load balancer"),
+            ),
         };
         ctx.events.normal(&service.object, before.0, before.1);
         let ingress = (!wanted.is_empty()).then_some(wanted);
@@ -105,13 +118,15 @@ impl Controller for ServiceLb {
 
 impl ServiceLb {
     fn wanted(&self, ctx: &Ctx, service: &Typed<Service>) -> Vec<LoadBalancerIngress> {
-        let nodes: Vec<Typed<Node>> = ctx.informer::<Node>().snapshot().values().cloned().filter_map(Typed::new).collect();
+        let nodes: Vec<Typed<Node>> =
+            ctx.informer::<Node>().snapshot().values().cloned().filter_map(Typed::new).collect();
         let policy = service.spec.as_ref().and_then(|spec| spec.external_traffic_policy.as_deref());
         let serving = (policy == Some("Local")).then(|| {
             let slices = ctx.controlled_by(&service.object, Kind::of::<EndpointSlice>());
             let endpoints = slices.into_iter().filter_map(Typed::<EndpointSlice>::new);
             let endpoints = endpoints.flat_map(|slice| slice.endpoints.clone().unwrap_or_default());
-            let ready = endpoints.filter(|endpoint| endpoint.conditions.as_ref().is_none_or(|c| c.ready != Some(false)));
+            let ready = endpoints
+                .filter(|endpoint| endpoint.conditions.as_ref().is_none_or(|c| c.ready != Some(false)));
             ready.filter_map(|endpoint| endpoint.node_name).collect::<BTreeSet<_>>()
         });
         let families = crate::endpointslice::families(service);
@@ -143,7 +158,8 @@ mod tests {
 
     #[test]
     fn ready_nodes_are_where_a_service_is_reached() {
-        let nodes = [node("a", "10.0.0.1", "True"), node("b", "10.0.0.2", "False"), node("c", "10.0.0.3", "True")];
+        let nodes =
+            [node("a", "10.0.0.1", "True"), node("b", "10.0.0.2", "False"), node("c", "10.0.0.3", "True")];
         let ips = |serving: Option<&BTreeSet<String>>| -> Vec<String> {
             ingress(&nodes, serving, "IPv4").into_iter().filter_map(|ingress| ingress.ip).collect()
         };

@@ -27,7 +27,9 @@ impl Controller for ServiceAccounts {
 
     async fn reconcile(&self, ctx: &Ctx, item: &Item) -> Result<Requeue, Status> {
         let namespace = &*item.key.name;
-        if !is_active_namespace(ctx, namespace) || ctx.informer::<ServiceAccount>().get(namespace, NAME).is_some() {
+        if !is_active_namespace(ctx, namespace)
+            || ctx.informer::<ServiceAccount>().get(namespace, NAME).is_some()
+        {
             return Ok(Requeue::Never);
         }
         let account = json!({

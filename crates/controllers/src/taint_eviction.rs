@@ -30,7 +30,8 @@ enum Verdict {
 fn judge(taints: &[Taint], tolerations: &[Toleration], now: Timestamp) -> Verdict {
     let mut first: Option<Timestamp> = None;
     for taint in taints.iter().filter(|taint| taint.effect == NO_EXECUTE) {
-        let covering: Vec<&Toleration> = tolerations.iter().filter(|toleration| tolerates(toleration, taint)).collect();
+        let covering: Vec<&Toleration> =
+            tolerations.iter().filter(|toleration| tolerates(toleration, taint)).collect();
         if covering.is_empty() {
             return Verdict::Goes(now);
         }
@@ -142,7 +143,8 @@ mod tests {
 
     #[test]
     fn pods_stay_as_long_as_they_tolerate() {
-        let gone = json!({"key": "node.kubernetes.io/unreachable", "effect": "NoExecute", "timeAdded": time(100)});
+        let gone =
+            json!({"key": "node.kubernetes.io/unreachable", "effect": "NoExecute", "timeAdded": time(100)});
         let other = json!({"key": "k", "effect": "NoExecute"});
         let soft = json!({"key": "k", "effect": "NoSchedule"});
         let bear = |key: &str, seconds: Value| json!({"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": seconds});

@@ -83,7 +83,10 @@ async fn rollout(mut sim: Sim) -> Sim {
     sim.settle(minutes(30)).await;
     check_images(&sim, "v2", 4);
     let status = sim.get::<Deployment>("web").unwrap().status.unwrap();
-    assert_eq!((status.replicas, status.updated_replicas, status.available_replicas), (Some(4), Some(4), Some(4)));
+    assert_eq!(
+        (status.replicas, status.updated_replicas, status.available_replicas),
+        (Some(4), Some(4), Some(4))
+    );
     assert_eq!(status.observed_generation, Some(2));
     sim
 }
@@ -93,11 +96,17 @@ async fn a_rollout_keeps_its_limits() {
     let sim = rollout(Sim::new(1).nodes(3)).await;
     assert_eq!(sim.list::<ReplicaSet>().len(), 2);
     let scaled = sim.events("ScalingReplicaSet");
-    assert!(scaled.iter().any(|text| text.starts_with("Scaled up replica set web-") && text.ends_with(" from 0 to 4")), "{scaled:?}");
+    assert!(
+        scaled
+            .iter()
+            .any(|text| text.starts_with("Scaled up replica set web-") && text.ends_with(" from 0 to 4")),
+        "{scaled:?}"
+    );
     assert!(sim.events("SuccessfulCreate").iter().all(|text| text.starts_with("Created pod: web-")));
     assert_eq!(sim.events("Scheduled").len(), sim.events("SuccessfulCreate").len());
     let pods = sim.list::<Pod>();
-    let nodes: std::collections::BTreeSet<_> = pods.iter().map(|pod| pod.spec.as_ref().unwrap().node_name.clone()).collect();
+    let nodes: std::collections::BTreeSet<_> =
+        pods.iter().map(|pod| pod.spec.as_ref().unwrap().node_name.clone()).collect();
     assert_eq!(nodes.len(), 3, "pods are spread over the nodes");
 }
 
@@ -277,7 +286,11 @@ async fn pods_of_a_silent_node_move_after_their_tolerations_run_out() {
     sim.pass(Duration::from_secs(30)).await;
     assert_eq!(ready(&sim), "Unknown");
     let taints = sim.get::<Node>("node2").unwrap().spec.unwrap().taints.unwrap();
-    assert!(taints.iter().any(|taint| taint.key == "node.kubernetes.io/unreachable" && taint.effect == "NoExecute"));
+    assert!(
+        taints
+            .iter()
+            .any(|taint| taint.key == "node.kubernetes.io/unreachable" && taint.effect == "NoExecute")
+    );
     assert_eq!(on(&sim, "node2"), 2, "they tolerate it for a while");
     sim.pass(minutes(6)).await;
     assert_eq!((on(&sim, "node1"), on(&sim, "node2")), (4, 0));
@@ -308,7 +321,10 @@ async fn pods_wait_for_a_node_that_has_room() {
     assert!(sim.events("FailedScheduling").contains(&"no nodes available to schedule pods".to_owned()));
     let pod = sim.list::<Pod>().remove(0);
     let condition = pod.status.unwrap().conditions.unwrap().remove(0);
-    assert_eq!((condition.type_.as_str(), condition.reason.as_deref()), ("PodScheduled", Some("Unschedulable")));
+    assert_eq!(
+        (condition.type_.as_str(), condition.reason.as_deref()),
+        ("PodScheduled", Some("Unschedulable"))
+    );
     let mut sim = sim.nodes(1);
     sim.settle(minutes(5)).await;
     assert_eq!(sim.get::<Deployment>("web").unwrap().status.unwrap().available_replicas, Some(1));
@@ -338,7 +354,9 @@ async fn jobs_complete_and_count_every_pod_once() {
         let status = sim.get::<Job>("work").unwrap().status.unwrap();
         assert_eq!(status.succeeded, Some(3), "crash after write {n}");
         let conditions = status.conditions.unwrap();
-        assert!(conditions.iter().any(|condition| condition.type_ == "Complete" && condition.status == "True"));
+        assert!(
+            conditions.iter().any(|condition| condition.type_ == "Complete" && condition.status == "True")
+        );
         assert!(sim.list::<Pod>().iter().all(|pod| pod.metadata.finalizers.is_none()));
         if !sim.crashed() {
             break;

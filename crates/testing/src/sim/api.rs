@@ -11,7 +11,8 @@ use futures_util::{StreamExt, stream};
 use jiff::Timestamp;
 use minke_api::{Key, Kind, Object, Revision, Status, patch, schema};
 use minke_client::{
-    Client, Clock, DeleteOptions, List, ListOptions, Patch, Propagation, Target, WatchEvent, WatchOptions, WatchStream,
+    Client, Clock, DeleteOptions, List, ListOptions, Patch, Propagation, Target, WatchEvent, WatchOptions,
+    WatchStream,
 };
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -101,7 +102,10 @@ impl Api {
     }
 
     pub(super) fn arm(&self, writes: Option<usize>) -> Arc<Crash> {
-        let crash = Crash { writes_left: AtomicUsize::new(writes.unwrap_or(usize::MAX)), crashed: AtomicBool::new(false) };
+        let crash = Crash {
+            writes_left: AtomicUsize::new(writes.unwrap_or(usize::MAX)),
+            crashed: AtomicBool::new(false),
+        };
         let crash = Arc::new(crash);
         *self.crash.lock().expect("no panic") = Some(crash.clone());
         crash
@@ -112,7 +116,11 @@ impl Api {
     }
 
     pub(super) fn has_crashed(&self) -> bool {
-        self.crash.lock().expect("no panic").as_ref().is_some_and(|crash| crash.crashed.load(Ordering::Relaxed))
+        self.crash
+            .lock()
+            .expect("no panic")
+            .as_ref()
+            .is_some_and(|crash| crash.crashed.load(Ordering::Relaxed))
     }
 
     pub fn get(&self, kind: &'static Kind, key: &Key) -> Option<Arc<Object>> {
@@ -153,19 +161,28 @@ impl Api {
             if metadata["name"].as_str().unwrap_or_default().is_empty() {
                 let prefix = metadata["generateName"].as_str().unwrap_or_default().to_owned();
                 let letters = b"bcdfghjklmnpqrstvwxz2456789";
-                let suffix: String = (0..5).map(|_| char::from(letters[state.rng.random_range(0..letters.len())])).collect();
+                let suffix: String =
+                    (0..5).map(|_| char::from(letters[state.rng.random_range(0..letters.len())])).collect();
                 metadata["name"] = format!("{prefix}{suffix}").into();
             }
             let name = metadata["name"].as_str().unwrap_or_default().to_owned();
             let key = Key::new(metadata["namespace"].as_str().unwrap_or_default(), &name);
             if kind.namespaced {
                 let namespace = Key::new("", &key.namespace);
-                let Some(namespace) = state.objects.get(namespaces()).and_then(|all| all.get(&namespace)) else {
+                let Some(namespace) = state.objects.get(namespaces()).and_then(|all| all.get(&namespace))
+                else {
                     return Err(Status::not_found(namespaces(), &key.namespace));
                 };
                 if namespace.deleted().is_some() {
-                    let why = format!("unable to create new content in namespace {} because it is being terminated", key.namespace);
-                    return Err(Status::forbidden(kind, &name, &why).with_cause("NamespaceTerminating", "", ""));
+                    let why = format!(
+                        "unable to create new content in namespace {} because it is being terminated",
+                        key.namespace
+                    );
+                    return Err(Status::forbidden(kind, &name, &why).with_cause(
+                        "NamespaceTerminating",
+                        "",
+                        "",
+                    ));
                 }
             }
             if state.objects.get(kind).is_some_and(|all| all.contains_key(&key)) {
@@ -219,7 +236,13 @@ impl Api {
                 if kind.subresource("status").is_some() {
                     after["status"] = before["status"].clone();
                 }
-                for fixed in ["uid", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds", "generation"] {
+                for fixed in [
+                    "uid",
+                    "creationTimestamp",
+                    "deletionTimestamp",
+                    "deletionGracePeriodSeconds",
+                    "generation",
+                ] {
                     after["metadata"][fixed] = before["metadata"][fixed].clone();
                 }
                 if after["spec"] != before["spec"] {
@@ -230,8 +253,10 @@ impl Api {
         }
         tidy(&mut after);
         let is_empty = |list: &Value| list.as_array().is_none_or(Vec::is_empty);
-        let held = !is_empty(&after["metadata"]["finalizers"]) || (kind.kind == "Namespace" && !is_empty(&after["spec"]["finalizers"]));
-        let graceful = kind.kind == "Pod" && after["metadata"]["deletionGracePeriodSeconds"].as_i64().unwrap_or(0) > 0;
+        let held = !is_empty(&after["metadata"]["finalizers"])
+            || (kind.kind == "Namespace" && !is_empty(&after["spec"]["finalizers"]));
+        let graceful =
+            kind.kind == "Pod" && after["metadata"]["deletionGracePeriodSeconds"].as_i64().unwrap_or(0) > 0;
         if old.deleted().is_some() && !held && !graceful {
             self.remove(who, &old);
             return Ok(old);
@@ -246,7 +271,9 @@ impl Api {
 
     fn delete(&self, who: &str, target: Target<'_>, options: &DeleteOptions) -> Result<(), Status> {
         let kind = target.kind.storage();
-        let old = self.get(kind, &Key::new(target.namespace, target.name)).ok_or_else(|| Status::not_found(kind, target.name))?;
+        let old = self
+            .get(kind, &Key::new(target.namespace, target.name))
+            .ok_or_else(|| Status::not_found(kind, target.name))?;
         let other_uid = options.uid.as_ref().is_some_and(|uid| uid != old.uid());
         let other_revision = options.revision.is_some_and(|revision| revision != old.revision());
         if other_uid || other_revision {
@@ -261,7 +288,9 @@ impl Api {
         }
         finalizers.dedup();
         let phase = after["status"]["phase"].as_str().unwrap_or_default();
-        let runs = kind.kind == "Pod" && !after["spec"]["nodeName"].is_null() && !matches!(phase, "Succeeded" | "Failed");
+        let runs = kind.kind == "Pod"
+            && !after["spec"]["nodeName"].is_null()
+            && !matches!(phase, "Succeeded" | "Failed");
         let grace = if runs { options.grace_period.unwrap_or(30) } else { 0 };
         if finalizers.is_empty() && grace == 0 && kind.kind != "Namespace" {
             self.remove(who, &old);
@@ -357,7 +386,8 @@ impl State {
         tidy(&mut value);
         self.revision += 1;
         value["metadata"]["resourceVersion"] = self.revision.to_string().into();
-        let object = Object::from_value(kind, &value).map_err(|error| Status::bad_request(error.to_string()))?;
+        let object =
+            Object::from_value(kind, &value).map_err(|error| Status::bad_request(error.to_string()))?;
         let object = Arc::new(object);
         let old = self.objects.entry(kind).or_default().insert(object.key().clone(), object.clone());
         let event = match old {
@@ -416,13 +446,20 @@ impl Client for SimClient {
         Ok(List { revision: Revision(self.api.lock().revision), items, continue_: None })
     }
 
-    async fn watch(&self, kind: &'static Kind, namespace: &str, options: WatchOptions) -> Result<WatchStream, Status> {
+    async fn watch(
+        &self,
+        kind: &'static Kind,
+        namespace: &str,
+        options: WatchOptions,
+    ) -> Result<WatchStream, Status> {
         self.alive().await;
-        let (api, crash, kind, namespace) = (self.api.clone(), self.crash.clone(), kind.storage(), namespace.to_owned());
+        let (api, crash, kind, namespace) =
+            (self.api.clone(), self.crash.clone(), kind.storage(), namespace.to_owned());
         let seed = api.lock().rng.random();
         let (lag, rng) = (self.lag, StdRng::seed_from_u64(seed));
         let events = stream::unfold((0, rng), move |(mut seen, mut rng)| {
-            let (api, crash, namespace, options) = (api.clone(), crash.clone(), namespace.clone(), options.clone());
+            let (api, crash, namespace, options) =
+                (api.clone(), crash.clone(), namespace.clone(), options.clone());
             async move {
                 loop {
                     let written = api.written.notified();
@@ -431,13 +468,19 @@ impl Client for SimClient {
                         continue;
                     };
                     seen += 1;
-                    let (WatchEvent::Added(object) | WatchEvent::Modified(object) | WatchEvent::Deleted(object)) = &event
+                    let (WatchEvent::Added(object)
+                    | WatchEvent::Modified(object)
+                    | WatchEvent::Deleted(object)) = &event
                     else {
                         continue;
                     };
                     let ours = object.kind() == kind && object.revision() > options.from;
                     let wanted = namespace.is_empty() || object.namespace() == namespace;
-                    if !ours || !wanted || !options.fields.matches(object) || !options.labels.matches(object.labels()) {
+                    if !ours
+                        || !wanted
+                        || !options.fields.matches(object)
+                        || !options.labels.matches(object.labels())
+                    {
                         continue;
                     }
                     if !lag.is_zero() {
@@ -492,7 +535,8 @@ impl Client for SimClient {
             Patch::Json(patch) => patch::json::apply(original, patch),
             Patch::Merge(patch) => Ok(patch::merge::apply(original, patch)),
             Patch::Strategic(patch) => {
-                let ty = schema::of(kind.group, kind.version, kind.kind).expect("built-in kinds have a schema");
+                let ty =
+                    schema::of(kind.group, kind.version, kind.kind).expect("built-in kinds have a schema");
                 patch::strategic::apply(ty, original, patch)
             }
         };

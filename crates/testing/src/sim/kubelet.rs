@@ -53,7 +53,8 @@ async fn renew(client: Arc<dyn Client>, api: Arc<Api>, name: String, silent: Can
 }
 
 async fn follow(client: Arc<dyn Client>, api: Arc<Api>, name: String, mut rng: StdRng) {
-    let fields = FieldSelector::parse(Kind::of::<Pod>(), &format!("spec.nodeName={name}")).expect("a selector");
+    let fields =
+        FieldSelector::parse(Kind::of::<Pod>(), &format!("spec.nodeName={name}")).expect("a selector");
     let informers = Informers::new(client.clone(), CancellationToken::new());
     let mut changes = informers.selected(Kind::of::<Pod>(), fields).subscribe();
     let (mut started, mut stopping) = (HashSet::new(), HashSet::new());
@@ -68,7 +69,8 @@ async fn follow(client: Arc<dyn Client>, api: Arc<Api>, name: String, mut rng: S
             }
         } else if started.insert(uid) {
             ip += 1;
-            let address = format!("10.244.{}.{ip}", name.len() + usize::from(name.as_bytes()[name.len() - 1]));
+            let address =
+                format!("10.244.{}.{ip}", name.len() + usize::from(name.as_bytes()[name.len() - 1]));
             tokio::spawn(run(client.clone(), api.clone(), pod, address, pause));
         }
     }
@@ -76,7 +78,8 @@ async fn follow(client: Arc<dyn Client>, api: Arc<Api>, name: String, mut rng: S
 
 async fn stop(client: Arc<dyn Client>, pod: Arc<Object>, pause: Duration) {
     tokio::time::sleep(pause).await;
-    let options = DeleteOptions { grace_period: Some(0), uid: Some(pod.uid().to_owned()), ..DeleteOptions::default() };
+    let options =
+        DeleteOptions { grace_period: Some(0), uid: Some(pod.uid().to_owned()), ..DeleteOptions::default() };
     // What keeps the pod now is not the kubelet's business.
     let _ = client.delete(Target::of(&pod), options).await;
 }
@@ -89,7 +92,9 @@ async fn run(client: Arc<dyn Client>, api: Arc<Api>, pod: Arc<Object>, address: 
     let ready = |value: &str| json!({ "type": "Ready", "status": value, "lastTransitionTime": now() });
     let write = |status: Value| {
         let (client, pod) = (client.clone(), pod.clone());
-        async move { client.patch(Target::of(&pod).sub("status"), Patch::Strategic(json!({ "status": status }))).await }
+        async move {
+            client.patch(Target::of(&pod).sub("status"), Patch::Strategic(json!({ "status": status }))).await
+        }
     };
     let works = !image.starts_with("broken");
     let condition = ready(if works { "True" } else { "False" });
@@ -99,6 +104,9 @@ async fn run(client: Arc<dyn Client>, api: Arc<Api>, pod: Arc<Object>, address: 
         let phase = if image == "once" { "Succeeded" } else { "Failed" };
         let ended = json!({ "terminated": { "exitCode": 0, "finishedAt": now() } });
         let container = json!({ "name": "c", "state": ended, "image": image, "imageID": "", "ready": false, "restartCount": 0 });
-        let _ = write(json!({ "phase": phase, "conditions": [ready("False")], "containerStatuses": [container] })).await;
+        let _ = write(
+            json!({ "phase": phase, "conditions": [ready("False")], "containerStatuses": [container] }),
+        )
+        .await;
     }
 }

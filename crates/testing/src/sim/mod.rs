@@ -117,7 +117,12 @@ impl Sim {
         let caller = std::panic::Location::caller();
         async move {
             let quiet = self.run_until_quiet(limit).await;
-            assert!(quiet, "{caller}: not settled after {limit:?} (seed {}); last: {:#?}", self.seed, self.api.last(20));
+            assert!(
+                quiet,
+                "{caller}: not settled after {limit:?} (seed {}); last: {:#?}",
+                self.seed,
+                self.api.last(20)
+            );
             self.check_violations(caller);
         }
     }
@@ -196,7 +201,10 @@ impl Sim {
     /// All objects of a kind, in all namespaces.
     pub fn list<T: Resource + DeserializeOwned>(&self) -> Vec<T> {
         let objects = self.api.list(Kind::of::<T>());
-        objects.iter().map(|object| serde_json::from_slice(object.json()).expect("it fits its type")).collect()
+        objects
+            .iter()
+            .map(|object| serde_json::from_slice(object.json()).expect("it fits its type"))
+            .collect()
     }
 
     /// The messages of all events with this reason.
