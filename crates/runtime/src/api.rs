@@ -403,7 +403,8 @@ pub trait Runtime: Send + Sync {
     async fn sandbox_stats(&self, id: &str) -> Result<Stats>;
 
     /// Runs a command to its end. [`Error::Timeout`] after `timeout` (zero: none), and the process is killed.
-    async fn exec_sync(&self, container_id: &str, argv: Vec<String>, timeout: Duration) -> Result<ExecOutput>;
+    async fn exec_sync(&self, container_id: &str, argv: Vec<String>, timeout: Duration)
+    -> Result<ExecOutput>;
 }
 
 /// Credentials for a registry.

@@ -2,7 +2,7 @@
 //!
 //! A path is relative to the root of every hierarchy. Only what [`Cgroups::create`] made is ever changed or
 //! removed; the one exception is v2's `cgroup.subtree_control` of the levels above, without which nobody can
-//! have limits below them. Device rules are in [`crate::device`].
+//! have limits below them. Device rules are in the module `device`.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -63,7 +63,8 @@ impl Cgroups {
             let found = Hierarchy { root: PathBuf::from(target), controllers, v2: *fstype == "cgroup2" };
             // The same hierarchy can be mounted twice; by its last mount it would get everything twice.
             let known = |h: &Hierarchy| {
-                h.v2 == found.v2 && (h.v2 || !found.controllers.is_empty() && h.controllers == found.controllers)
+                h.v2 == found.v2
+                    && (h.v2 || !found.controllers.is_empty() && h.controllers == found.controllers)
             };
             if !hierarchies.iter().any(known) {
                 hierarchies.push(found);
@@ -444,7 +445,8 @@ mod tests {
     /// A directory with the files the kernel would put into a cgroup.
     fn fake(dir: &Path) {
         fs::create_dir_all(dir).unwrap();
-        for file in ["cgroup.controllers", "cgroup.subtree_control", "cgroup.procs", "cpu.weight", "cpu.max"] {
+        for file in ["cgroup.controllers", "cgroup.subtree_control", "cgroup.procs", "cpu.weight", "cpu.max"]
+        {
             fs::write(dir.join(file), "").unwrap();
         }
         for file in ["memory.max", "memory.swap.max", "pids.max", "cpuset.cpus", "cgroup.kill"] {
@@ -496,8 +498,13 @@ mod tests {
         fs::write(dir.join("memory.events"), "low 0\noom 3\noom_kill 2\noom_group_kill 9\n").unwrap();
         fs::write(dir.join("pids.current"), "7\n").unwrap();
         let cgroups = Cgroups::fake_v2(tmp.path());
-        let want =
-            Stats { cpu_ns: 1_500_000, memory_usage: 5000, memory_working_set: 3000, memory_rss: 1000, pids: 7 };
+        let want = Stats {
+            cpu_ns: 1_500_000,
+            memory_usage: 5000,
+            memory_working_set: 3000,
+            memory_rss: 1000,
+            pids: 7,
+        };
         assert_eq!(cgroups.stats("c").unwrap(), want);
         assert_eq!(cgroups.oom_kills("c"), 2);
         assert!(cgroups.stats("gone").is_err());

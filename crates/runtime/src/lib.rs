@@ -17,6 +17,6 @@ mod sys;
 mod users;
 
 pub use api::*;
-pub use local::{LocalRuntime, RuntimeConfig};
 pub use image::reference::Reference;
 pub use image::{ImageStore, Limits, Mirror, Prepared, RegistryConfig, unpack_layer};
+pub use local::{LocalRuntime, RuntimeConfig};

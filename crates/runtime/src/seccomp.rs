@@ -77,7 +77,8 @@ const ENOSYS: u32 = 38;
 /// The profile as the OCI runtime specification writes it, for a container with these capabilities.
 pub fn default_profile(capabilities: &[String]) -> Value {
     let allow = |names: Vec<&str>| json!({ "names": names, "action": "SCMP_ACT_ALLOW" });
-    let allow_if = |name: &str, args: Value| json!({ "names": [name], "action": "SCMP_ACT_ALLOW", "args": [args] });
+    let allow_if =
+        |name: &str, args: Value| json!({ "names": [name], "action": "SCMP_ACT_ALLOW", "args": [args] });
     let has = |name: &str| capabilities.iter().any(|c| c == name);
 
     let mut rules = vec![

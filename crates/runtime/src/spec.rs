@@ -254,9 +254,7 @@ fn namespaces(sandbox: &SandboxRecord, shim: i32, cgroup: bool) -> Value {
 
 fn mounts(record: &ContainerRecord, sandbox: &SandboxRecord, dir: &Path) -> Value {
     let spec = &record.spec;
-    let mount = |target: &str, kind: &str, source: &str, options: &[&str]| {
-        json!({ "destination": target, "type": kind, "source": source, "options": options })
-    };
+    let mount = |target: &str, kind: &str, source: &str, options: &[&str]| json!({ "destination": target, "type": kind, "source": source, "options": options });
     let kernel = if spec.privileged { "rw" } else { "ro" };
     let mut list = vec![
         mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"]),

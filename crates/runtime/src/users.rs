@@ -34,7 +34,12 @@ fn resolve_with(passwd: &str, group: &str, wanted: &User, image_user: &str) -> R
     // name:password:uid:gid:comment:home:shell
     let entries = passwd.lines().filter_map(|line| {
         let f: Vec<&str> = line.split(':').collect();
-        Some((*f.first()?, f.get(2)?.parse::<u32>().ok()?, f.get(3)?.parse::<u32>().ok()?, f.get(5).copied()?))
+        Some((
+            *f.first()?,
+            f.get(2)?.parse::<u32>().ok()?,
+            f.get(3)?.parse::<u32>().ok()?,
+            f.get(5).copied()?,
+        ))
     });
     let number = name.parse::<u32>().ok();
     let mut matching = entries.filter(|(n, uid, ..)| Some(*uid) == number || *n == name);
@@ -42,7 +47,9 @@ fn resolve_with(passwd: &str, group: &str, wanted: &User, image_user: &str) -> R
     let uid = match (entry, number) {
         (_, Some(number)) => number,
         (Some((_, uid, ..)), None) => uid,
-        (None, None) => return Err(format!("unable to find user {name}: no matching entries in passwd file")),
+        (None, None) => {
+            return Err(format!("unable to find user {name}: no matching entries in passwd file"));
+        }
     };
 
     // name:password:gid:members
@@ -50,7 +57,8 @@ fn resolve_with(passwd: &str, group: &str, wanted: &User, image_user: &str) -> R
         .lines()
         .filter_map(|line| {
             let f: Vec<&str> = line.split(':').collect();
-            let members = f.get(3).map(|m| m.split(',').filter(|m| !m.is_empty()).collect()).unwrap_or_default();
+            let members =
+                f.get(3).map(|m| m.split(',').filter(|m| !m.is_empty()).collect()).unwrap_or_default();
             Some((*f.first()?, f.get(2)?.parse().ok()?, members))
         })
         .collect();
@@ -80,7 +88,8 @@ fn resolve_with(passwd: &str, group: &str, wanted: &User, image_user: &str) -> R
 /// A file's text, empty when there is none; symbolic links lead no further than the root filesystem.
 fn read_in(rootfs: &Path, path: &Path) -> String {
     let open = || -> io::Result<String> {
-        let dir = rustix::fs::open(rootfs, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        let dir =
+            rustix::fs::open(rootfs, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
         let file = rustix::fs::openat2(dir, path, flags, Mode::empty(), ResolveFlags::IN_ROOT)?;
         let file = File::from(file);
@@ -122,7 +131,12 @@ mod tests {
     const GROUP: &str = "root:x:0:\nwww:x:102:\nlogs:x:300:web,other\nmail:x:8:other\n";
 
     #[track_caller]
-    fn check(user: Option<&str>, group: Option<u32>, image: &str, want: Result<(u32, u32, &[u32], &str), &str>) {
+    fn check(
+        user: Option<&str>,
+        group: Option<u32>,
+        image: &str,
+        want: Result<(u32, u32, &[u32], &str), &str>,
+    ) {
         let wanted = User { user: user.map(str::to_owned), group, ..Default::default() };
         let got = resolve_with(PASSWD, GROUP, &wanted, image);
         let want = want.map(|(uid, gid, groups, home)| Resolved {

@@ -35,6 +35,7 @@ const TESTS: &[(&str, TestFn)] = tests![
     users_and_groups_are_resolved,
     mounts_are_there,
     a_new_agent_adopts_what_runs,
+    a_killed_agent_leaves_all_as_it_is,
     a_dead_shim_takes_its_containers_along,
     one_process_namespace_for_all,
     the_nodes_own_namespaces,
@@ -45,6 +46,9 @@ const TESTS: &[(&str, TestFn)] = tests![
 
 fn main() {
     shim::entry();
+    if std::env::args().nth(1).as_deref() == Some(AGENT) {
+        return agent();
+    }
     run_all(TESTS);
 }
 
@@ -62,8 +66,12 @@ async fn output_becomes_a_log_and_the_code_is_known() {
     assert_eq!(lines, ["stderr F err", "stdout F out", "stdout P part"]);
     let first: jiff::Timestamp = log.split(' ').next().unwrap().parse().unwrap();
     assert!(first <= status.finished_at.unwrap());
-    assert!(matches!(events.recv().await.unwrap(), Event::ContainerStarted { container_id, .. } if container_id == "c1"));
-    assert!(matches!(events.recv().await.unwrap(), Event::ContainerExited { status } if status.exit_code == Some(7)));
+    assert!(
+        matches!(events.recv().await.unwrap(), Event::ContainerStarted { container_id, .. } if container_id == "c1")
+    );
+    assert!(
+        matches!(events.recv().await.unwrap(), Event::ContainerExited { status } if status.exit_code == Some(7))
+    );
     node.start("c2", "kill -9 $$").await;
     node.start("c3", "true").await;
     // Process 1 of a namespace is safe from its own signals, so c2 goes on and ends by itself.
@@ -98,7 +106,10 @@ async fn what_cannot_start_says_why() {
     assert!(node.runtime.create_container("pod", spec).await.unwrap_err().is_not_found());
     let spec = ContainerSpec { id: "../x".into(), ..node.spec("x", "true") };
     assert!(matches!(node.runtime.create_container("pod", spec).await, Err(Error::Invalid(_))));
-    let spec = ContainerSpec { user: User { user: Some("ghost".into()), ..User::default() }, ..node.spec("u", "true") };
+    let spec = ContainerSpec {
+        user: User { user: Some("ghost".into()), ..User::default() },
+        ..node.spec("u", "true")
+    };
     node.runtime.create_container("pod", spec).await.unwrap();
     let error = node.runtime.start_container("u").await.unwrap_err().to_string();
     assert!(error.contains("unable to find user ghost"), "{error}");
@@ -108,9 +119,17 @@ async fn what_cannot_start_says_why() {
 async fn containers_of_a_pod_share_names_and_network() {
     let node = Node::new().await;
     node.sandbox("pod").await;
-    node.start("a", "hostname; echo shared > /dev/shm/note; readlink /proc/self/ns/net; echo pid $$; sleep 100").await;
+    node.start(
+        "a",
+        "hostname; echo shared > /dev/shm/note; readlink /proc/self/ns/net; echo pid $$; sleep 100",
+    )
+    .await;
     node.wait_log("a", "pid").await;
-    node.start("b", "hostname; cat /dev/shm/note; readlink /proc/self/ns/net; ip addr show lo | grep -c UP; ls /").await;
+    node.start(
+        "b",
+        "hostname; cat /dev/shm/note; readlink /proc/self/ns/net; ip addr show lo | grep -c UP; ls /",
+    )
+    .await;
     node.wait_exit("b").await;
     let (a, b) = (node.text("a"), node.text("b"));
     let (a, b): (Vec<&str>, Vec<&str>) = (a.lines().collect(), b.lines().collect());
@@ -125,7 +144,11 @@ async fn containers_of_a_pod_share_names_and_network() {
 async fn exec_runs_beside_it() {
     let node = Node::new().await;
     node.sandbox("pod").await;
-    let spec = ContainerSpec { env: vec![("GREETING".into(), "hello".into())], cwd: "/made".into(), ..node.spec("c", "sleep 100") };
+    let spec = ContainerSpec {
+        env: vec![("GREETING".into(), "hello".into())],
+        cwd: "/made".into(),
+        ..node.spec("c", "sleep 100")
+    };
     node.runtime.create_container("pod", spec).await.unwrap();
     node.runtime.start_container("c").await.unwrap();
     let run = |script: &str| {
@@ -137,7 +160,9 @@ async fn exec_runs_beside_it() {
     assert_eq!((String::from_utf8_lossy(&out.stderr).as_ref(), out.exit_code), ("oops\n", 3));
     assert_eq!(run("kill -TERM $$").await.unwrap().exit_code, 143);
     // Under the container's own filter, capabilities and cgroup.
-    let out = run("grep -E 'Seccomp:|CapEff|NoNewPrivs' /proc/self/status; unshare -m true; echo $?").await.unwrap();
+    let out = run("grep -E 'Seccomp:|CapEff|NoNewPrivs' /proc/self/status; unshare -m true; echo $?")
+        .await
+        .unwrap();
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
     assert!(text.contains("Seccomp:\t2"), "{text}");
     assert!(text.contains("CapEff:\t00000000a80425fb"), "{text}");
@@ -146,13 +171,20 @@ async fn exec_runs_beside_it() {
     assert!(String::from_utf8_lossy(&out.stdout).contains(&format!("{}/pod/c", node.cgroup_root)));
 
     let missing = node.runtime.exec_sync("c", vec!["nope".into()], Duration::ZERO).await.unwrap_err();
-    let want = "exec failed: unable to start container process: exec: \"nope\": executable file not found in $PATH";
+    let want =
+        "exec failed: unable to start container process: exec: \"nope\": executable file not found in $PATH";
     assert!(matches!(&missing, Error::Start(text) if text == want), "{missing:?}");
-    let late = node.runtime.exec_sync("c", vec!["sleep".into(), "50".into()], Duration::from_millis(300)).await;
+    let late =
+        node.runtime.exec_sync("c", vec!["sleep".into(), "50".into()], Duration::from_millis(300)).await;
     assert!(matches!(&late, Err(Error::Timeout(text)) if text == "command timed out after 0.3s"), "{late:?}");
     // The process it gave up on is gone.
     let gone = async {
-        while !node.runtime.exec_sync("c", vec!["pidof".into(), "-o".into(), "1".into(), "sleep".into()], Duration::ZERO).await.is_ok_and(|o| o.exit_code == 1) {
+        while !node
+            .runtime
+            .exec_sync("c", vec!["pidof".into(), "-o".into(), "1".into(), "sleep".into()], Duration::ZERO)
+            .await
+            .is_ok_and(|o| o.exit_code == 1)
+        {
             tokio::task::yield_now().await;
         }
     };
@@ -186,13 +218,17 @@ async fn exec_with_a_terminal() {
     let node = Node::new().await;
     node.sandbox("pod").await;
     node.start("c", "sleep 100").await;
-    let spec = ExecSpec { argv: vec!["sh".into()], tty: true, stdin: true, stdout: true, ..Default::default() };
+    let spec =
+        ExecSpec { argv: vec!["sh".into()], tty: true, stdin: true, stdout: true, ..Default::default() };
     let mut session = node.runtime.exec("c", spec).await.unwrap();
     session.resize.send(TerminalSize { width: 97, height: 31 }).await.unwrap();
     let mut stdin = session.stdin.take().unwrap();
     let mut stdout = session.stdout.take().unwrap();
     // The size takes effect some time after it was sent.
-    stdin.write_all(b"while ! stty size | grep '31 97'; do :; done; tty; echo $TERM; exit 4\n").await.unwrap();
+    stdin
+        .write_all(b"while ! stty size | grep '31 97'; do :; done; tty; echo $TERM; exit 4\n")
+        .await
+        .unwrap();
     let mut text = String::new();
     stdout.read_to_string(&mut text).await.unwrap();
     assert!(text.contains("31 97\r\n/dev/pts/"), "{text}");
@@ -228,11 +264,16 @@ async fn attach_sees_output_and_gives_input() {
 async fn attach_to_a_terminal() {
     let node = Node::new().await;
     node.sandbox("pod").await;
-    let spec = ContainerSpec { tty: true, stdin: true, ..node.spec("c", "stty -echo; tty; read x; echo read $x; read y; stty size; exit 2") };
+    let spec = ContainerSpec {
+        tty: true,
+        stdin: true,
+        ..node.spec("c", "stty -echo; tty; read x; echo read $x; read y; stty size; exit 2")
+    };
     node.runtime.create_container("pod", spec).await.unwrap();
     node.runtime.start_container("c").await.unwrap();
     node.wait_log("c", "/dev/pts").await;
-    let mut session = node.runtime.attach("c", AttachSpec { stdin: true, stdout: true, stderr: true }).await.unwrap();
+    let mut session =
+        node.runtime.attach("c", AttachSpec { stdin: true, stdout: true, stderr: true }).await.unwrap();
     assert!(session.stderr.is_none());
     session.resize.send(TerminalSize { width: 80, height: 25 }).await.unwrap();
     let (mut stdin, mut stdout) = (session.stdin.take().unwrap(), session.stdout.take().unwrap());
@@ -272,7 +313,10 @@ async fn stopping_asks_first_and_then_insists() {
     );
     long.and(short).expect("the shorter grace counts");
     // The image's own signal: see support::IMAGE for the other one, which stops by SIGUSR1.
-    let spec = ContainerSpec { image: USR1_IMAGE.into(), ..node.spec("own", "trap 'exit 9' USR1; echo ready; while :; do sleep 0.05; done") };
+    let spec = ContainerSpec {
+        image: USR1_IMAGE.into(),
+        ..node.spec("own", "trap 'exit 9' USR1; echo ready; while :; do sleep 0.05; done")
+    };
     node.runtime.create_container("pod", spec).await.unwrap();
     node.runtime.start_container("own").await.unwrap();
     node.wait_log("own", "ready").await;
@@ -306,7 +350,8 @@ async fn limits_hold() {
     assert!(stats.cpu_ns > 0 && stats.memory_working_set > 0 && stats.pids == 1, "{stats:?}");
     assert!(node.runtime.sandbox_stats("pod").await.unwrap().memory_usage >= stats.memory_rss);
     let bomb = "for i in $(seq 40); do sleep 5 & done; echo started";
-    let out = node.runtime.exec_sync("idle", vec!["sh".into(), "-c".into(), bomb.into()], Duration::from_secs(20));
+    let out =
+        node.runtime.exec_sync("idle", vec!["sh".into(), "-c".into(), bomb.into()], Duration::from_secs(20));
     let out = out.await.unwrap();
     assert!(String::from_utf8_lossy(&out.stderr).contains("can't fork"), "{out:?}");
     let wider = Resources { memory_limit: Some(64 << 20), ..Default::default() };
@@ -325,17 +370,26 @@ async fn restrictions_hold() {
         readonly_rootfs: true,
         no_new_privs: true,
         oom_score_adj: Some(500),
-        mounts: vec![Mount { host_path: node.scratch("tmp"), container_path: "/tmp".into(), ..Default::default() }],
+        mounts: vec![Mount {
+            host_path: node.scratch("tmp"),
+            container_path: "/tmp".into(),
+            ..Default::default()
+        }],
         ..node.spec("c", script)
     };
     node.runtime.create_container("pod", spec).await.unwrap();
     node.runtime.start_container("c").await.unwrap();
     node.wait_exit("c").await;
     let text = node.text("c");
-    for want in ["NoNewPrivs:\t1", "Seccomp:\t2", "Read-only file system", "CapEff:\t00000000a80425fb", "500"] {
+    for want in ["NoNewPrivs:\t1", "Seccomp:\t2", "Read-only file system", "CapEff:\t00000000a80425fb", "500"]
+    {
         assert!(text.contains(want), "{want}: {text}");
     }
-    assert!(text.contains("can't open '/tmp/disk': Operation not permitted") || text.contains("/tmp/disk: Operation not permitted"), "{text}");
+    assert!(
+        text.contains("can't open '/tmp/disk': Operation not permitted")
+            || text.contains("/tmp/disk: Operation not permitted"),
+        "{text}"
+    );
     assert!(text.lines().any(|l| l == "0"), "/sys/firmware is not masked: {text}");
 
     let spec = ContainerSpec {
@@ -348,7 +402,11 @@ async fn restrictions_hold() {
     node.wait_exit("few").await;
     assert_eq!(node.text("few"), "CapEff:\t0000000000001000\nSeccomp:\t0\n");
 
-    let spec = ContainerSpec { privileged: true, ..node.spec("all", "grep CapEff /proc/self/status; ls /dev/kmsg; mount -t tmpfs x /mnt && echo mounted") };
+    let spec = ContainerSpec {
+        privileged: true,
+        ..node
+            .spec("all", "grep CapEff /proc/self/status; ls /dev/kmsg; mount -t tmpfs x /mnt && echo mounted")
+    };
     node.runtime.create_container("pod", spec).await.unwrap();
     node.runtime.start_container("all").await.unwrap();
     node.wait_exit("all").await;
@@ -361,7 +419,10 @@ async fn users_and_groups_are_resolved() {
     let node = Node::new().await;
     node.sandbox("pod").await;
     let user = User { user: Some("web".into()), supplementary_groups: vec![4000], ..Default::default() };
-    let spec = ContainerSpec { user, ..node.spec("c", "id -u; id -g; id -G; echo $HOME; grep CapEff /proc/self/status; sleep 100") };
+    let spec = ContainerSpec {
+        user,
+        ..node.spec("c", "id -u; id -g; id -G; echo $HOME; grep CapEff /proc/self/status; sleep 100")
+    };
     node.runtime.create_container("pod", spec).await.unwrap();
     node.runtime.start_container("c").await.unwrap();
     node.wait_log("c", "CapEff").await;
@@ -379,7 +440,12 @@ async fn mounts_are_there() {
     let (data, file) = (node.scratch("data"), node.scratch("conf").join("hosts"));
     std::fs::write(data.join("in"), "from the node").unwrap();
     std::fs::write(&file, "1.2.3.4 somewhere\n").unwrap();
-    let mount = |host: &std::path::Path, at: &str, readonly| Mount { host_path: host.to_owned(), container_path: at.into(), readonly, ..Default::default() };
+    let mount = |host: &std::path::Path, at: &str, readonly| Mount {
+        host_path: host.to_owned(),
+        container_path: at.into(),
+        readonly,
+        ..Default::default()
+    };
     let spec = ContainerSpec {
         mounts: vec![mount(&data, "/data", false), mount(&data, "/ro/deep", true), mount(&file, "/etc/hosts", false)],
         ..node.spec("c", "cat /data/in /etc/hosts; echo back > /data/out; echo x > /ro/deep/out2; ls -d /sys/fs/cgroup/*; ls /dev")
@@ -396,7 +462,11 @@ async fn mounts_are_there() {
     assert_eq!(std::fs::read_to_string(data.join("out")).unwrap(), "back\n");
     // One that reaches the node's mount namespace is made there, and taken away again.
     let both = Mount { propagation: Propagation::Bidirectional, ..mount(&data, "/data", false) };
-    let spec = ContainerSpec { privileged: true, mounts: vec![both], ..node.spec("shared", "cat /data/in; echo; sleep 100") };
+    let spec = ContainerSpec {
+        privileged: true,
+        mounts: vec![both],
+        ..node.spec("shared", "cat /data/in; echo; sleep 100")
+    };
     node.runtime.create_container("pod", spec).await.unwrap();
     node.runtime.start_container("shared").await.unwrap();
     node.wait_log("shared", "from the node").await;
@@ -410,7 +480,8 @@ async fn a_new_agent_adopts_what_runs() {
     node.start("ends", "read x < /wait/fifo; exit 6").await;
     node.wait_log("stays", "first").await;
     let before = node.runtime.list().await.unwrap();
-    let spec = ContainerSpec { labels: [("a".to_owned(), "b".to_owned())].into(), ..node.spec("made", "true") };
+    let spec =
+        ContainerSpec { labels: [("a".to_owned(), "b".to_owned())].into(), ..node.spec("made", "true") };
     node.runtime.create_container("pod", spec).await.unwrap();
     let node = node.restart().await;
     // It ended while nobody looked.
@@ -419,12 +490,17 @@ async fn a_new_agent_adopts_what_runs() {
     assert_eq!(status.exit_code, Some(6));
     let node = node.restart().await;
     let after = node.runtime.list().await.unwrap();
-    let find = |list: &[SandboxStatus], id: &str| list[0].containers.iter().find(|c| c.id == id).unwrap().clone();
+    let find =
+        |list: &[SandboxStatus], id: &str| list[0].containers.iter().find(|c| c.id == id).unwrap().clone();
     assert_eq!(after[0].state, SandboxState::Ready);
     assert_eq!(find(&after, "stays"), find(&before, "stays"));
-    assert_eq!((find(&after, "ends").exit_code, find(&after, "ends").state), (Some(6), ContainerState::Exited));
+    assert_eq!(
+        (find(&after, "ends").exit_code, find(&after, "ends").state),
+        (Some(6), ContainerState::Exited)
+    );
     assert_eq!(find(&after, "made").labels["a"], "b");
-    let out = node.runtime.exec_sync("stays", vec!["echo".into(), "hi".into()], Duration::ZERO).await.unwrap();
+    let out =
+        node.runtime.exec_sync("stays", vec!["echo".into(), "hi".into()], Duration::ZERO).await.unwrap();
     assert_eq!(out.stdout, b"hi\n");
     node.runtime.start_container("made").await.unwrap();
     assert_eq!(node.wait_exit("made").await.exit_code, Some(0));
@@ -432,6 +508,60 @@ async fn a_new_agent_adopts_what_runs() {
     std::fs::rename(node.log_path("stays"), node.log_path("stays").with_extension("1")).unwrap();
     node.runtime.reopen_log("stays").await.unwrap();
     assert!(node.log_path("stays").exists());
+    node.close().await;
+}
+
+const AGENT: &str = "--as-an-agent-to-be-killed";
+
+/// A process that opens the data directory it is given, starts five pods, and waits for its end.
+fn agent() {
+    let mut args = std::env::args().skip(2);
+    let (root, cgroup_root) = (args.next().unwrap(), args.next().unwrap());
+    tokio::runtime::Runtime::new().unwrap().block_on(async {
+        let node = Node::borrowed(root.into(), cgroup_root).await;
+        for n in 0..5 {
+            let pod = format!("pod{n}");
+            node.runtime.run_sandbox(node.sandbox_spec(&pod)).await.unwrap();
+            let id = format!("c{n}");
+            let script = "i=0; while :; do i=$((i+1)); echo $i; sleep 0.01; done";
+            node.runtime.create_container(&pod, node.spec(&id, script)).await.unwrap();
+            node.runtime.start_container(&id).await.unwrap();
+        }
+        println!("up");
+        std::future::pending::<()>().await;
+    });
+}
+
+async fn a_killed_agent_leaves_all_as_it_is() {
+    use std::io::BufRead;
+    let node = Node::new().await;
+    let mut agent = std::process::Command::new("/proc/self/exe")
+        .args([AGENT, node.root().to_str().unwrap(), &node.cgroup_root])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    std::io::BufReader::new(agent.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "up\n");
+    agent.kill().unwrap();
+    agent.wait().unwrap();
+    let node = node.restart().await;
+    let pods = node.runtime.list().await.unwrap();
+    assert_eq!(pods.len(), 5);
+    for pod in &pods {
+        let c = &pod.containers[0];
+        assert_eq!((pod.state, c.state), (SandboxState::Ready, ContainerState::Running));
+        assert!(std::path::Path::new(&format!("/proc/{}/exe", c.pid.unwrap())).exists());
+    }
+    // They have gone on writing, and nothing is missing between before and after.
+    let seen = node.text("c0").lines().count();
+    node.wait_log("c0", &format!("F {}", seen + 20)).await;
+    let text = node.text("c0");
+    assert!(text.lines().enumerate().all(|(at, line)| line == (at + 1).to_string()), "{text}");
+    let out = node.runtime.exec_sync("c4", vec!["echo".into(), "hi".into()], Duration::ZERO).await.unwrap();
+    assert_eq!(out.stdout, b"hi\n");
+    node.runtime.stop_container("c1", Duration::ZERO).await.unwrap();
+    assert_eq!(node.wait_exit("c1").await.exit_code, Some(137));
     node.close().await;
 }
 
@@ -528,7 +658,10 @@ async fn unfinished_creations_are_cleared() {
         assert!(!root.join(gone).exists(), "{gone}");
     }
     // A sandbox that cannot come up leaves nothing and can be tried again.
-    let bad = SandboxSpec { sysctls: [("no.such.thing".to_owned(), "1".to_owned())].into(), ..node.sandbox_spec("pod") };
+    let bad = SandboxSpec {
+        sysctls: [("no.such.thing".to_owned(), "1".to_owned())].into(),
+        ..node.sandbox_spec("pod")
+    };
     let error = node.runtime.run_sandbox(bad).await.unwrap_err().to_string();
     assert!(error.contains("set sysctl no.such.thing=1"), "{error}");
     node.sandbox("pod").await;
@@ -545,7 +678,10 @@ async fn speed_and_size() {
         node.runtime.run_sandbox(node.sandbox_spec(&format!("pod{n}"))).await.unwrap();
         sandboxes.push(begun.elapsed());
         let begun = Instant::now();
-        node.runtime.create_container(&format!("pod{n}"), node.spec(&format!("c{n}"), "sleep 1000")).await.unwrap();
+        node.runtime
+            .create_container(&format!("pod{n}"), node.spec(&format!("c{n}"), "sleep 1000"))
+            .await
+            .unwrap();
         node.runtime.start_container(&format!("c{n}")).await.unwrap();
         starts.push(begun.elapsed());
         let begun = Instant::now();
@@ -557,7 +693,12 @@ async fn speed_and_size() {
         all[all.len() / 2]
     };
     let shim = node.runtime.list().await.unwrap()[0].pid.unwrap();
-    println!("    sandbox {:?}, create+start {:?}, exec {:?} (medians of 10)", median(sandboxes), median(starts), median(execs));
+    println!(
+        "    sandbox {:?}, create+start {:?}, exec {:?} (medians of 10)",
+        median(sandboxes),
+        median(starts),
+        median(execs)
+    );
     println!("    shim: {}", memory(shim));
     let begun = Instant::now();
     node.close().await;

@@ -84,10 +84,8 @@ async fn what_is_pushed_can_be_pulled() {
         }
     });
     // The same at the same time is one.
-    let (one, two) = tokio::join!(
-        to.pull(&name, Auth::Anonymous, Some(progress)),
-        to.pull(&name, Auth::Anonymous, None)
-    );
+    let (one, two) =
+        tokio::join!(to.pull(&name, Auth::Anonymous, Some(progress)), to.pull(&name, Auth::Anonymous, None));
     let (one, two) = (one.unwrap(), two.unwrap());
     assert_eq!(one, two);
     assert_eq!(one.id, from.resolve(IMAGE).await.unwrap().unwrap().id);
@@ -140,7 +138,10 @@ fn server(act: impl Fn(std::net::TcpStream) + Send + Sync + 'static) -> u16 {
 fn leaves_nothing(root: &std::path::Path) {
     for dir in ["images/blobs/sha256", "snapshots"] {
         let left: Vec<_> = std::fs::read_dir(root.join(dir)).unwrap().flatten().map(|e| e.path()).collect();
-        assert!(left.iter().all(|p| !p.file_name().unwrap().to_str().unwrap().starts_with(".tmp")), "{left:?}");
+        assert!(
+            left.iter().all(|p| !p.file_name().unwrap().to_str().unwrap().starts_with(".tmp")),
+            "{left:?}"
+        );
     }
 }
 
@@ -228,7 +229,8 @@ async fn a_registry_that_lies_is_caught() {
     });
     let dir = tempfile::tempdir().unwrap();
     let store = store(dir.path(), RegistryConfig::default());
-    let error = store.pull(&format!("127.0.0.1:{port}/x:1"), Auth::Anonymous, None).await.unwrap_err().to_string();
+    let error =
+        store.pull(&format!("127.0.0.1:{port}/x:1"), Auth::Anonymous, None).await.unwrap_err().to_string();
     assert!(error.contains(&digest), "{error}");
     leaves_nothing(dir.path());
     assert!(store.list().await.unwrap().is_empty());

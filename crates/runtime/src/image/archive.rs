@@ -81,7 +81,8 @@ pub fn own_architecture() -> &'static str {
 /// Whether an image for this platform can run here. What does not say, may.
 pub fn fits(platform: Option<&Platform>) -> bool {
     platform.is_none_or(|p| {
-        (p.os.is_empty() || p.os == "linux") && (p.architecture.is_empty() || p.architecture == own_architecture())
+        (p.os.is_empty() || p.os == "linux")
+            && (p.architecture.is_empty() || p.architecture == own_architecture())
     })
 }
 
@@ -114,7 +115,12 @@ impl Contents {
     }
 }
 
-pub fn load(store: &ImageStore, archive: impl Read, name: Option<&str>, progress: Option<&Progress>) -> Result<Vec<String>> {
+pub fn load(
+    store: &ImageStore,
+    archive: impl Read,
+    name: Option<&str>,
+    progress: Option<&Progress>,
+) -> Result<Vec<String>> {
     let contents = read(store, archive, progress)?;
     let name = name.map(Reference::parse).transpose()?;
     let docker: Option<Vec<DockerImage>> = contents.json(store, "manifest.json")?;
@@ -138,7 +144,8 @@ pub fn load(store: &ImageStore, archive: impl Read, name: Option<&str>, progress
         }
         (None, None) => {
             return Err(Error::Invalid(
-                "unrecognized image format: neither manifest.json nor oci-layout is in the archive".to_owned(),
+                "unrecognized image format: neither manifest.json nor oci-layout is in the archive"
+                    .to_owned(),
             ));
         }
     }
@@ -175,7 +182,8 @@ fn read(store: &ImageStore, archive: impl Read, progress: Option<&Progress>) -> 
                     return Err(Error::Invalid(format!("{path}: {size} bytes announced, {got} there")));
                 }
                 if let Some(hex) = path.strip_prefix("blobs/sha256/") {
-                    blob.commit_as(&format!("sha256:{hex}")).map_err(|e| Error::Invalid(format!("{path}: {e}")))?;
+                    blob.commit_as(&format!("sha256:{hex}"))
+                        .map_err(|e| Error::Invalid(format!("{path}: {e}")))?;
                     contents.files.insert(path.clone(), (format!("sha256:{hex}"), size));
                 } else {
                     contents.files.insert(path, blob.commit().map_err(failed)?);
@@ -187,7 +195,8 @@ fn read(store: &ImageStore, archive: impl Read, progress: Option<&Progress>) -> 
             tar::EntryType::Symlink | tar::EntryType::Link => {
                 let target = entry.link_name().map_err(broken)?.unwrap_or_default();
                 let symbolic = entry.header().entry_type() == tar::EntryType::Symlink;
-                let base = if symbolic { Path::new(&path).parent().unwrap_or(Path::new("")) } else { Path::new("") };
+                let base =
+                    if symbolic { Path::new(&path).parent().unwrap_or(Path::new("")) } else { Path::new("") };
                 if let Some(target) = plain(&base.join(target)) {
                     contents.links.insert(path, target);
                 }
@@ -241,7 +250,8 @@ fn load_oci(
     if !fits(Some(&platform)) {
         return Ok(());
     }
-    let mut names: BTreeSet<String> = tags.get(&config.digest).cloned().unwrap_or_default().into_iter().collect();
+    let mut names: BTreeSet<String> =
+        tags.get(&config.digest).cloned().unwrap_or_default().into_iter().collect();
     let annotated = entry.annotations.get(NAME_ANNOTATION).or_else(|| {
         // Many write only the tag here; it counts when it is a whole reference.
         entry.annotations.get(TAG_ANNOTATION).filter(|n| n.contains(['/', ':']))
@@ -288,7 +298,8 @@ fn load_docker(
     loaded: &mut Vec<String>,
 ) -> Result<()> {
     let missing = |path: &str| Error::Invalid(format!("{path} is not in the archive"));
-    let (config_digest, config_size) = contents.digest(&image.config).ok_or_else(|| missing(&image.config))?;
+    let (config_digest, config_size) =
+        contents.digest(&image.config).ok_or_else(|| missing(&image.config))?;
     let config = store.inner.blobs.bytes(config_digest, DOCUMENT_MAX).map_err(failed)?;
     let platform: Platform = serde_json::from_slice(&config).map_err(|e| Error::Invalid(e.to_string()))?;
     if !fits(Some(&platform)) {
@@ -350,8 +361,10 @@ pub fn save(store: &ImageStore, names: &[String], out: impl Write) -> Result<()>
     let index = store.index()?;
     let mut images: BTreeMap<String, (&Record, Vec<String>)> = BTreeMap::new();
     for name in names {
-        let id = ImageStore::find(&index, name)?.ok_or_else(|| Error::NotFound(format!("image {name:?} not found")))?;
-        let record = index.images.get(&id).ok_or_else(|| Error::NotFound(format!("image {name:?} not found")))?;
+        let id = ImageStore::find(&index, name)?
+            .ok_or_else(|| Error::NotFound(format!("image {name:?} not found")))?;
+        let record =
+            index.images.get(&id).ok_or_else(|| Error::NotFound(format!("image {name:?} not found")))?;
         let tag = Reference::parse(name).ok().filter(|_| !id.contains(name)).map(|r| r.to_string());
         images.entry(id).or_insert((record, Vec::new())).1.extend(tag);
     }
@@ -381,7 +394,11 @@ pub fn save(store: &ImageStore, names: &[String], out: impl Write) -> Result<()>
         let layers: Vec<String> = record.layers.iter().map(|l| blob_path(&l.digest)).collect();
         docker.push(json!({ "Config": blob_path(id), "RepoTags": tags, "Layers": layers }));
     }
-    document(&mut tar, "index.json", &json!({ "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests }))?;
+    document(
+        &mut tar,
+        "index.json",
+        &json!({ "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests }),
+    )?;
     document(&mut tar, "manifest.json", &json!(docker))?;
     tar.into_inner().and_then(|mut out| out.flush()).map_err(failed)
 }

@@ -23,8 +23,9 @@ impl Blobs {
     }
 
     fn path(&self, digest: &str) -> io::Result<PathBuf> {
-        let hex = parse_digest(digest)
-            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, format!("unsupported digest {digest:?}")))?;
+        let hex = parse_digest(digest).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidInput, format!("unsupported digest {digest:?}"))
+        })?;
         Ok(self.dir.join(hex))
     }
 

@@ -193,7 +193,8 @@ impl ImageStore {
         let hex = bare.len() >= 6 && bare.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
         if hex {
             let prefix = format!("sha256:{bare}");
-            let mut matching = index.images.range(prefix.clone()..).take_while(|(id, _)| id.starts_with(&prefix));
+            let mut matching =
+                index.images.range(prefix.clone()..).take_while(|(id, _)| id.starts_with(&prefix));
             if let Some((id, _)) = matching.next() {
                 return match matching.next() {
                     Some(_) => Err(Error::Invalid(format!("image id {reference:?} is ambiguous"))),
@@ -407,7 +408,12 @@ impl ImageStore {
 
 /// Unpacks one layer, plain or compressed, into the empty directory `target`, with the layers below it topmost
 /// first; returns its diff id. For tools and fuzzing: the store does this by itself.
-pub fn unpack_layer(input: impl io::Read, target: &Path, parents: &[PathBuf], limits: Limits) -> io::Result<String> {
+pub fn unpack_layer(
+    input: impl io::Read,
+    target: &Path,
+    parents: &[PathBuf],
+    limits: Limits,
+) -> io::Result<String> {
     unpack::unpack(input, target, parents, limits)
 }
 
@@ -507,7 +513,9 @@ fn tempdir(parent: &Path) -> io::Result<PathBuf> {
 }
 
 /// Runs file work where it may block.
-pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(failed)?
 }
 

@@ -19,9 +19,8 @@ pub struct Reference {
 
 impl Reference {
     pub fn parse(text: &str) -> Result<Self, Error> {
-        let invalid = |why: &str| {
-            Error::InvalidImageName(format!("failed to parse image reference {text:?}: {why}"))
-        };
+        let invalid =
+            |why: &str| Error::InvalidImageName(format!("failed to parse image reference {text:?}: {why}"));
         let format = || invalid("invalid reference format");
         if text.is_empty() || text.len() > 4096 {
             return Err(format());
@@ -163,7 +162,10 @@ mod tests {
         check("localhost/x", Ok("localhost/x:latest"));
         check("localhost:5000/a/b:v1", Ok("localhost:5000/a/b:v1"));
         check("[::1]:5000/x", Ok("[::1]:5000/x:latest"));
-        check("registry.k8s.io/e2e-test-images/agnhost:2.40", Ok("registry.k8s.io/e2e-test-images/agnhost:2.40"));
+        check(
+            "registry.k8s.io/e2e-test-images/agnhost:2.40",
+            Ok("registry.k8s.io/e2e-test-images/agnhost:2.40"),
+        );
         check("minke.local/hello:v1", Ok("minke.local/hello:v1"));
         check(&format!("nginx@sha256:{HEX}"), Ok(&format!("docker.io/library/nginx@sha256:{HEX}")));
         check(&format!("nginx:1@sha256:{HEX}"), Ok(&format!("docker.io/library/nginx@sha256:{HEX}")));

@@ -16,7 +16,7 @@ use oci_client::secrets::RegistryAuth;
 use oci_client::{Reference as Target, RegistryOperation};
 use serde::{Deserialize, Serialize};
 
-use super::archive::{Descriptor, Document, DOCUMENT_MAX, OCI_MANIFEST, digest_of, fits, own_architecture};
+use super::archive::{DOCUMENT_MAX, Descriptor, Document, OCI_MANIFEST, digest_of, fits, own_architecture};
 use super::reference::Reference;
 use super::{ImageStore, Names, Transferred, blocking, failed};
 use crate::api::{Auth, Error, Image, Progress, ProgressEvent, Result};
@@ -167,7 +167,12 @@ pub async fn pull(store: &ImageStore, name: &str, auth: Auth, progress: Option<P
     found
 }
 
-async fn fetch(store: &ImageStore, reference: &Reference, auth: &Auth, progress: Option<&Progress>) -> Result<Image> {
+async fn fetch(
+    store: &ImageStore,
+    reference: &Reference,
+    auth: &Auth,
+    progress: Option<&Progress>,
+) -> Result<Image> {
     let config = &store.inner.registries;
     let mut last = None;
     for endpoint in config.endpoints(&reference.domain) {
@@ -178,7 +183,9 @@ async fn fetch(store: &ImageStore, reference: &Reference, auth: &Auth, progress:
         let remote = Remote { store, client, endpoint, reference, auth };
         match remote.fetch(progress).await {
             Ok(image) => return Ok(image),
-            Err(e) if remote.endpoint.mirror => tracing::debug!(mirror = %remote.endpoint.host, error = %e, "mirror failed"),
+            Err(e) if remote.endpoint.mirror => {
+                tracing::debug!(mirror = %remote.endpoint.host, error = %e, "mirror failed")
+            }
             Err(e) => last = Some(e),
         }
     }
@@ -207,8 +214,8 @@ impl Remote<'_> {
         let mut digest = top.clone();
         let mut nested = 0;
         let manifest = loop {
-            let document: Document =
-                serde_json::from_slice(&bytes).map_err(|e| Error::Failed(format!("manifest {digest}: {e}")))?;
+            let document: Document = serde_json::from_slice(&bytes)
+                .map_err(|e| Error::Failed(format!("manifest {digest}: {e}")))?;
             if document.config.is_some() {
                 break document;
             }
@@ -219,12 +226,16 @@ impl Remote<'_> {
                 (Some(chosen), false) => chosen,
                 _ => {
                     let arch = own_architecture();
-                    return Err(Error::NotFound(format!("no match for platform in manifest: linux/{arch}: not found")));
+                    return Err(Error::NotFound(format!(
+                        "no match for platform in manifest: linux/{arch}: not found"
+                    )));
                 }
             };
-            (bytes, digest) = self.manifest(Some(&chosen.digest)).await.map_err(|e| self.resolve_error(&e))?;
+            (bytes, digest) =
+                self.manifest(Some(&chosen.digest)).await.map_err(|e| self.resolve_error(&e))?;
         };
-        let config = manifest.config.as_ref().ok_or_else(|| Error::Failed("a manifest without config".into()))?;
+        let config =
+            manifest.config.as_ref().ok_or_else(|| Error::Failed("a manifest without config".into()))?;
         if config.size > DOCUMENT_MAX {
             return Err(Error::Failed(format!("a configuration of {} bytes", config.size)));
         }
@@ -293,16 +304,20 @@ impl Remote<'_> {
         let digest = &blob.digest;
         let network = |e: String| Error::Timeout(format!("failed to copy: {digest}: {e}"));
         let target = self.endpoint.target(self.reference, Some(digest));
-        let mut stream = self.client.pull_blob_stream(&target, digest.as_str()).await.map_err(|e| match e {
-            OciDistributionError::RequestError(e) => network(chain(&e)),
-            e => Error::Failed(format!("failed to copy: {digest}: {e}")),
-        })?;
+        let mut stream =
+            self.client.pull_blob_stream(&target, digest.as_str()).await.map_err(|e| match e {
+                OciDistributionError::RequestError(e) => network(chain(&e)),
+                e => Error::Failed(format!("failed to copy: {digest}: {e}")),
+            })?;
         let mut file = self.store.inner.blobs.create().map_err(failed)?;
         while let Some(chunk) = stream.stream.next().await {
             let chunk = chunk.map_err(|e| network(chain(&e)))?;
             file.write_all(&chunk).map_err(failed)?;
             if file.size() > blob.size {
-                return Err(Error::Failed(format!("{digest} is longer than the {} bytes announced", blob.size)));
+                return Err(Error::Failed(format!(
+                    "{digest} is longer than the {} bytes announced",
+                    blob.size
+                )));
             }
             if let Some(progress) = progress {
                 progress(ProgressEvent::Transferred { bytes: chunk.len() as u64 });
@@ -382,11 +397,13 @@ pub async fn push(store: &ImageStore, name: &str, auth: Auth, progress: Option<P
     let endpoint = endpoints.last().ok_or_else(|| Error::Failed("no registry to ask".to_owned()))?;
     let client = endpoint.client(&store.inner.registries);
     let target = endpoint.target(&reference, None);
-    let failure = |e: OciDistributionError| Error::Failed(format!("failed to push {reference}: {}", chain(&e)));
+    let failure =
+        |e: OciDistributionError| Error::Failed(format!("failed to push {reference}: {}", chain(&e)));
     client.auth(&target, &credentials(&auth), RegistryOperation::Push).await.map_err(failure)?;
 
     let config_size = store.inner.blobs.size(&id).map_err(failed)?;
-    let blobs = (record.layers.iter().map(|l| (l.digest.as_str(), l.size))).chain([(id.as_str(), config_size)]);
+    let blobs =
+        (record.layers.iter().map(|l| (l.digest.as_str(), l.size))).chain([(id.as_str(), config_size)]);
     if let Some(progress) = &progress {
         progress(ProgressEvent::Total { bytes: record.size });
     }

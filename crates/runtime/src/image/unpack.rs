@@ -86,8 +86,15 @@ pub fn unpack(input: impl Read, target: &Path, parents: &[PathBuf], limits: Limi
         .map(|p| rustix::fs::open(p, flags, Mode::empty()).map_err(io::Error::from))
         .collect::<io::Result<Vec<_>>>()?;
     let mut plain = Counted { inner: decompress(input)?, hash: Sha256::new(), left: limits.bytes };
-    let mut unpacker =
-        Unpacker { root, parents, limits, directories: Vec::new(), last: None, entries: 0, next: Extended::default() };
+    let mut unpacker = Unpacker {
+        root,
+        parents,
+        limits,
+        directories: Vec::new(),
+        last: None,
+        entries: 0,
+        next: Extended::default(),
+    };
     let mut archive = tar::Archive::new(&mut plain);
     // Raw: extended headers come as entries, so that their size can be bounded before they are read.
     for entry in archive.entries()?.raw(true) {
@@ -243,16 +250,24 @@ impl Unpacker {
                             (header.device_major()?.unwrap_or(0), header.device_minor()?.unwrap_or(0));
                         let char_device = kind == tar::EntryType::Char;
                         if char_device && (major, minor) == (0, 0) {
-                            return Err(invalid(format!("{}: a whiteout in overlayfs's form", path.display())));
+                            return Err(invalid(format!(
+                                "{}: a whiteout in overlayfs's form",
+                                path.display()
+                            )));
                         }
-                        let file_type = if char_device { FileType::CharacterDevice } else { FileType::BlockDevice };
+                        let file_type =
+                            if char_device { FileType::CharacterDevice } else { FileType::BlockDevice };
                         (file_type, rustix::fs::makedev(major, minor))
                     }
                 };
                 rustix::fs::mknodat(&parent, &name, file_type, Mode::from_raw_mode(0o600), device)?;
                 set_meta_nofollow(&parent, &name, &meta).map_err(context)
             }
-            other => Err(invalid(format!("{}: unsupported entry type {:?}", path.display(), other.as_byte() as char))),
+            other => Err(invalid(format!(
+                "{}: unsupported entry type {:?}",
+                path.display(),
+                other.as_byte() as char
+            ))),
         }
     }
 
@@ -314,7 +329,8 @@ impl Unpacker {
             if target.is_absolute() {
                 real = PathBuf::new();
             }
-            let parts = target.components().rev().filter(|c| !matches!(c, Component::RootDir | Component::CurDir));
+            let parts =
+                target.components().rev().filter(|c| !matches!(c, Component::RootDir | Component::CurDir));
             todo.extend(parts.map(|c| c.as_os_str().to_owned()));
         }
         self.last = Some((dir.to_owned(), real.clone()));
@@ -437,7 +453,9 @@ impl Unpacker {
 
     fn hard_link(&mut self, parent: &OwnedFd, name: &OsStr, target: &[u8]) -> io::Result<()> {
         let target = self.checked(target)?;
-        let Some(target_name) = target.file_name() else { return Err(invalid("a link to the root".to_owned())) };
+        let Some(target_name) = target.file_name() else {
+            return Err(invalid("a link to the root".to_owned()));
+        };
         let target_dir = self.real_dir(target.parent().unwrap_or(Path::new("")))?;
         let target_dir = self.open_dir(&target_dir)?;
         let stat = rustix::fs::statat(&target_dir, target_name, AtFlags::SYMLINK_NOFOLLOW)?;
@@ -543,7 +561,8 @@ fn set_meta(file: impl AsFd, meta: &Meta, extended: &Extended) -> io::Result<()>
         if !name.starts_with(b"user.") && name != b"security.capability" {
             continue;
         }
-        let name = CString::new(name.as_slice()).map_err(|_| invalid("an attribute with a zero byte".into()))?;
+        let name =
+            CString::new(name.as_slice()).map_err(|_| invalid("an attribute with a zero byte".into()))?;
         match rustix::fs::fsetxattr(&file, &name, value, XattrFlags::empty()) {
             Ok(()) | Err(Errno::OPNOTSUPP) => {}
             Err(e) => return Err(e.into()),

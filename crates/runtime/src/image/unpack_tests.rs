@@ -219,14 +219,18 @@ fn links_lead_nowhere_but_inside() {
     check(Layer::new().symlink("l", "../../../..").dir("l/d/"), "d");
     check(Layer::new().symlink("l", "/nowhere/at/all").file("l/x", "x"), "nowhere/at/all/x");
     check(Layer::new().symlink("l", "..").file("l/.wh.secret", ""), "secret");
-    check(Layer::new().dir("usr/").symlink("lib", "usr/lib").file("lib/a", "1").file("lib/b", "2"), "usr/lib/b");
+    check(
+        Layer::new().dir("usr/").symlink("lib", "usr/lib").file("lib/a", "1").file("lib/b", "2"),
+        "usr/lib/b",
+    );
     check(Layer::new().file("a/f", "").symlink("a/l", "../b").file("a/l/x", ""), "b/x");
     // A link of a layer below: what is put "into" it lands where the container will look.
     let place = Place::new();
     let below = place.tmp.path().join("layer-below");
     std::fs::create_dir_all(below.join("usr/lib")).unwrap();
     std::os::unix::fs::symlink("usr/lib", below.join("lib")).unwrap();
-    unpack(&Layer::new().file("lib/x", "1").bytes()[..], &place.layer(), &[below], Limits::default()).unwrap();
+    unpack(&Layer::new().file("lib/x", "1").bytes()[..], &place.layer(), &[below], Limits::default())
+        .unwrap();
     assert!(place.layer().join("usr/lib/x").exists() && !place.layer().join("lib").exists());
 }
 

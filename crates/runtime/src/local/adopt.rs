@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex};
 
 use tokio::sync::{broadcast, watch};
 
-use super::{Container, EVENTS, Inner, LocalRuntime, RuntimeConfig, Sandbox, State, check_id, link, remove_dir};
+use super::{
+    Container, EVENTS, Inner, LocalRuntime, RuntimeConfig, Sandbox, State, check_id, link, remove_dir,
+};
 use crate::api::{Error, Result, Runtime};
 use crate::cgroup::Cgroups;
 use crate::files::read_json;
@@ -28,7 +30,9 @@ impl LocalRuntime {
     /// Opens the data directory and adopts every sandbox whose shim lives.
     pub async fn open(config: RuntimeConfig, images: ImageStore) -> Result<Self> {
         if !config.root.is_absolute() || config.cgroup_root.is_empty() || config.cgroup_root.contains('/') {
-            return Err(Error::Invalid("the runtime needs an absolute root and a plain cgroup name".to_owned()));
+            return Err(Error::Invalid(
+                "the runtime needs an absolute root and a plain cgroup name".to_owned(),
+            ));
         }
         for dir in ["shims", "containers", "snapshots"] {
             fs::create_dir_all(config.root.join(dir)).map_err(failed)?;

@@ -99,7 +99,11 @@ impl Link {
     }
 
     /// Starts a process; returns its number for [`Op::KillExec`], and what comes with the answer.
-    pub async fn exec(&self, op: Op, fds: Vec<OwnedFd>) -> Result<(u64, Vec<OwnedFd>, oneshot::Receiver<Result<i32>>)> {
+    pub async fn exec(
+        &self,
+        op: Op,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(u64, Vec<OwnedFd>, oneshot::Receiver<Result<i32>>)> {
         let (sender, exit) = oneshot::channel();
         let (seq, answer) = self.send(op, fds, Some(sender)).await?;
         match answer.await {
@@ -165,7 +169,8 @@ impl Connection {
                 let mut with: &[OwnedFd] = &fds;
                 while !frame.is_empty() {
                     let borrowed: Vec<_> = with.iter().map(AsFd::as_fd).collect();
-                    let sent = stream.async_io(Interest::WRITABLE, || wire::send(stream.as_fd(), &frame, &borrowed));
+                    let sent =
+                        stream.async_io(Interest::WRITABLE, || wire::send(stream.as_fd(), &frame, &borrowed));
                     match sent.await {
                         Ok(n) => drop(frame.drain(..n)),
                         Err(_) => return,

@@ -208,7 +208,11 @@ impl LocalRuntime {
             ShimEvent::Started { id, started } => {
                 let pid = started.pid;
                 if self.container(&id, |c| c.started = Some(started)).is_ok() {
-                    self.send(Event::ContainerStarted { sandbox_id: sandbox_id.to_owned(), container_id: id, pid });
+                    self.send(Event::ContainerStarted {
+                        sandbox_id: sandbox_id.to_owned(),
+                        container_id: id,
+                        pid,
+                    });
                 }
             }
             ShimEvent::Exited { id, exit } => {
@@ -241,9 +245,10 @@ impl LocalRuntime {
             let Some(sandbox) = state.sandboxes.get_mut(sandbox_id) else { return };
             sandbox.link = None;
             let gone = sandbox.gone.clone();
-            let running = state.containers.values().filter(|c| {
-                c.record.sandbox_id == sandbox_id && c.state() == ContainerState::Running
-            });
+            let running = state
+                .containers
+                .values()
+                .filter(|c| c.record.sandbox_id == sandbox_id && c.state() == ContainerState::Running);
             (running.map(|c| c.record.clone()).collect::<Vec<_>>(), gone)
         };
         let (runtime, sandbox_id) = (self.clone(), sandbox_id.to_owned());
@@ -280,7 +285,8 @@ impl LocalRuntime {
     /// Starts the shim and waits until it says that it is up. Returns its pid and that of a pause process.
     async fn spawn_shim(&self, id: &str) -> Result<(i32, Option<i32>)> {
         let log = fs::File::create(self.shim_dir(id).join("shim.log")).map_err(failed)?;
-        let mut command = crate::shim::command(crate::shim::SHIM, &[self.inner.config.root.as_os_str(), id.as_ref()]);
+        let mut command =
+            crate::shim::command(crate::shim::SHIM, &[self.inner.config.root.as_os_str(), id.as_ref()]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
         let mut child = tokio::process::Command::from(command)
             .spawn()
@@ -288,7 +294,9 @@ impl LocalRuntime {
         let pid = child.id().unwrap_or_default() as i32;
         let mut line = String::new();
         let said = match child.stdout.take() {
-            Some(out) => tokio::time::timeout(SHIM_START_MAX, BufReader::new(out).read_line(&mut line)).await.is_ok(),
+            Some(out) => {
+                tokio::time::timeout(SHIM_START_MAX, BufReader::new(out).read_line(&mut line)).await.is_ok()
+            }
             None => false,
         };
         if let Some(pause) = line.strip_prefix("ok ").filter(|_| said) {
@@ -311,9 +319,11 @@ impl LocalRuntime {
         blocking(move || {
             cgroups.create(&shims, &Resources::default()).map_err(failed)?;
             cgroups.create(&prepared.spec.cgroup_parent, &prepared.spec.resources).map_err(failed)?;
-            fs::create_dir_all(&prepared.spec.log_dir).or_else(|e| match prepared.spec.log_dir.as_os_str().is_empty() {
-                true => Ok(()),
-                false => Err(failed(e)),
+            fs::create_dir_all(&prepared.spec.log_dir).or_else(|e| {
+                match prepared.spec.log_dir.as_os_str().is_empty() {
+                    true => Ok(()),
+                    false => Err(failed(e)),
+                }
             })?;
             files::write_json(&at.join("sandbox.json"), &prepared).map_err(failed)
         })
@@ -487,7 +497,10 @@ impl Runtime for LocalRuntime {
             };
             match fs::create_dir(&dir) {
                 Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
-                    return Err(Error::AlreadyExists(format!("container {:?} already exists", record.spec.id)));
+                    return Err(Error::AlreadyExists(format!(
+                        "container {:?} already exists",
+                        record.spec.id
+                    )));
                 }
                 done => done.map_err(failed)?,
             }

@@ -49,7 +49,8 @@ impl Terminal {
     }
 
     pub fn resize(&self, size: TerminalSize) {
-        let size = rustix::termios::Winsize { ws_row: size.height, ws_col: size.width, ws_xpixel: 0, ws_ypixel: 0 };
+        let size =
+            rustix::termios::Winsize { ws_row: size.height, ws_col: size.width, ws_xpixel: 0, ws_ypixel: 0 };
         let _ = rustix::termios::tcsetwinsize(self.0.get_ref(), size);
     }
 }

@@ -102,7 +102,8 @@ impl Container {
 
     /// It could not be started: that is how it ended.
     pub fn failed(&self, why: &str) -> Exit {
-        let exit = Exit { code: 128, at: log::now_ns(), start_error: Some(why.to_owned()), ..Default::default() };
+        let exit =
+            Exit { code: 128, at: log::now_ns(), start_error: Some(why.to_owned()), ..Default::default() };
         save(&self.dir.join("exit.json"), &exit);
         exit
     }
@@ -142,7 +143,13 @@ impl Container {
     }
 
     /// Adds a client's pipes; returns where its input goes.
-    pub fn attach(&mut self, stdin: bool, stdout: bool, stderr: bool, fds: Vec<OwnedFd>) -> io::Result<Option<OwnedFd>> {
+    pub fn attach(
+        &mut self,
+        stdin: bool,
+        stdout: bool,
+        stderr: bool,
+        fds: Vec<OwnedFd>,
+    ) -> io::Result<Option<OwnedFd>> {
         let mut fds = fds.into_iter();
         for (wanted, stream) in [(stdout, Stream::Stdout), (stderr, Stream::Stderr)] {
             let Some(fd) = wanted.then(|| fds.next()).flatten() else { continue };

@@ -27,7 +27,9 @@ pub fn main(mut args: impl Iterator<Item = OsString>) -> i32 {
     let (Some(socket), Some(dir), Some(pid)) = (next(), next(), next()) else { return 2 };
     let Some(socket) = socket.parse().ok().and_then(|n| sys::inherited_fd(n).ok()) else { return 2 };
     let (report, master) = match run(&socket, Path::new(&dir), pid.parse().unwrap_or(0)) {
-        Ok((pid, master)) => (Report::Started(Started { pid, at: log::now_ns(), ..Default::default() }), master),
+        Ok((pid, master)) => {
+            (Report::Started(Started { pid, at: log::now_ns(), ..Default::default() }), master)
+        }
         Err(e) => (Report::Failed(e), None),
     };
     send(&socket, &report, master)
@@ -101,7 +103,12 @@ fn become_process(spec: &Spec, process: &Process, exec: &ExecSpec, slave: Option
 
 type Program = (CString, Vec<CString>, Vec<CString>);
 
-fn prepare(spec: &Spec, process: &Process, exec: &ExecSpec, slave: Option<OwnedFd>) -> Result<Program, String> {
+fn prepare(
+    spec: &Spec,
+    process: &Process,
+    exec: &ExecSpec,
+    slave: Option<OwnedFd>,
+) -> Result<Program, String> {
     let at = |what: &'static str| move |e: rustix::io::Errno| format!("{what}: {e}");
     rustix::process::setsid().map_err(at("setsid"))?;
     if let Some(slave) = slave {
@@ -112,7 +119,8 @@ fn prepare(spec: &Spec, process: &Process, exec: &ExecSpec, slave: Option<OwnedF
     }
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     let cwd = process.cwd();
-    std::env::set_current_dir(cwd).map_err(|e| format!("chdir to cwd ({cwd:?}) set in config.json failed: {e}"))?;
+    std::env::set_current_dir(cwd)
+        .map_err(|e| format!("chdir to cwd ({cwd:?}) set in config.json failed: {e}"))?;
 
     let mut env: Vec<String> = process.env().clone().unwrap_or_default();
     if exec.tty && !env.iter().any(|e| e.starts_with("TERM=")) {
@@ -122,8 +130,7 @@ fn prepare(spec: &Spec, process: &Process, exec: &ExecSpec, slave: Option<OwnedF
     let name = exec.argv.first().ok_or("no command given")?;
 
     let user = process.user();
-    let groups: Vec<Gid> =
-        user.additional_gids().iter().flatten().map(|g| Gid::from_raw(*g)).collect();
+    let groups: Vec<Gid> = user.additional_gids().iter().flatten().map(|g| Gid::from_raw(*g)).collect();
     rustix::thread::set_thread_groups(&groups).map_err(at("setgroups"))?;
     let linux = spec.linux().as_ref();
     let seccomp = linux.and_then(|l| l.seccomp().as_ref());
@@ -155,7 +162,8 @@ fn prepare(spec: &Spec, process: &Process, exec: &ExecSpec, slave: Option<OwnedF
     sys::close_on_exec_from(3);
     let program = find_program(name, &path)?;
     let strings = |list: &[String]| -> Result<Vec<CString>, String> {
-        let one = |s: &String| CString::new(s.as_bytes()).map_err(|_| "a string contains a zero byte".to_owned());
+        let one =
+            |s: &String| CString::new(s.as_bytes()).map_err(|_| "a string contains a zero byte".to_owned());
         list.iter().map(one).collect()
     };
     Ok((program, strings(&exec.argv)?, strings(&env)?))
@@ -164,7 +172,8 @@ fn prepare(spec: &Spec, process: &Process, exec: &ExecSpec, slave: Option<OwnedF
 /// The file `name` stands for, searched in `path` like a shell does; the words of a failure are runc's.
 pub fn find_program(name: &str, path: &str) -> Result<CString, String> {
     let usable = |file: &Path| -> Result<(), nix::errno::Errno> {
-        let meta = fs::metadata(file).map_err(|e| nix::errno::Errno::from_raw(e.raw_os_error().unwrap_or(2)))?;
+        let meta =
+            fs::metadata(file).map_err(|e| nix::errno::Errno::from_raw(e.raw_os_error().unwrap_or(2)))?;
         if meta.is_dir() {
             return Err(nix::errno::Errno::EISDIR);
         }
@@ -174,7 +183,8 @@ pub fn find_program(name: &str, path: &str) -> Result<CString, String> {
         }
     };
     let cstring = |file: PathBuf| {
-        CString::new(file.into_os_string().into_vec()).map_err(|_| exec_error(name, nix::errno::Errno::EINVAL))
+        CString::new(file.into_os_string().into_vec())
+            .map_err(|_| exec_error(name, nix::errno::Errno::EINVAL))
     };
     if name.contains('/') {
         usable(Path::new(name)).map_err(|e| match e {
@@ -224,7 +234,10 @@ fn open_pty(process: &Process) -> io::Result<(OwnedFd, OwnedFd)> {
     use rustix::pty::OpenptFlags;
     let master = rustix::pty::openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
     rustix::pty::unlockpt(&master)?;
-    let slave = rustix::pty::ioctl_tiocgptpeer(&master, OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+    let slave = rustix::pty::ioctl_tiocgptpeer(
+        &master,
+        OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC,
+    )?;
     let _ = rustix::fs::fchown(&slave, Some(rustix::fs::Uid::from_raw(process.user().uid())), None);
     Ok((master, slave))
 }

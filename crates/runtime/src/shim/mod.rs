@@ -2,15 +2,15 @@
 //!
 //! It is this executable started again under another `argv[0]`, so that it branches off before any runtime,
 //! TLS or argument parser exists. It holds the pod's namespaces by living in them, is the parent of the pod's
-//! processes, writes their logs and exit files, and serves a unix socket. [`proto`] says what is spoken there.
+//! processes, writes their logs and exit files, and serves a unix socket. The module `proto` says what is spoken there.
 //!
 //! Three helpers share the trick: the *runner* makes one container with libcontainer and ends, *exec* starts
 //! one process in a running container and ends, *pause* is process 1 of a pod that shares its process
 //! namespace. None of them starts a thread.
 
+mod container;
 pub(crate) mod exec;
 pub(crate) mod log;
-mod container;
 mod pause;
 pub(crate) mod proto;
 mod runner;

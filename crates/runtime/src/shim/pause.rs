@@ -1,8 +1,8 @@
 //! Process 1 of a pod whose containers share their process namespace: holds it open and reaps orphans.
 
-use std::io::Write;
 use nix::sys::signal::{SigSet, Signal};
 use rustix::process::WaitOptions;
+use std::io::Write;
 
 use crate::sys;
 

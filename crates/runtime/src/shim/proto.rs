@@ -53,7 +53,11 @@ pub enum Op {
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Message {
     /// `fds` descriptors come with it.
-    Reply { seq: u64, fds: usize, result: Result<Reply, ShimError> },
+    Reply {
+        seq: u64,
+        fds: usize,
+        result: Result<Reply, ShimError>,
+    },
     Event(ShimEvent),
 }
 

@@ -27,7 +27,8 @@ use crate::{spec, sys, users};
 /// number of the node's mount namespace.
 pub fn main(mut args: impl Iterator<Item = OsString>) -> i32 {
     let mut next = || args.next().and_then(|a| a.into_string().ok());
-    let (Some(socket), Some(root), Some(id), Some(shim), Some(node)) = (next(), next(), next(), next(), next())
+    let (Some(socket), Some(root), Some(id), Some(shim), Some(node)) =
+        (next(), next(), next(), next(), next())
     else {
         return 2;
     };
@@ -98,7 +99,8 @@ impl Run {
             up.join("work").display(),
         );
         let rootfs = dir.join("rootfs");
-        let mounted = mount(Some("overlay"), &rootfs, Some("overlay"), MsFlags::empty(), Some(options.as_str()));
+        let mounted =
+            mount(Some("overlay"), &rootfs, Some("overlay"), MsFlags::empty(), Some(options.as_str()));
         std::env::set_current_dir("/").map_err(|e| e.to_string())?;
         mounted.map_err(|e| format!("mount overlay ({} layers): {e}", record.layers.len()))
     }
@@ -107,9 +109,10 @@ impl Run {
         let state = self.state_dir();
         let _ = fs::remove_dir_all(&state);
         fs::create_dir_all(&state).map_err(|e| format!("{}: {e}", state.display()))?;
-        let (outcome, report) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
-            .map_err(|e| format!("pipe: {e}"))?;
-        let console = record.spec.tty.then(|| Console::bind(dir)).transpose().map_err(|e| format!("console: {e}"))?;
+        let (outcome, report) =
+            rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|e| format!("pipe: {e}"))?;
+        let console =
+            record.spec.tty.then(|| Console::bind(dir)).transpose().map_err(|e| format!("console: {e}"))?;
         // libcontainer knows v1's controllers or v2; the rest is ours, and inherited. Now, because moving into a
         // cgroup waits for a grace period of the kernel (10 ms or more), and what follows at once does not.
         join_cgroups(&record.cgroup_dirs_beside, std::process::id() as i32)?;
@@ -118,9 +121,7 @@ impl Run {
             .with_executor(executor)
             .with_console_socket(console.as_ref().map(|c| c.path.clone()))
             .with_root_path(&state)
-            .and_then(|builder| {
-                builder.as_init(dir).with_systemd(false).with_detach(true).build()
-            });
+            .and_then(|builder| builder.as_init(dir).with_systemd(false).with_detach(true).build());
         let mut container = match built {
             Ok(container) => container,
             Err(e) => return Err(plain(&e)),

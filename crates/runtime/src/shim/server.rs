@@ -17,7 +17,9 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::process::WaitOptions;
 
 use super::container::Container;
-use super::proto::{ContainerRecord, Exit, Message, Op, Reply, Report, Request, SandboxRecord, ShimError, ShimEvent};
+use super::proto::{
+    ContainerRecord, Exit, Message, Op, Reply, Report, Request, SandboxRecord, ShimError, ShimEvent,
+};
 use super::runner::read_json;
 use super::{log, wire};
 use crate::api::ExecSpec;
@@ -119,7 +121,8 @@ impl Shim {
             .map_err(at("signalfd"))?;
 
         super::exec::join_cgroups(&record.cgroup_dirs, std::process::id() as i32)?;
-        let node_mounts: OwnedFd = fs::File::open("/proc/self/ns/mnt").map_err(io_at("open mount namespace"))?.into();
+        let node_mounts: OwnedFd =
+            fs::File::open("/proc/self/ns/mnt").map_err(io_at("open mount namespace"))?.into();
         let mut flags = CloneFlags::CLONE_NEWNS;
         flags.set(CloneFlags::CLONE_NEWNET, !spec.host_network);
         flags.set(CloneFlags::CLONE_NEWIPC, !spec.host_ipc);
@@ -133,7 +136,8 @@ impl Shim {
             let shm = dir.join("shm");
             fs::create_dir_all(&shm).map_err(io_at("make shm"))?;
             let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-            mount(Some("shm"), &shm, Some("tmpfs"), flags, Some("mode=1777,size=65536k")).map_err(at("mount shm"))?;
+            mount(Some("shm"), &shm, Some("tmpfs"), flags, Some("mode=1777,size=65536k"))
+                .map_err(at("mount shm"))?;
         }
         if !spec.host_network {
             if !spec.hostname.is_empty() {
@@ -210,10 +214,8 @@ impl Shim {
     /// Sleeps until something is to be done.
     fn wait(&mut self) -> io::Result<(Vec<Source>, Vec<String>)> {
         let mut sources = vec![Source::Listener, Source::Signals];
-        let mut fds = vec![
-            PollFd::new(&self.listener, PollFlags::IN),
-            PollFd::new(&self.signals, PollFlags::IN),
-        ];
+        let mut fds =
+            vec![PollFd::new(&self.listener, PollFlags::IN), PollFd::new(&self.signals, PollFlags::IN)];
         for (at, job) in self.jobs.iter().enumerate() {
             sources.push(Source::Job(at));
             fds.push(PollFd::new(&job.socket, PollFlags::IN));
@@ -299,7 +301,13 @@ impl Shim {
             Op::Hello => Ok(Reply::Hello { running: self.containers.keys().cloned().collect() }),
             Op::Start { id } => match self.start_container(&id) {
                 Ok((socket, helper, container)) => {
-                    self.jobs.push(Job { socket, helper, client, seq, kind: JobKind::Start(Box::new(container)) });
+                    self.jobs.push(Job {
+                        socket,
+                        helper,
+                        client,
+                        seq,
+                        kind: JobKind::Start(Box::new(container)),
+                    });
                     return;
                 }
                 Err(e) => Err(ShimError::Failed(e)),
@@ -362,11 +370,17 @@ impl Shim {
         let node = inherit(&self.node_mounts).map_err(|e| e.to_string())?;
         let number = node.as_raw_fd().to_string();
         let args: [&OsStr; 4] = [self.root.as_os_str(), id.as_ref(), pid.as_ref(), number.as_ref()];
-        let (socket, helper) = spawn(super::RUNNER, &args, stdio).map_err(|e| format!("start the runner: {e}"))?;
+        let (socket, helper) =
+            spawn(super::RUNNER, &args, stdio).map_err(|e| format!("start the runner: {e}"))?;
         Ok((socket, helper, container))
     }
 
-    fn start_exec(&mut self, id: &str, exec: &ExecSpec, fds: Vec<OwnedFd>) -> Result<(OwnedFd, i32), ShimError> {
+    fn start_exec(
+        &mut self,
+        id: &str,
+        exec: &ExecSpec,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(OwnedFd, i32), ShimError> {
         let failed = |e: io::Error| ShimError::Failed(format!("start exec: {e}"));
         let container = self.container(id)?;
         let mut fds = fds.into_iter();

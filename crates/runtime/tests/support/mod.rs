@@ -29,10 +29,13 @@ pub fn run_all(tests: &[(&str, TestFn)]) {
         if !wanted.is_empty() && !wanted.iter().any(|w| name.contains(w.as_str())) {
             continue;
         }
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let limit = Duration::from_secs(120);
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            runtime.block_on(async { tokio::time::timeout(limit, test()).await.expect("the test takes too long") });
+            runtime.block_on(async {
+                tokio::time::timeout(limit, test()).await.expect("the test takes too long")
+            });
         }));
         println!("test {name} ... {}", if result.is_ok() { "ok" } else { "FAILED" });
         if result.is_err() {
@@ -58,9 +61,9 @@ fn cannot_run() -> Option<&'static str> {
 /// A node with nothing on it but two images.
 pub struct Node {
     tmp: Option<tempfile::TempDir>,
+    root: PathBuf,
     pub runtime: LocalRuntime,
     pub cgroup_root: String,
-    mounts_before: usize,
 }
 
 impl Node {
@@ -69,27 +72,31 @@ impl Node {
         let tmp = tempfile::tempdir().unwrap();
         let n = COUNT.fetch_add(1, Ordering::Relaxed);
         let cgroup_root = format!("minke-test-{}-{n}", std::process::id());
-        let mounts_before = mounts();
         let images = ImageStore::open(tmp.path(), RegistryConfig::default()).unwrap();
         images.load(Cursor::new(busybox("SIGTERM", IMAGE)), None, None).await.unwrap();
         images.load(Cursor::new(busybox("SIGUSR1", USR1_IMAGE)), None, None).await.unwrap();
         let config = RuntimeConfig { root: tmp.path().to_owned(), cgroup_root: cgroup_root.clone() };
         let runtime = LocalRuntime::open(config, images).await.unwrap();
-        Self { tmp: Some(tmp), runtime, cgroup_root, mounts_before }
+        Self { root: tmp.path().to_owned(), tmp: Some(tmp), runtime, cgroup_root }
     }
 
     pub fn root(&self) -> PathBuf {
-        self.tmp.as_ref().unwrap().path().to_owned()
+        self.root.clone()
+    }
+
+    /// A node that belongs to another process.
+    pub async fn borrowed(root: PathBuf, cgroup_root: String) -> Self {
+        let images = ImageStore::open(&root, RegistryConfig::default()).unwrap();
+        let config = RuntimeConfig { root: root.clone(), cgroup_root: cgroup_root.clone() };
+        let runtime = LocalRuntime::open(config, images).await.unwrap();
+        Self { tmp: None, root, runtime, cgroup_root }
     }
 
     /// Forgets everything in memory, as a killed agent would, and opens the directory anew.
     pub async fn restart(mut self) -> Self {
-        let tmp = self.tmp.take();
-        let root = tmp.as_ref().unwrap().path().to_owned();
-        let images = ImageStore::open(&root, RegistryConfig::default()).unwrap();
-        let config = RuntimeConfig { root, cgroup_root: self.cgroup_root.clone() };
-        let runtime = LocalRuntime::open(config, images).await.unwrap();
-        Self { tmp, runtime, cgroup_root: self.cgroup_root.clone(), mounts_before: self.mounts_before }
+        let mut again = Self::borrowed(self.root.clone(), self.cgroup_root.clone()).await;
+        again.tmp = self.tmp.take();
+        again
     }
 
     /// Takes everything down and looks whether something is left.
@@ -98,7 +105,8 @@ impl Node {
         self.runtime.shutdown_all().await.unwrap();
         let root = self.root();
         for dir in ["shims", "containers"] {
-            let left: Vec<_> = std::fs::read_dir(root.join(dir)).unwrap().flatten().map(|e| e.path()).collect();
+            let left: Vec<_> =
+                std::fs::read_dir(root.join(dir)).unwrap().flatten().map(|e| e.path()).collect();
             assert!(left.is_empty(), "{left:?}");
         }
         for dir in self.runtime.cgroups().dirs(&self.cgroup_root) {
@@ -107,7 +115,9 @@ impl Node {
         for pid in pids {
             assert!(!Path::new(&format!("/proc/{pid}/exe")).exists(), "process {pid} is left");
         }
-        assert_eq!(mounts(), self.mounts_before, "mounts are left");
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let left: Vec<_> = mounts.lines().filter(|l| l.contains(root.to_str().unwrap())).collect();
+        assert!(left.is_empty(), "{left:?}");
         self.tmp.take().unwrap().close().unwrap();
     }
 
@@ -142,7 +152,8 @@ impl Node {
     }
 
     pub fn spec(&self, id: &str, script: &str) -> ContainerSpec {
-        let wait = Mount { host_path: self.scratch("wait"), container_path: "/wait".into(), ..Default::default() };
+        let wait =
+            Mount { host_path: self.scratch("wait"), container_path: "/wait".into(), ..Default::default() };
         ContainerSpec {
             id: id.into(),
             name: id.into(),
@@ -167,7 +178,9 @@ impl Node {
             if status.state == ContainerState::Exited {
                 return status;
             }
-            let _ = tokio::time::timeout(Duration::from_secs(60), events.recv()).await.expect("the container ends");
+            let _ = tokio::time::timeout(Duration::from_secs(60), events.recv())
+                .await
+                .expect("the container ends");
         }
     }
 
@@ -211,10 +224,6 @@ impl Drop for Node {
     }
 }
 
-fn mounts() -> usize {
-    std::fs::read_to_string("/proc/self/mountinfo").unwrap().lines().count()
-}
-
 pub fn kill(pid: i32) {
     let pid = rustix::process::Pid::from_raw(pid).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
@@ -223,7 +232,11 @@ pub fn kill(pid: i32) {
 pub fn memory(pid: i32) -> String {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
     let wanted = |l: &&str| ["Rss:", "Pss:", "Pss_Dirty:", "Private_Dirty:"].iter().any(|k| l.starts_with(k));
-    text.lines().filter(wanted).map(|l| l.split_whitespace().collect::<Vec<_>>().join(" ")).collect::<Vec<_>>().join(", ")
+    text.lines()
+        .filter(wanted)
+        .map(|l| l.split_whitespace().collect::<Vec<_>>().join(" "))
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 /// A `docker save` archive of an image with the node's busybox in it.
@@ -257,7 +270,8 @@ pub fn busybox(stop_signal: &str, tag: &str) -> Vec<u8> {
         add(&format!("bin/{name}"), Symlink, 0o777, b"", "/bin/busybox");
     }
     let layer = layer.into_inner().unwrap();
-    let diff_id = format!("sha256:{}", Sha256::digest(&layer).iter().map(|b| format!("{b:02x}")).collect::<String>());
+    let diff_id =
+        format!("sha256:{}", Sha256::digest(&layer).iter().map(|b| format!("{b:02x}")).collect::<String>());
     let arch = match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",
@@ -270,9 +284,11 @@ pub fn busybox(stop_signal: &str, tag: &str) -> Vec<u8> {
     });
     let manifest = json!([{ "Config": "config.json", "RepoTags": [tag], "Layers": ["layer.tar"] }]);
     let mut archive = tar::Builder::new(Vec::new());
-    for (name, bytes) in
-        [("config.json", config.to_string().into_bytes()), ("manifest.json", manifest.to_string().into_bytes()), ("layer.tar", layer)]
-    {
+    for (name, bytes) in [
+        ("config.json", config.to_string().into_bytes()),
+        ("manifest.json", manifest.to_string().into_bytes()),
+        ("layer.tar", layer),
+    ] {
         let mut header = tar::Header::new_gnu();
         header.set_size(bytes.len() as u64);
         header.set_mode(0o644);
