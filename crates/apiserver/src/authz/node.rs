@@ -28,6 +28,9 @@ pub fn authorize(snapshots: &dyn Snapshots, rules: &[Rule], node: &str, attribut
             reads && !name.is_empty() && needed(snapshots, node, namespace, resource, name)
         }
         ("", "persistentvolumes", "") if verb != "get" => false,
+        ("", "serviceaccounts", "") => {
+            verb == "get" && needed(snapshots, node, namespace, "serviceaccounts", name)
+        }
         ("", "serviceaccounts", "token") => {
             verb == "create" && needed(snapshots, node, namespace, "serviceaccounts", name)
         }
@@ -165,6 +168,7 @@ mod tests {
         check("delete", "secrets", "a", "vol", false);
         check("get", "configmaps", "a", "env", true);
         check("get", "configmaps", "a", "ca", true);
+        check("get", "serviceaccounts", "a", "bot", true);
         check("create", "serviceaccounts/token", "a", "bot", true);
         check("create", "serviceaccounts/token", "a", "default", false);
     }

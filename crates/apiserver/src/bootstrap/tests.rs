@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::StreamExt;
 use k8s_openapi::api::core::v1 as core;
-use minke_client::{Clock, ListOptions, Patch};
+use minke_client::{Clock, ListOptions, Patch, WatchEvent, WatchOptions};
 use minke_store::Store;
 use rcgen::{CertificateParams, IsCa, KeyPair};
 
@@ -96,16 +97,6 @@ async fn a_moved_server_corrects_its_endpoints() {
     assert_eq!(service["spec"]["ports"][0]["targetPort"], 7443);
 }
 
-/// Waits for something that a watch brings about.
-async fn until<F: AsyncFn() -> bool>(what: F) {
-    let waited = async {
-        while !what().await {
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(10), waited).await.expect("it happens soon");
-}
-
 #[tokio::test]
 async fn what_is_deleted_comes_back() {
     let cluster = cluster();
@@ -119,8 +110,14 @@ async fn what_is_deleted_comes_back() {
     {
         let target = Target::object(kind, "default", KUBERNETES);
         let old = client.get(target).await.unwrap();
+        let options = WatchOptions { from: old.revision(), ..WatchOptions::default() };
+        let changes = client.watch(kind, "default", options).await.unwrap();
         client.delete(target, DeleteOptions::default()).await.unwrap();
-        until(async || client.get(target).await.is_ok_and(|new| new.uid() != old.uid())).await;
+        let comes = changes.any(async |change| {
+            matches!(change, Ok(WatchEvent::Added(new)) if new.name() == KUBERNETES && new.uid() != old.uid())
+        });
+        let came = tokio::time::timeout(Duration::from_secs(10), comes).await;
+        assert_eq!(came, Ok(true), "{kind:?}");
     }
     stop.cancel();
     keeper.await.unwrap();
