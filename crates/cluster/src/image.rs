@@ -115,7 +115,8 @@ impl Command {
                 }
             }
             Command::Ls { output, quiet } => {
-                let images = store.list().await?;
+                let mut images = store.list().await?;
+                images.sort_by(|a, b| (&a.tags, &a.digests).cmp(&(&b.tags, &b.digests)));
                 match output {
                     _ if quiet => images.iter().try_for_each(|image| io.say(&image.id))?,
                     Some(format) => {
