@@ -22,7 +22,6 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::sync::{broadcast, watch};
 
 use self::link::Link;
-use self::session::Terminal;
 use crate::api::*;
 use crate::cgroup::Cgroups;
 use crate::device;
@@ -651,48 +650,7 @@ impl Runtime for LocalRuntime {
     }
 
     async fn attach(&self, id: &str, spec: AttachSpec) -> Result<Session> {
-        let link = self.link_of(id)?;
-        let (tty, has_stdin, ended) =
-            self.container(id, |c| (c.record.spec.tty, c.record.spec.stdin, c.ended.subscribe()))?;
-        let stdin = spec.stdin && has_stdin;
-        let stderr = spec.stderr && !tty;
-        let (mut fds, mut readers) = (Vec::new(), Vec::new());
-        for wanted in [spec.stdout, stderr] {
-            readers.push(match wanted {
-                true => {
-                    let (reader, fd) = session::output().map_err(failed)?;
-                    fds.push(fd);
-                    Some(reader)
-                }
-                false => None,
-            });
-        }
-        let op = Op::Attach { id: id.to_owned(), stdin, stdout: spec.stdout, stderr };
-        let (_, mut fds) = link.request(op, fds).await?;
-        let fd = fds.pop();
-        let (terminal, input) = match (tty, fd) {
-            (true, Some(fd)) => (Some(Terminal::new(fd).map_err(failed)?), None),
-            (false, Some(fd)) => (None, Some(session::writer(fd).map_err(failed)?)),
-            (_, None) => (None, None),
-        };
-        let (sender, exit) = tokio::sync::oneshot::channel();
-        let (runtime, id, mut ended) = (self.clone(), id.to_owned(), ended);
-        tokio::spawn(async move {
-            let _ = ended.wait_for(|ended| *ended).await;
-            let code = runtime.container(&id, |c| c.exit.as_ref().map(|e| e.code));
-            let _ = sender.send(code.and_then(|code| code.ok_or_else(|| no_container(&id))));
-        });
-        let stderr = readers.pop().flatten();
-        Ok(Session {
-            stdin: match &terminal {
-                Some(terminal) if stdin => Some(Box::new(terminal.clone())),
-                _ => input,
-            },
-            stdout: readers.pop().flatten(),
-            stderr,
-            resize: session::resizer(terminal),
-            exit,
-        })
+        self.start_attach(id, spec).await
     }
 
     async fn reopen_log(&self, id: &str) -> Result<()> {
@@ -742,46 +700,6 @@ impl Runtime for LocalRuntime {
 
 fn libc_sigkill() -> i32 {
     rustix::process::Signal::KILL.as_raw()
-}
-
-impl LocalRuntime {
-    async fn start_exec(&self, id: &str, spec: ExecSpec) -> Result<(Session, Arc<Link>, u64)> {
-        if spec.argv.is_empty() {
-            return Err(Error::Invalid("no command given".to_owned()));
-        }
-        let link = self.link_of(id)?;
-        let (mut stdin, mut stdout, mut stderr) = (None, None, None);
-        let mut fds = Vec::new();
-        if !spec.tty {
-            fds.push(match spec.stdin {
-                true => {
-                    let (writer, fd) = session::input().map_err(failed)?;
-                    stdin = Some(writer);
-                    fd
-                }
-                false => session::null().map_err(failed)?,
-            });
-            for (wanted, slot) in [(spec.stdout, &mut stdout), (spec.stderr, &mut stderr)] {
-                fds.push(match wanted {
-                    true => {
-                        let (reader, fd) = session::output().map_err(failed)?;
-                        *slot = Some(reader);
-                        fd
-                    }
-                    false => session::null().map_err(failed)?,
-                });
-            }
-        }
-        let (want_stdin, want_stdout) = (spec.stdin, spec.stdout);
-        let (number, mut fds, exit) = link.exec(Op::Exec { id: id.to_owned(), exec: spec }, fds).await?;
-        let terminal = fds.pop().map(Terminal::new).transpose().map_err(failed)?;
-        if let Some(terminal) = &terminal {
-            stdin = want_stdin.then(|| Box::new(terminal.clone()) as session::Writer);
-            stdout = want_stdout.then(|| Box::new(terminal.clone()) as session::Reader);
-        }
-        let session = Session { stdin, stdout, stderr, resize: session::resizer(terminal), exit };
-        Ok((session, link, number))
-    }
 }
 
 /// The directories of a container's root filesystem, and its record last: without it there is no container.
