@@ -7,71 +7,94 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Node, Pod};
 use minke_api::{FieldSelector, Kind, Object, time};
-use minke_client::{Client, DeleteOptions, Informers, Patch, Target};
+use minke_client::{Client, Clock, DeleteOptions, Informers, Patch, Target};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use super::Api;
-
+const LEASES: &str = "kube-node-lease";
 const LEASE_PERIOD: Duration = Duration::from_secs(10);
 
-/// Registers the node and starts its kubelet. `silent` ends its signs of life, not its pods.
-pub(super) fn start(api: &Arc<Api>, name: &str, seed: u64, silent: CancellationToken) {
-    let number: u64 = name.bytes().fold(0, |sum, byte| sum * 31 + u64::from(byte));
-    let now = time::format_seconds(api.clock().now());
-    api.must_create(json!({
-        "apiVersion": "v1", "kind": "Node",
-        "metadata": { "name": name, "labels": { "kubernetes.io/hostname": name } },
-        "status": {
-            "addresses": [{ "type": "InternalIP", "address": format!("10.0.0.{}", number % 250) }],
-            "allocatable": { "cpu": "16", "memory": "64Gi", "pods": "110" },
-            "conditions": [{ "type": "Ready", "status": "True", "lastHeartbeatTime": now, "lastTransitionTime": now }],
-        },
-    }));
-    let lease = json!({
-        "apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
-        "metadata": { "name": name, "namespace": "kube-node-lease" },
-        "spec": { "holderIdentity": name, "renewTime": time::format_micros(api.clock().now()) },
-    });
-    api.must_create(lease);
-    let client: Arc<dyn Client> = Arc::new(api.client(name, Duration::ZERO, None));
-    tokio::spawn(renew(client.clone(), api.clone(), name.to_owned(), silent));
-    tokio::spawn(follow(client, api.clone(), name.to_owned(), StdRng::seed_from_u64(seed ^ number)));
+/// A kubelet of a node `name`, which reaches the cluster through `client`.
+pub struct Kubelet {
+    pub client: Arc<dyn Client>,
+    pub clock: Clock,
+    pub name: String,
+    pub seed: u64,
+    /// Longest time that a pod takes to start or to stop.
+    pub slowness: Duration,
 }
 
-async fn renew(client: Arc<dyn Client>, api: Arc<Api>, name: String, silent: CancellationToken) {
-    let lease = Target::object(Kind::of::<Lease>(), "kube-node-lease", &name);
-    loop {
-        tokio::select! { () = silent.cancelled() => return, () = tokio::time::sleep(LEASE_PERIOD) => {} }
-        let now = time::format_micros(api.clock().now());
-        let _ = client.patch(lease, Patch::Merge(json!({ "spec": { "renewTime": now } }))).await;
+impl Kubelet {
+    /// Registers the node and follows its pods. `silent` ends its signs of life, not its pods.
+    /// Must be called within a tokio runtime.
+    pub fn start(self, silent: CancellationToken) {
+        let kubelet = Arc::new(self);
+        tokio::spawn(async move {
+            kubelet.register().await;
+            tokio::spawn(kubelet.clone().renew(silent));
+            kubelet.follow().await;
+        });
     }
-}
 
-async fn follow(client: Arc<dyn Client>, api: Arc<Api>, name: String, mut rng: StdRng) {
-    let fields =
-        FieldSelector::parse(Kind::of::<Pod>(), &format!("spec.nodeName={name}")).expect("a selector");
-    let informers = Informers::new(client.clone(), CancellationToken::new());
-    let mut changes = informers.selected(Kind::of::<Pod>(), fields).subscribe();
-    let (mut started, mut stopping) = (HashSet::new(), HashSet::new());
-    let mut ip = 0;
-    while let Some(change) = changes.recv().await {
-        let Some(pod) = change.new else { continue };
-        let uid = pod.uid().to_owned();
-        let pause = Duration::from_millis(rng.random_range(200..3000));
-        if pod.deleted().is_some() {
-            if stopping.insert(uid) {
-                tokio::spawn(stop(client.clone(), pod, pause));
+    /// A number of the node's own.
+    fn number(&self) -> u64 {
+        self.name.bytes().fold(0, |sum: u64, byte| sum.wrapping_mul(31).wrapping_add(u64::from(byte)))
+    }
+
+    async fn register(&self) {
+        let now = time::format_seconds(self.clock.now());
+        let node = json!({
+            "apiVersion": "v1", "kind": "Node",
+            "metadata": { "name": self.name, "labels": { "kubernetes.io/hostname": self.name } },
+            "status": {
+                "addresses": [{ "type": "InternalIP", "address": format!("10.0.0.{}", self.number() % 250 + 1) }],
+                "capacity": { "cpu": "16", "memory": "64Gi", "pods": "110" },
+                "allocatable": { "cpu": "16", "memory": "64Gi", "pods": "110" },
+                "conditions": [{ "type": "Ready", "status": "True", "lastHeartbeatTime": now, "lastTransitionTime": now }],
+            },
+        });
+        let created = self.client.create(Target::collection(Kind::of::<Node>(), ""), node).await;
+        created.expect("a node can be registered");
+        let lease = json!({
+            "apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
+            "metadata": { "name": self.name, "namespace": LEASES },
+            "spec": { "holderIdentity": self.name, "renewTime": time::format_micros(self.clock.now()) },
+        });
+        let created = self.client.create(Target::collection(Kind::of::<Lease>(), LEASES), lease).await;
+        created.expect("a lease can be made");
+    }
+
+    async fn renew(self: Arc<Kubelet>, silent: CancellationToken) {
+        let lease = Target::object(Kind::of::<Lease>(), LEASES, &self.name);
+        loop {
+            tokio::select! { () = silent.cancelled() => return, () = tokio::time::sleep(LEASE_PERIOD) => {} }
+            let now = time::format_micros(self.clock.now());
+            let _ = self.client.patch(lease, Patch::Merge(json!({ "spec": { "renewTime": now } }))).await;
+        }
+    }
+
+    async fn follow(self: Arc<Kubelet>) {
+        let mut rng = StdRng::seed_from_u64(self.seed ^ self.number());
+        let fields = FieldSelector::parse(Kind::of::<Pod>(), &format!("spec.nodeName={}", self.name)).expect("a selector");
+        let informers = Informers::new(self.client.clone(), CancellationToken::new());
+        let mut changes = informers.selected(Kind::of::<Pod>(), fields).subscribe();
+        let (mut started, mut stopping) = (HashSet::new(), HashSet::new());
+        while let Some(change) = changes.recv().await {
+            let Some(pod) = change.new else { continue };
+            let uid = pod.uid().to_owned();
+            let pause = self.slowness.mul_f64(rng.random_range(0.1..1.0));
+            if pod.deleted().is_some() {
+                if stopping.insert(uid) {
+                    tokio::spawn(stop(self.client.clone(), pod, pause));
+                }
+            } else if started.insert(uid) {
+                let address = format!("10.244.{}.{}", self.number() % 250, started.len());
+                tokio::spawn(run(self.client.clone(), self.clock, pod, address, pause));
             }
-        } else if started.insert(uid) {
-            ip += 1;
-            let address =
-                format!("10.244.{}.{ip}", name.len() + usize::from(name.as_bytes()[name.len() - 1]));
-            tokio::spawn(run(client.clone(), api.clone(), pod, address, pause));
         }
     }
 }
@@ -84,11 +107,11 @@ async fn stop(client: Arc<dyn Client>, pod: Arc<Object>, pause: Duration) {
     let _ = client.delete(Target::of(&pod), options).await;
 }
 
-async fn run(client: Arc<dyn Client>, api: Arc<Api>, pod: Arc<Object>, address: String, pause: Duration) {
+async fn run(client: Arc<dyn Client>, clock: Clock, pod: Arc<Object>, address: String, pause: Duration) {
     tokio::time::sleep(pause).await;
     let spec = pod.value();
     let image = spec["spec"]["containers"][0]["image"].as_str().unwrap_or_default().to_owned();
-    let now = || time::format_seconds(api.clock().now());
+    let now = || time::format_seconds(clock.now());
     let ready = |value: &str| json!({ "type": "Ready", "status": value, "lastTransitionTime": now() });
     let write = |status: Value| {
         let (client, pod) = (client.clone(), pod.clone());

@@ -8,6 +8,7 @@ mod api;
 mod kubelet;
 
 pub use api::{Api, Write};
+pub use kubelet::Kubelet;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -58,7 +59,14 @@ impl Sim {
         for n in 1..=count {
             let name = format!("node{n}");
             let stop = CancellationToken::new();
-            kubelet::start(&self.api, &name, self.seed, stop.clone());
+            let kubelet = Kubelet {
+                client: Arc::new(self.api.client(&name, Duration::ZERO, None)),
+                clock: self.api.clock(),
+                name: name.clone(),
+                seed: self.seed,
+                slowness: Duration::from_secs(3),
+            };
+            kubelet.start(stop.clone());
             self.nodes.push((name, stop));
         }
         self
