@@ -9,7 +9,16 @@ fn main() {
     let var = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("cargo sets {name}"));
     let out = Path::new(&var("OUT_DIR")).join("hello");
     let status = Command::new(var("RUSTC"))
-        .args(["--edition", "2024", "--crate-name", "hello", "--crate-type", "bin", "--target", &var("TARGET")])
+        .args([
+            "--edition",
+            "2024",
+            "--crate-name",
+            "hello",
+            "--crate-type",
+            "bin",
+            "--target",
+            &var("TARGET"),
+        ])
         .args(["-C", "target-feature=+crt-static", "-C", "opt-level=z", "-C", "panic=abort", "-C", "lto=fat"])
         .args(["-C", "codegen-units=1", "-C", "strip=symbols", "--remap-path-prefix"])
         .arg(format!("{}=/minke", var("CARGO_MANIFEST_DIR")))

@@ -14,12 +14,15 @@ pub async fn ensure(client: &dyn Client, service_cidr: Ipv4Net) -> Result<()> {
     for object in objects(&dns_address(service_cidr).to_string()) {
         let text = |path: &str| object.pointer(path).and_then(Value::as_str).unwrap_or_default().to_owned();
         let (kind, name, namespace) = (text("/kind"), text("/metadata/name"), text("/metadata/namespace"));
-        let kind = Kind::by_api_version(&text("/apiVersion"), &kind).with_context(|| format!("no kind {kind}"))?;
+        let kind =
+            Kind::by_api_version(&text("/apiVersion"), &kind).with_context(|| format!("no kind {kind}"))?;
         match client.create(Target::collection(kind, &namespace), object).await {
             Ok(_) => {}
             Err(error) if error.is_already_exists() => {}
             // The address belongs to the Service that is there already, under whatever name.
-            Err(error) if is_taken(&error) => tracing::warn!(%error, "The address of the cluster DNS is taken"),
+            Err(error) if is_taken(&error) => {
+                tracing::warn!(%error, "The address of the cluster DNS is taken")
+            }
             Err(error) => return Err(error).with_context(|| format!("make {} {name}", kind.plural)),
         }
     }

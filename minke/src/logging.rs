@@ -17,7 +17,13 @@ use tracing_subscriber::fmt::MakeWriter;
 pub fn start(file: Option<&DataDir>) {
     let filter = EnvFilter::try_from_env("MINKE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let writer = LogWriter {
-        file: file.map(|data| Arc::new(Rotation { path: data.join("minke.log"), written: AtomicU64::new(0), turn: Mutex::new(()) })),
+        file: file.map(|data| {
+            Arc::new(Rotation {
+                path: data.join("minke.log"),
+                written: AtomicU64::new(0),
+                turn: Mutex::new(()),
+            })
+        }),
     };
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(writer).init();
 }

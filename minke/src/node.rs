@@ -90,7 +90,8 @@ pub async fn start(
     };
     let listen = SocketAddr::new(dns.into(), 53);
     let dns_config = DnsConfig { listen, zone, resolv_conf: "/etc/resolv.conf".into() };
-    let server = minke_dns::Server::bind(dns_config).await.with_context(|| format!("serve DNS on {listen}"))?;
+    let server =
+        minke_dns::Server::bind(dns_config).await.with_context(|| format!("serve DNS on {listen}"))?;
     let (informers, ending) = (Informers::new(clients.dns, stop.clone()), stop.clone());
     tasks.spawn(async move { server.run(&informers, ending).await });
 
@@ -149,8 +150,11 @@ impl AgentArgs {
             Ok(Arc::new(HttpsClient::new(&identity)?))
         };
         let keys = &setting.keys;
-        let clients =
-            NodeClients { kubelet: client(&keys.kubelet_client)?, proxy: client(&keys.proxy)?, dns: client(&keys.dns)? };
+        let clients = NodeClients {
+            kubelet: client(&keys.kubelet_client)?,
+            proxy: client(&keys.proxy)?,
+            dns: client(&keys.dns)?,
+        };
         let tasks = TaskTracker::new();
         start(data, &setting, clients, &tasks, &stop).await?;
         tracing::info!(node = setting.node_name, server = server.server, "The node runs");

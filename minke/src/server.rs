@@ -115,7 +115,8 @@ impl ServerArgs {
         let api = tokio::spawn(server.run(stop_api.clone()));
 
         let informers = Informers::new(manager, stop.clone());
-        let config = minke_controllers::Config { root_ca: setting.keys.ca.certificate.clone(), ..Default::default() };
+        let config =
+            minke_controllers::Config { root_ca: setting.keys.ca.certificate.clone(), ..Default::default() };
         let account = move |name: &str| clients_of(UserInfo::service_account("kube-system", name));
         tasks.spawn(minke_controllers::run(config, account, informers, stop.clone()));
         let seen = Informers::new(scheduler, stop.clone());
@@ -206,9 +207,12 @@ impl Setting {
         let (node_ip, mtu) = match (config.node_ip, found) {
             (Some(address), found) => (address, found.map_or(1500, |found| found.mtu)),
             (None, Some(found)) => (found.address, found.mtu),
-            (None, None) => bail!("this machine has no address but loopback: choose the node's with --node-ip"),
+            (None, None) => {
+                bail!("this machine has no address but loopback: choose the node's with --node-ip")
+            }
         };
-        let node_name = config.node_name.clone().unwrap_or_else(|| minke_network::host_name().to_ascii_lowercase());
+        let node_name =
+            config.node_name.clone().unwrap_or_else(|| minke_network::host_name().to_ascii_lowercase());
         let service_ip = minke_apiserver::kubernetes_service_address(&config.service_cidr.into());
         let names = Names {
             node_name: node_name.clone(),
@@ -220,7 +224,12 @@ impl Setting {
         let setting =
             Setting { config, node_name, node_ip, mtu, keys: Arc::new(keys), _lock: Arc::new(lock) };
         let server = setting.server();
-        let entry = Entry { name: "minke", server: &server, ca: &setting.keys.ca.certificate, user: &setting.keys.admin };
+        let entry = Entry {
+            name: "minke",
+            server: &server,
+            ca: &setting.keys.ca.certificate,
+            user: &setting.keys.admin,
+        };
         write_file(&data.join("kubeconfig"), entry.to_yaml().as_bytes(), 0o600)?;
         data.register(&setting.config)?;
         Ok(setting)
@@ -235,7 +244,12 @@ impl Setting {
 /// As many workers as cores, and few threads for what blocks: each costs memory.
 pub fn runtime() -> Result<tokio::runtime::Runtime> {
     let mut builder = tokio::runtime::Builder::new_multi_thread();
-    Ok(builder.enable_all().max_blocking_threads(32).thread_stack_size(1 << 20).thread_name("minke").build()?)
+    Ok(builder
+        .enable_all()
+        .max_blocking_threads(32)
+        .thread_stack_size(1 << 20)
+        .thread_name("minke")
+        .build()?)
 }
 
 pub fn stop_on_signals(stop: &CancellationToken) -> Result<()> {

@@ -92,6 +92,7 @@ impl<'a> Target<'a> {
         Target::object(kind, namespace, "")
     }
 
+    #[expect(clippy::should_implement_trait, reason = "it names a subresource; nobody subtracts targets")]
     pub fn sub(self, subresource: &'a str) -> Target<'a> {
         Target { subresource, ..self }
     }

@@ -24,7 +24,12 @@ pub fn resolve(host: &str) -> Vec<IpAddr> {
         }
     }
     let config = Config::read();
-    config.candidates(host).iter().map(|name| config.ask(name)).find(|found| !found.is_empty()).unwrap_or_default()
+    config
+        .candidates(host)
+        .iter()
+        .map(|name| config.ask(name))
+        .find(|found| !found.is_empty())
+        .unwrap_or_default()
 }
 
 struct Config {
@@ -39,7 +44,9 @@ impl Config {
         for line in read_to_string("/etc/resolv.conf").unwrap_or_default().lines() {
             let mut words = line.split_whitespace();
             match words.next() {
-                Some("nameserver") => config.servers.extend(words.next().and_then(|w| w.parse::<IpAddr>().ok())),
+                Some("nameserver") => {
+                    config.servers.extend(words.next().and_then(|w| w.parse::<IpAddr>().ok()))
+                }
                 Some("search") => config.search = words.map(str::to_owned).collect(),
                 Some("options") => {
                     for dots in words.filter_map(|w| w.strip_prefix("ndots:")?.parse().ok()) {

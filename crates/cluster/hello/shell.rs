@@ -68,8 +68,9 @@ struct Shell {
 
 impl Shell {
     fn new() -> Shell {
-        let variables =
-            std::env::vars_os().map(|(k, v)| (k.to_string_lossy().into(), v.to_string_lossy().into())).collect();
+        let variables = std::env::vars_os()
+            .map(|(k, v)| (k.to_string_lossy().into(), v.to_string_lossy().into()))
+            .collect();
         Shell {
             variables,
             arguments: Vec::new(),
@@ -87,7 +88,11 @@ impl Shell {
         let mut text = String::new();
         loop {
             let place = std::env::current_dir().unwrap_or_default();
-            let prompt = if text.is_empty() { format!("{}:{} # ", hostname(), place.display()) } else { "> ".to_owned() };
+            let prompt = if text.is_empty() {
+                format!("{}:{} # ", hostname(), place.display())
+            } else {
+                "> ".to_owned()
+            };
             say(1, &prompt);
             match io::stdin().lock().read_line(&mut text) {
                 Ok(0) | Err(_) => {
@@ -545,8 +550,10 @@ impl Shell {
         let mut sum = 0i64;
         let mut product = 0i64;
         let mut op = '+';
-        let spaced: String =
-            text.chars().flat_map(|c| if "+-*/%".contains(c) { vec![' ', c, ' '] } else { vec![c] }).collect();
+        let spaced: String = text
+            .chars()
+            .flat_map(|c| if "+-*/%".contains(c) { vec![' ', c, ' '] } else { vec![c] })
+            .collect();
         for token in spaced.split_whitespace() {
             if let Some(c) = token.chars().next().filter(|c| token.len() == 1 && "+-*/%".contains(*c)) {
                 op = c;

@@ -109,15 +109,18 @@ fn echo(args: &[String]) -> i32 {
 }
 
 fn env(_: &[String]) -> i32 {
-    let lines: String =
-        std::env::vars_os().map(|(k, v)| format!("{}={}\n", k.to_string_lossy(), v.to_string_lossy())).collect();
+    let lines: String = std::env::vars_os()
+        .map(|(k, v)| format!("{}={}\n", k.to_string_lossy(), v.to_string_lossy()))
+        .collect();
     say(1, &lines)
 }
 
 fn head(args: &[String]) -> i32 {
-    let count = args.iter().position(|a| a == "-n").and_then(|at| args.get(at + 1)?.parse().ok()).unwrap_or(10);
+    let count =
+        args.iter().position(|a| a == "-n").and_then(|at| args.get(at + 1)?.parse().ok()).unwrap_or(10);
     let mut text = String::new();
-    let path = args.last().filter(|a| !a.starts_with('-') && a.parse::<u64>().is_err()).map_or("-", String::as_str);
+    let path =
+        args.last().filter(|a| !a.starts_with('-') && a.parse::<u64>().is_err()).map_or("-", String::as_str);
     if let Err(error) = open(path).and_then(|mut file| file.read_to_string(&mut text)) {
         return complain("head", path, error);
     }
@@ -134,7 +137,14 @@ fn wc(args: &[String]) -> i32 {
     match args.first().map(String::as_str) {
         Some("-c") => say(1, &format!("{}\n", bytes.len())),
         Some("-l") => say(1, &format!("{lines}\n")),
-        _ => say(1, &format!("{lines} {} {}\n", String::from_utf8_lossy(&bytes).split_whitespace().count(), bytes.len())),
+        _ => say(
+            1,
+            &format!(
+                "{lines} {} {}\n",
+                String::from_utf8_lossy(&bytes).split_whitespace().count(),
+                bytes.len()
+            ),
+        ),
     }
 }
 
@@ -193,12 +203,28 @@ fn ls(args: &[String]) -> i32 {
 
 fn long_line(path: &str, name: &str) -> String {
     let Ok(meta) = fs::symlink_metadata(path) else { return format!("? {name}\n") };
-    let kind = if meta.is_dir() { 'd' } else if meta.is_symlink() { 'l' } else { '-' };
+    let kind = if meta.is_dir() {
+        'd'
+    } else if meta.is_symlink() {
+        'l'
+    } else {
+        '-'
+    };
     let mode: String = (0..9)
-        .map(|bit| if meta.permissions().mode() & (0o400 >> bit) != 0 { ['r', 'w', 'x'][bit % 3] } else { '-' })
+        .map(
+            |bit| {
+                if meta.permissions().mode() & (0o400 >> bit) != 0 { ['r', 'w', 'x'][bit % 3] } else { '-' }
+            },
+        )
         .collect();
     let target = fs::read_link(path).map(|to| format!(" -> {}", to.display())).unwrap_or_default();
-    format!("{kind}{mode} {:3} {:5} {:5} {:9} {name}{target}\n", meta.nlink(), meta.uid(), meta.gid(), meta.len())
+    format!(
+        "{kind}{mode} {:3} {:5} {:5} {:9} {name}{target}\n",
+        meta.nlink(),
+        meta.uid(),
+        meta.gid(),
+        meta.len()
+    )
 }
 
 fn mkdir(args: &[String]) -> i32 {
@@ -323,7 +349,9 @@ fn nc(args: &[String]) -> i32 {
     let (Some(host), Some(Ok(port))) = (words.first(), words.get(1).map(|p| p.parse::<u16>())) else {
         return complain("nc", "usage", "nc [-z] HOST PORT");
     };
-    let Some(address) = names::resolve(host).first().copied() else { return complain("nc", host, "unknown host") };
+    let Some(address) = names::resolve(host).first().copied() else {
+        return complain("nc", host, "unknown host");
+    };
     let address = SocketAddr::new(address, port);
     let mut stream = match TcpStream::connect_timeout(&address, Duration::from_secs(10)) {
         Ok(stream) => stream,
@@ -409,7 +437,11 @@ fn wget(args: &[String]) -> i32 {
         }
     }
     if to_file {
-        let name = fetch.url.rsplit('/').next().filter(|name| !name.is_empty() && fetch.url.matches('/').count() > 2);
+        let name = fetch
+            .url
+            .rsplit('/')
+            .next()
+            .filter(|name| !name.is_empty() && fetch.url.matches('/').count() > 2);
         fetch.output = Some(name.unwrap_or("index.html").to_owned());
     }
     match fetch.run() {
@@ -430,7 +462,9 @@ impl Fetch {
         }
         let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
         let (host, port) = match authority.rsplit_once(':') {
-            Some((host, port)) if !port.ends_with(']') => (host, port.parse().map_err(|_| (3, "bad port".to_owned()))?),
+            Some((host, port)) if !port.ends_with(']') => {
+                (host, port.parse().map_err(|_| (3, "bad port".to_owned()))?)
+            }
             _ => (authority, 80u16),
         };
         let end = Instant::now() + self.timeout;
@@ -441,17 +475,21 @@ impl Fetch {
         }
         let mut connected = Err((7, String::new()));
         for address in addresses {
-            connected = TcpStream::connect_timeout(&SocketAddr::new(address, port), left()).map_err(|error| match error.kind() {
-                io::ErrorKind::TimedOut => (28, format!("{host} port {port}: connection timed out")),
-                _ => (7, format!("{host} port {port}: {error}")),
-            });
+            connected =
+                TcpStream::connect_timeout(&SocketAddr::new(address, port), left()).map_err(|error| {
+                    match error.kind() {
+                        io::ErrorKind::TimedOut => (28, format!("{host} port {port}: connection timed out")),
+                        _ => (7, format!("{host} port {port}: {error}")),
+                    }
+                });
             if connected.is_ok() {
                 break;
             }
         }
         let mut stream = connected?;
         let path = if path.is_empty() { "/" } else { path };
-        let request = format!("GET {path} HTTP/1.0\r\nHost: {authority}\r\nUser-Agent: hello\r\nAccept: */*\r\n\r\n");
+        let request =
+            format!("GET {path} HTTP/1.0\r\nHost: {authority}\r\nUser-Agent: hello\r\nAccept: */*\r\n\r\n");
         stream.write_all(request.as_bytes()).map_err(|error| (55, error.to_string()))?;
         let mut answer = Vec::new();
         let mut chunk = [0; 8192];

@@ -136,7 +136,11 @@ impl Server {
         let end = Instant::now() + DRAIN;
         let mut state = self.lock();
         for (stream, busy) in state.connections.values() {
-            let _ = if *busy { stream.set_read_timeout(Some(Duration::from_secs(1))) } else { stream.shutdown(Shutdown::Both) };
+            let _ = if *busy {
+                stream.set_read_timeout(Some(Duration::from_secs(1)))
+            } else {
+                stream.shutdown(Shutdown::Both)
+            };
         }
         while !state.connections.is_empty() {
             let left = end.saturating_duration_since(Instant::now());
@@ -186,7 +190,8 @@ impl Server {
     fn answer(&self, request: &Request, out: &mut TcpStream) -> bool {
         let (path, query) = request.target.split_once('?').unwrap_or((&request.target, ""));
         let number = |name: &str| {
-            let value = query.split('&').find_map(|pair| pair.split_once('=').filter(|(key, _)| *key == name));
+            let value =
+                query.split('&').find_map(|pair| pair.split_once('=').filter(|(key, _)| *key == name));
             value.and_then(|(_, value)| value.parse::<u64>().ok()).unwrap_or(0)
         };
         let (code, body) = match path {
@@ -229,7 +234,11 @@ fn read_request(input: &mut BufReader<TcpStream>) -> Result<Request, u16> {
         let mut text = String::new();
         let n = input.by_ref().take(left).read_line(&mut text).map_err(|_| 400u16)? as u64;
         left -= n;
-        if !text.ends_with('\n') { Err(if left == 0 { 431 } else { 400 }) } else { Ok(text.trim_end().to_owned()) }
+        if !text.ends_with('\n') {
+            Err(if left == 0 { 431 } else { 400 })
+        } else {
+            Ok(text.trim_end().to_owned())
+        }
     };
     let first = line()?;
     let mut words = first.split(' ');

@@ -61,7 +61,8 @@ pub async fn serve(listener: UnixListener, handler: Arc<dyn Handler>, stop: Canc
     let places = Arc::new(tokio::sync::Semaphore::new(REQUESTS_MAX));
     loop {
         let Ok(place) = places.clone().acquire_owned().await else { return };
-        let connection = tokio::select! { accepted = listener.accept() => accepted, () = stop.cancelled() => return };
+        let connection =
+            tokio::select! { accepted = listener.accept() => accepted, () = stop.cancelled() => return };
         match connection {
             Ok((stream, _)) => {
                 let handler = handler.clone();
@@ -133,7 +134,9 @@ pub fn call(data: &DataDir, request: &Request) -> Result<Option<Call>> {
 fn call_path(path: &Path, request: &Request) -> Result<Option<Call>> {
     let mut stream = match StdUnixStream::connect(path) {
         Ok(stream) => stream,
-        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => return Ok(None),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
+            return Ok(None);
+        }
         Err(error) => return Err(error).with_context(|| format!("connect to {}", path.display())),
     };
     let mut line = serde_json::to_vec(request)?;
@@ -144,7 +147,7 @@ fn call_path(path: &Path, request: &Request) -> Result<Option<Call>> {
 
 impl Call {
     /// The next reply; an error when the server went away before the last one.
-    pub fn next(&mut self) -> Result<Reply> {
+    pub fn reply(&mut self) -> Result<Reply> {
         let mut line = String::new();
         if self.0.read_line(&mut line)? == 0 {
             anyhow::bail!("the server ended before it answered");
@@ -155,7 +158,7 @@ impl Call {
     /// Reads to the answer, handing what comes before it to `other`.
     pub fn answer(mut self, mut other: impl FnMut(Reply)) -> Result<Value> {
         loop {
-            match self.next()? {
+            match self.reply()? {
                 Reply::Done(value) => return Ok(value),
                 Reply::Error(error) => return Err(anyhow!(error)),
                 reply => other(reply),

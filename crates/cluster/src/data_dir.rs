@@ -55,7 +55,8 @@ pub struct Wishes {
 impl DataDir {
     /// Relative paths are taken from the working directory, links are followed where they exist.
     pub fn new(path: &Path) -> Result<DataDir> {
-        let absolute = std::path::absolute(path).with_context(|| format!("data directory {}", path.display()))?;
+        let absolute =
+            std::path::absolute(path).with_context(|| format!("data directory {}", path.display()))?;
         // Only what exists can be resolved; the id must be the same before and after it is made.
         let mut missing = Vec::new();
         let mut at = absolute.as_path();
@@ -120,7 +121,11 @@ impl DataDir {
         let text = match fs::read(&path) {
             Ok(text) => text,
             Err(error) if error.kind() == ErrorKind::NotFound => {
-                bail!("there is no cluster in {}: make one with `minke{} up`", self.0.display(), self.option())
+                bail!(
+                    "there is no cluster in {}: make one with `minke{} up`",
+                    self.0.display(),
+                    self.option()
+                )
             }
             Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
         };
@@ -170,7 +175,8 @@ impl DataDir {
         let taken: Vec<u16> = others.iter().flat_map(|other| [other.api_port, other.kubelet_port]).collect();
         config.api_port = ports::free(6444, &taken)?;
         config.kubelet_port = ports::free(10350, &taken)?;
-        let mut networks: Vec<Ipv4Net> = others.iter().flat_map(|other| [other.pod_cidr, other.service_cidr]).collect();
+        let mut networks: Vec<Ipv4Net> =
+            others.iter().flat_map(|other| [other.pod_cidr, other.service_cidr]).collect();
         networks.extend(ports::routed_networks());
         (config.pod_cidr, config.service_cidr) = ports::free_networks(&networks)?;
         Ok(config)
@@ -267,14 +273,17 @@ pub fn write_file(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
     name.push(format!(".{}.new", std::process::id()));
     let temporary = path.with_file_name(name);
     let write = || -> std::io::Result<()> {
-        let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(mode).open(&temporary)?;
+        let mut file =
+            OpenOptions::new().create(true).truncate(true).write(true).mode(mode).open(&temporary)?;
         // The mode above is cut by the umask, and does not change a file that was there.
         file.set_permissions(Permissions::from_mode(mode))?;
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&temporary, path)
     };
-    write().inspect_err(|_| drop(fs::remove_file(&temporary))).with_context(|| format!("write {}", path.display()))
+    write()
+        .inspect_err(|_| drop(fs::remove_file(&temporary)))
+        .with_context(|| format!("write {}", path.display()))
 }
 
 #[cfg(test)]

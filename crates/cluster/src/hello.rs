@@ -14,8 +14,9 @@ const PROGRAM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/hello"));
 const VERSIONS: [&str; 2] = ["1", "2"];
 /// The names the program answers to, all in /bin.
 const TOOLS: &[&str] = &[
-    "bash", "cat", "curl", "date", "echo", "env", "false", "head", "hostname", "id", "kill", "ls", "mkdir", "nc",
-    "nslookup", "ps", "pwd", "rm", "seq", "sh", "sleep", "tcp-echo", "touch", "true", "wc", "wget", "whoami",
+    "bash", "cat", "curl", "date", "echo", "env", "false", "head", "hostname", "id", "kill", "ls", "mkdir",
+    "nc", "nslookup", "ps", "pwd", "rm", "seq", "sh", "sleep", "tcp-echo", "touch", "true", "wc", "wget",
+    "whoami",
 ];
 const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n";
 const GROUP: &str = "root:x:0:\nnobody:x:65534:\n";
@@ -50,7 +51,14 @@ impl Archive {
         let mut tar = Builder::new(&mut archive.bytes);
         let mut blob = |bytes: &[u8], media_type: &str| -> Value {
             let digest = digest(bytes);
-            append(&mut tar, &digest.replace("sha256:", "blobs/sha256/"), EntryType::Regular, 0o644, bytes, "");
+            append(
+                &mut tar,
+                &digest.replace("sha256:", "blobs/sha256/"),
+                EntryType::Regular,
+                0o644,
+                bytes,
+                "",
+            );
             json!({"mediaType": media_type, "digest": digest, "size": bytes.len()})
         };
         let layer = blob(&layer, "application/vnd.oci.image.layer.v1.tar");
@@ -68,7 +76,8 @@ impl Archive {
             let config = blob(config.to_string().as_bytes(), "application/vnd.oci.image.config.v1+json");
             archive.ids.extend(config["digest"].as_str().map(str::to_owned));
             let media_type = "application/vnd.oci.image.manifest.v1+json";
-            let manifest = json!({"schemaVersion": 2, "mediaType": media_type, "config": config, "layers": [layer]});
+            let manifest =
+                json!({"schemaVersion": 2, "mediaType": media_type, "config": config, "layers": [layer]});
             let mut manifest = blob(manifest.to_string().as_bytes(), media_type);
             manifest["annotations"] = json!({
                 "io.containerd.image.name": reference(version), "org.opencontainers.image.ref.name": format!("v{version}"),
@@ -89,7 +98,15 @@ const IN_MEMORY: &str = "writing to memory does not fail";
 fn layer() -> Vec<u8> {
     let mut bytes = Vec::new();
     let mut tar = Builder::new(&mut bytes);
-    for (dir, mode) in [("bin", 0o755), ("dev", 0o755), ("etc", 0o755), ("proc", 0o555), ("root", 0o700), ("sys", 0o555), ("tmp", 0o1777)] {
+    for (dir, mode) in [
+        ("bin", 0o755),
+        ("dev", 0o755),
+        ("etc", 0o755),
+        ("proc", 0o555),
+        ("root", 0o700),
+        ("sys", 0o555),
+        ("tmp", 0o1777),
+    ] {
         append(&mut tar, &format!("{dir}/"), EntryType::Directory, mode, &[], "");
     }
     append(&mut tar, "bin/hello", EntryType::Regular, 0o755, PROGRAM, "");
@@ -111,7 +128,11 @@ fn append(tar: &mut Builder<impl Write>, path: &str, kind: EntryType, mode: u32,
     header.set_mtime(0);
     header.set_uid(0);
     header.set_gid(0);
-    let appended = if link.is_empty() { tar.append_data(&mut header, path, bytes) } else { tar.append_link(&mut header, path, link) };
+    let appended = if link.is_empty() {
+        tar.append_data(&mut header, path, bytes)
+    } else {
+        tar.append_link(&mut header, path, link)
+    };
     appended.expect(IN_MEMORY);
 }
 
@@ -139,8 +160,11 @@ mod tests {
         assert_eq!(digest(&first.bytes), digest(&second.bytes));
         assert_ne!(first.ids[0], first.ids[1]);
         let source = include_str!("../hello/tools.rs");
-        let listed: Vec<&str> =
-            source.lines().filter_map(|line| line.trim().strip_prefix("(\"")?.split_once('"')).map(|(name, _)| name).collect();
+        let listed: Vec<&str> = source
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix("(\"")?.split_once('"'))
+            .map(|(name, _)| name)
+            .collect();
         assert_eq!(listed, TOOLS);
     }
 
@@ -157,14 +181,19 @@ mod tests {
         #[track_caller]
         fn check(dir: &std::path::Path, text: &str, want: &str, code: i32) {
             let mut command = std::process::Command::new(dir.join("sh"));
-            let output = command.args(["-c", text, "sh", "one", "two"]).env_clear().env("PATH", dir).output().unwrap();
+            let output =
+                command.args(["-c", text, "sh", "one", "two"]).env_clear().env("PATH", dir).output().unwrap();
             assert_eq!(String::from_utf8_lossy(&output.stdout), want, "{text}");
             assert_eq!(output.status.code(), Some(code), "{text}");
         }
         let check = |text, want, code| check(dir.path(), text, want, code);
         check("echo a; echo b", "a\nb\n", 0);
         check("for i in 1 2 3; do echo n$i; done; exit 5", "n1\nn2\nn3\n", 5);
-        check("i=0; while [ $i -lt 4 ]; do i=$((i+1)); [ $i = 2 ] && continue; echo $i; done", "1\n3\n4\n", 0);
+        check(
+            "i=0; while [ $i -lt 4 ]; do i=$((i+1)); [ $i = 2 ] && continue; echo $i; done",
+            "1\n3\n4\n",
+            0,
+        );
         check("false || echo or; true && echo and", "or\nand\n", 0);
         check("x='a  b'; echo $x \"$x\" ${y:-none} $# $2", "a b a  b none 2 two\n", 0);
         check("echo a b c | cat | wc -w", "1 3 6\n", 0);

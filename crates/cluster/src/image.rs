@@ -180,7 +180,11 @@ fn describe(image: &Image) -> Value {
 fn table(images: &[Image], now: Timestamp) -> String {
     let mut rows = vec![["IMAGE".to_owned(), "ID".to_owned(), "CREATED".to_owned(), "SIZE".to_owned()]];
     for image in images {
-        let names = if image.tags.is_empty() { &image.digests[..image.digests.len().min(1)] } else { &image.tags[..] };
+        let names = if image.tags.is_empty() {
+            &image.digests[..image.digests.len().min(1)]
+        } else {
+            &image.tags[..]
+        };
         let names = if names.is_empty() { &["<none>".to_owned()][..] } else { names };
         for name in names {
             let id = image.id.strip_prefix("sha256:").unwrap_or(&image.id);
@@ -195,7 +199,8 @@ fn table(images: &[Image], now: Timestamp) -> String {
     let widths: Vec<usize> =
         (0..4).map(|column| rows.iter().map(|row| row[column].len()).max().unwrap_or(0)).collect();
     let lines = rows.iter().map(|row| {
-        let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        let cells: Vec<String> =
+            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
         cells.join("   ").trim_end().to_owned()
     });
     lines.collect::<Vec<_>>().join("\n")
@@ -276,9 +281,12 @@ impl MeterState {
                     total => format!("{}: {} of {}", self.what, size(self.done), size(total)),
                 }
             }
-            ProgressEvent::Unpacking { layer, layers } => format!("{}: unpacking layer {layer} of {layers}", self.what),
+            ProgressEvent::Unpacking { layer, layers } => {
+                format!("{}: unpacking layer {layer} of {layers}", self.what)
+            }
         };
-        let pause = if self.said && self.terminal { Duration::from_millis(100) } else { Duration::from_secs(1) };
+        let pause =
+            if self.said && self.terminal { Duration::from_millis(100) } else { Duration::from_secs(1) };
         if self.shown.elapsed() < pause || (self.said && !self.terminal) {
             return;
         }
@@ -306,7 +314,9 @@ struct DockerAuth {
 fn credentials(reference: &str) -> Result<Auth> {
     let dir = std::env::var_os("DOCKER_CONFIG").map(PathBuf::from);
     let dir = dir.or_else(|| Some(Path::new(&std::env::var_os("HOME")?).join(".docker")));
-    let Some(text) = dir.and_then(|dir| std::fs::read(dir.join("config.json")).ok()) else { return Ok(Auth::Anonymous) };
+    let Some(text) = dir.and_then(|dir| std::fs::read(dir.join("config.json")).ok()) else {
+        return Ok(Auth::Anonymous);
+    };
     let config: DockerConfig = serde_json::from_slice(&text).context("read docker's config.json")?;
     find_credentials(&config, reference)
 }
@@ -360,7 +370,10 @@ mod tests {
             "broken.example": {"auth": "%%"},
         }});
         let config: DockerConfig = serde_json::from_value(config).unwrap();
-        let basic = |username: &str, password: &str| Auth::Basic { username: username.into(), password: password.into() };
+        let basic = |username: &str, password: &str| Auth::Basic {
+            username: username.into(),
+            password: password.into(),
+        };
         for (reference, want) in [
             ("nginx", basic("hub", "secret")),
             ("library/nginx:1", basic("hub", "secret")),

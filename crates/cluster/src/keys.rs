@@ -12,8 +12,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyPair, KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType, ExtendedKeyUsagePurpose,
+    IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
 };
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
@@ -119,7 +119,11 @@ impl Keys {
             kubelet: pair(wanted.kubelet())?,
             kubelet_client: pair(Leaf::client("kubelet-client", &node_user, &["system:nodes"]))?,
             admin: pair(Leaf::client("admin", "kubernetes-admin", &["system:masters"]))?,
-            controller_manager: pair(Leaf::client("controller-manager", "system:kube-controller-manager", &[]))?,
+            controller_manager: pair(Leaf::client(
+                "controller-manager",
+                "system:kube-controller-manager",
+                &[],
+            ))?,
             scheduler: pair(Leaf::client("scheduler", "system:kube-scheduler", &[]))?,
             proxy: pair(Leaf::client("proxy", "system:kube-proxy", &[]))?,
             dns: pair(Leaf::client("dns", "system:serviceaccount:kube-system:coredns", &[]))?,
@@ -162,7 +166,9 @@ impl Keys {
 impl Names {
     fn apiserver(&self) -> Leaf {
         let mut names: BTreeSet<String> =
-            ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "localhost"].map(str::to_owned).into();
+            ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "localhost"]
+                .map(str::to_owned)
+                .into();
         names.insert(format!("kubernetes.default.svc.{}", self.cluster_domain));
         names.insert(self.node_name.clone());
         Leaf {

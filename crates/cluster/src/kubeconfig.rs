@@ -113,7 +113,8 @@ fn read(path: &Path) -> Result<Option<Value>> {
     if text.trim_ascii().is_empty() {
         return Ok(None);
     }
-    let decoded = minke_api::codec::yaml::decode(&text).with_context(|| format!("read {}", path.display()))?;
+    let decoded =
+        minke_api::codec::yaml::decode(&text).with_context(|| format!("read {}", path.display()))?;
     if !decoded.value.is_object() || decoded.value["kind"].as_str().is_some_and(|kind| kind != "Config") {
         bail!("{} is not a kubeconfig file", path.display());
     }
@@ -169,7 +170,8 @@ pub fn identity(path: &Path) -> Result<Identity> {
         Ok(Some(fs::read(&file).with_context(|| format!("read {}", file.display()))?))
     };
     let certificate = pem(&user, "client-certificate")?.zip(pem(&user, "client-key")?);
-    let token_file = user["tokenFile"].as_str().map(|file| fs::read_to_string(base.join(file))).transpose()?;
+    let token_file =
+        user["tokenFile"].as_str().map(|file| fs::read_to_string(base.join(file))).transpose()?;
     Ok(Identity {
         server: cluster["server"].as_str().context("the cluster has no server")?.to_owned(),
         ca: pem(&cluster, "certificate-authority")?.context("the cluster has no certificate-authority")?,

@@ -3,6 +3,7 @@
 //! A command is its arguments (`UpArgs`, ...) with a `run` that writes to an [`Io`]. The server itself is wired
 //! together in the binary; here is what it tells others ([`startup`], [`control`]) and what it starts from.
 #![forbid(unsafe_code)]
+#![allow(clippy::disallowed_methods, reason = "what a person waits for is measured in real time")]
 
 pub mod control;
 pub mod data_dir;

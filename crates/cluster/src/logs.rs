@@ -31,7 +31,9 @@ impl LogsArgs {
         let watch = if self.follow { Some(watch(data.path())?) } else { None };
         let mut file = match File::open(&path) {
             Ok(file) => file,
-            Err(error) if error.kind() == ErrorKind::NotFound => bail!("there is no log in {}", data.path().display()),
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                bail!("there is no log in {}", data.path().display())
+            }
             Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
         };
         if let Some(lines) = self.tail {

@@ -80,7 +80,8 @@ impl IpArgs {
 impl ServiceArgs {
     pub fn run(self, data: &DataDir, io: &mut Io) -> Result<()> {
         let (service, node) = with_client(data, async |client| {
-            let object = client.get(Target::object(Kind::of::<Service>(), &self.namespace, &self.name)).await?;
+            let object =
+                client.get(Target::object(Kind::of::<Service>(), &self.namespace, &self.name)).await?;
             let service = typed::<Service>(&object).context("the service cannot be read")?;
             Ok((service, node_address(&*client).await?))
         })?;
@@ -88,7 +89,8 @@ impl ServiceArgs {
         let mut found = 0;
         for port in spec.ports.unwrap_or_default() {
             let protocol = port.protocol.as_deref().unwrap_or("TCP");
-            let scheme = if port.port == 443 || port.name.as_deref() == Some("https") { "https" } else { "http" };
+            let scheme =
+                if port.port == 443 || port.name.as_deref() == Some("https") { "https" } else { "http" };
             let name = port.name.clone().unwrap_or_else(|| port.port.to_string());
             let Some(node_port) = port.node_port.filter(|port| *port != 0) else { continue };
             found += 1;

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use minke_runtime::{ContainerState, ImageStore, LocalRuntime, RegistryConfig, Runtime, RuntimeConfig, SandboxStatus};
+use minke_runtime::{
+    ContainerState, ImageStore, LocalRuntime, RegistryConfig, Runtime, RuntimeConfig, SandboxStatus,
+};
 use tokio::task::JoinSet;
 
 use crate::data_dir::DataDir;
@@ -48,7 +50,8 @@ fn outcome(ended: Result<Result<()>, tokio::task::JoinError>) -> Option<String> 
 async fn stop(runtime: &LocalRuntime, sandbox: &SandboxStatus, grace: Duration) -> Result<()> {
     let name = format!("pod {}/{}", sandbox.spec.namespace, sandbox.spec.name);
     let mut work = JoinSet::new();
-    for container in sandbox.containers.iter().filter(|container| container.state == ContainerState::Running) {
+    for container in sandbox.containers.iter().filter(|container| container.state == ContainerState::Running)
+    {
         let (runtime, id) = (runtime.clone(), container.id.clone());
         // Whatever comes of it: the sandbox goes next, and its containers with it.
         work.spawn(async move { drop(runtime.stop_container(&id, grace).await) });

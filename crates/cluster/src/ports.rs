@@ -55,7 +55,10 @@ mod tests {
     fn networks_keep_clear_of_those_in_use() {
         let taken = ["10.112.5.0/24", "10.177.0.0/16", "192.0.2.0/24"].map(|net| net.parse().unwrap());
         let (pods, services) = free_networks(&taken).unwrap();
-        assert_eq!((pods.to_string(), services.to_string()), ("10.114.0.0/16".into(), "10.178.0.0/16".into()));
+        assert_eq!(
+            (pods.to_string(), services.to_string()),
+            ("10.114.0.0/16".into(), "10.178.0.0/16".into())
+        );
         assert!(free_networks(&["10.0.0.0/8".parse().unwrap()]).is_err());
     }
 

@@ -53,7 +53,11 @@ pub fn query(data: &DataDir) -> Result<Option<Value>> {
 impl StatusArgs {
     /// The exit code.
     pub fn run(self, data: &DataDir, io: &mut Io) -> Result<u8> {
-        let mut status = if data.exists() { query(data)?.unwrap_or_else(|| json!({"state": "Stopped"})) } else { json!({"state": "None"}) };
+        let mut status = if data.exists() {
+            query(data)?.unwrap_or_else(|| json!({"state": "Stopped"}))
+        } else {
+            json!({"state": "None"})
+        };
         status["dataDir"] = data.path().display().to_string().into();
         let code = match status["state"].as_str() {
             Some("Ready") => 0,
@@ -71,10 +75,18 @@ impl StatusArgs {
         };
         match status["state"].as_str() {
             Some("None") => {
-                io.say(format!("There is no cluster in {}: `minke{} up` makes one", text("/dataDir"), data.option()))?;
+                io.say(format!(
+                    "There is no cluster in {}: `minke{} up` makes one",
+                    text("/dataDir"),
+                    data.option()
+                ))?;
             }
             Some("Stopped") => {
-                io.say(format!("The cluster in {} is stopped: `minke{} start` resumes it", text("/dataDir"), data.option()))?;
+                io.say(format!(
+                    "The cluster in {} is stopped: `minke{} start` resumes it",
+                    text("/dataDir"),
+                    data.option()
+                ))?;
             }
             _ => {
                 let step = status["step"].as_str().map(|step| format!(" ({step})")).unwrap_or_default();
@@ -84,7 +96,12 @@ impl StatusArgs {
                 let ready = if status["node"]["ready"] == true { "Ready" } else { "NotReady" };
                 io.say(format!("Node:        {} {} {ready}", text("/node/name"), text("/node/address")))?;
                 io.say(format!("Pods:        {} running of {}", text("/pods/running"), text("/pods/total")))?;
-                io.say(format!("Process:     {}, since {}, {} MiB", text("/pid"), text("/startedAt"), text("/memoryMiB")))?;
+                io.say(format!(
+                    "Process:     {}, since {}, {} MiB",
+                    text("/pid"),
+                    text("/startedAt"),
+                    text("/memoryMiB")
+                ))?;
                 io.say(format!("Data:        {}", text("/dataDir")))?;
             }
         }

@@ -9,7 +9,7 @@ use clap::Args;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Signal, pidfd_send_signal};
 
-use crate::data_dir::{DataDir, Holder};
+use crate::data_dir::{AGENT_LOCK, DataDir, Holder, SERVER_LOCK};
 use crate::io::Io;
 use crate::{kubeconfig, pods};
 
@@ -108,10 +108,12 @@ impl Failures {
     }
 }
 
-/// Ends the server, then the pods, then removes what they left on the machine.
+/// Ends the agent and the server, then the pods, then removes what they left on the machine.
 fn halt(data: &DataDir, grace: Duration, failures: &mut Failures, io: &mut Io) -> Result<()> {
-    if let Some(holder) = data.holder()? {
-        end(&holder, io)?;
+    for lock in [AGENT_LOCK, SERVER_LOCK] {
+        if let Some(holder) = data.holder_of(lock)? {
+            end(&holder, io)?;
+        }
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     failures.note(runtime.block_on(pods::stop_all(data, grace)));
@@ -171,7 +173,8 @@ fn unmount_all(dir: &Path) -> Result<()> {
 }
 
 fn mount_points(table: &str, dir: &Path) -> Vec<PathBuf> {
-    let points = table.lines().filter_map(|line| line.split(' ').nth(4)).map(|point| PathBuf::from(unescape(point)));
+    let points =
+        table.lines().filter_map(|line| line.split(' ').nth(4)).map(|point| PathBuf::from(unescape(point)));
     points.filter(|point| point.starts_with(dir) && point != dir).collect()
 }
 
@@ -218,6 +221,9 @@ mod tests {
             30 1 8:1 / /var/lib/minke rw - ext4 /dev/sda rw\n\
             31 1 0:50 / /var/lib/minke/pods/a\\040b/v rw shared:1 - tmpfs tmpfs rw\n\
             32 1 0:51 / /var/lib/minke2/x rw - tmpfs tmpfs rw\n";
-        assert_eq!(mount_points(table, Path::new("/var/lib/minke")), [Path::new("/var/lib/minke/pods/a b/v")]);
+        assert_eq!(
+            mount_points(table, Path::new("/var/lib/minke")),
+            [Path::new("/var/lib/minke/pods/a b/v")]
+        );
     }
 }

@@ -118,7 +118,11 @@ fn bring_up(data: &DataDir, config: &Config, wait: Duration, io: &mut Io) -> Res
         Some(Ok(())) => Ok(()),
         Some(Err(why)) => Err(explain(data, &why)),
         None if Instant::now() >= end => {
-            bail!("the cluster is not ready after {} s; it goes on: `minke{} logs -f` shows how", wait.as_secs(), data.option())
+            bail!(
+                "the cluster is not ready after {} s; it goes on: `minke{} logs -f` shows how",
+                wait.as_secs(),
+                data.option()
+            )
         }
         // The server ended without a word: only its log can tell.
         None => {
@@ -131,13 +135,21 @@ fn bring_up(data: &DataDir, config: &Config, wait: Duration, io: &mut Io) -> Res
 
 fn explain(data: &DataDir, why: &str) -> anyhow::Error {
     let tail = log_tail(&data.join("minke.log"));
-    if tail.is_empty() { anyhow!("{why}") } else { anyhow!("{why}\n\nThe end of {}:\n{tail}", data.join("minke.log").display()) }
+    if tail.is_empty() {
+        anyhow!("{why}")
+    } else {
+        anyhow!("{why}\n\nThe end of {}:\n{tail}", data.join("minke.log").display())
+    }
 }
 
 fn check_ports(config: &Config, data: &DataDir) -> Result<()> {
     for (port, what, cure) in [
         (config.api_port, "API server", format!("`minke{} up --port PORT` takes another", data.option())),
-        (config.kubelet_port, "kubelet", format!("change kubeletPort in {}", data.join("config.json").display())),
+        (
+            config.kubelet_port,
+            "kubelet",
+            format!("change kubeletPort in {}", data.join("config.json").display()),
+        ),
     ] {
         if !crate::ports::is_free(port) {
             bail!("port {port} of the {what} is in use by another program; {cure}");
@@ -156,7 +168,7 @@ fn running_server(data: &DataDir) -> Result<Option<Receiver<Stage>>> {
     let (sender, stages) = mpsc::channel();
     std::thread::spawn(move || {
         loop {
-            let stage = match call.next() {
+            let stage = match call.reply() {
                 Ok(Reply::Stage(stage)) => stage,
                 Ok(Reply::Error(why)) => Stage::Failed(why),
                 Ok(Reply::Done(_)) | Err(_) => return,
@@ -230,7 +242,8 @@ fn share_kubeconfig(data: &DataDir, config: &mut Config, asked: Option<PathBuf>)
         None => None,
     };
     let Some(path) = target else { return Ok(None) };
-    let read = |name: &str| fs::read_to_string(data.join("pki").join(name)).with_context(|| format!("read {name}"));
+    let read =
+        |name: &str| fs::read_to_string(data.join("pki").join(name)).with_context(|| format!("read {name}"));
     let (ca, certificate, key) = (read("ca.crt")?, read("admin.crt")?, read("admin.key")?);
     let server = kubeconfig::identity(&data.join("kubeconfig"))?.server;
     let user = Pair { certificate, key };
@@ -252,7 +265,9 @@ fn tell(data: &DataDir, io: &mut Io, started: Option<Instant>, shared: Option<&P
             "The cluster is up after {:.1} s: node {node} is Ready, Kubernetes {version} at {server}",
             started.elapsed().as_secs_f64()
         ))?,
-        None => io.say(format!("The cluster is up already: node {node} is Ready, Kubernetes {version} at {server}"))?,
+        None => io.say(format!(
+            "The cluster is up already: node {node} is Ready, Kubernetes {version} at {server}"
+        ))?,
     }
     let usual = kubeconfig::usual_path();
     let kubectl = match shared {

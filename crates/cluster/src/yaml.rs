@@ -12,7 +12,8 @@ pub fn print(value: &Value) -> String {
 }
 
 fn is_empty(value: &Value) -> bool {
-    value.as_object().is_some_and(|map| map.is_empty()) || value.as_array().is_some_and(|list| list.is_empty())
+    value.as_object().is_some_and(|map| map.is_empty())
+        || value.as_array().is_some_and(|list| list.is_empty())
 }
 
 fn block(out: &mut String, value: &Value, indent: usize) {

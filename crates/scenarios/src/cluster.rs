@@ -82,7 +82,9 @@ impl TestCluster {
         }
         let tables = Command::new("nft").args(["list", "tables"]).output().context("run nft")?;
         let tables = String::from_utf8_lossy(&tables.stdout).into_owned();
-        found.extend(tables.lines().filter(|line| line.contains(&self.data.id().table_prefix())).map(str::to_owned));
+        found.extend(
+            tables.lines().filter(|line| line.contains(&self.data.id().table_prefix())).map(str::to_owned),
+        );
         let mounts = fs::read_to_string("/proc/self/mountinfo")?;
         found.extend(mounts.lines().filter(|line| line.contains(&dir)).map(|line| format!("mount {line}")));
         let cgroup = self.data.cgroup();

@@ -11,7 +11,8 @@ pub fn cpu_time(pid: Pid) -> Result<Duration> {
     let text = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_pid()))?;
     // The name in parentheses may hold anything; what follows it is regular.
     let (_, rest) = text.rsplit_once(')').context("no process name")?;
-    let ticks: u64 = rest.split_whitespace().skip(11).take(2).filter_map(|word| word.parse::<u64>().ok()).sum();
+    let ticks: u64 =
+        rest.split_whitespace().skip(11).take(2).filter_map(|word| word.parse::<u64>().ok()).sum();
     Ok(Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second()))
 }
 

@@ -59,7 +59,9 @@ pub fn parse(text: &str) -> Result<Scenario> {
             }
         } else if let Some(command) = line.strip_prefix("$ ") {
             let (command, within) = match command.rsplit_once("# within ") {
-                Some((command, time)) => (command.trim_end(), Some(duration(time).with_context(|| format!("line {number}"))?)),
+                Some((command, time)) => {
+                    (command.trim_end(), Some(duration(time).with_context(|| format!("line {number}"))?))
+                }
                 None => (command, None),
             };
             let command = command.to_owned();
@@ -69,14 +71,21 @@ pub fn parse(text: &str) -> Result<Scenario> {
         } else if line.starts_with("# ") || line == "#" || line.is_empty() {
             // Comments and empty lines separate; output that has them is matched by `...`.
         } else {
-            let step = scenario.steps.last_mut().with_context(|| format!("line {number}: output before any command"))?;
-            if let Some(more) = line.strip_prefix("> ").or_else(|| (line == ">").then_some("")).filter(|_| in_command) {
+            let step = scenario
+                .steps
+                .last_mut()
+                .with_context(|| format!("line {number}: output before any command"))?;
+            if let Some(more) =
+                line.strip_prefix("> ").or_else(|| (line == ">").then_some("")).filter(|_| in_command)
+            {
                 step.command.push('\n');
                 step.command.push_str(more);
                 continue;
             }
             match line.strip_prefix("[exit ").and_then(|rest| rest.strip_suffix(']')) {
-                Some(code) => step.exit = code.parse().with_context(|| format!("line {number}: exit code"))?,
+                Some(code) => {
+                    step.exit = code.parse().with_context(|| format!("line {number}: exit code"))?
+                }
                 None => step.expected.push(line.to_owned()),
             }
         }

@@ -26,7 +26,11 @@ pub struct Redirect {
 
 #[derive(Debug)]
 pub enum Node {
-    Simple { assignments: Vec<(String, Word)>, words: Vec<Word>, redirects: Vec<Redirect> },
+    Simple {
+        assignments: Vec<(String, Word)>,
+        words: Vec<Word>,
+        redirects: Vec<Redirect>,
+    },
     /// Source texts, each run by a shell of its own.
     Pipe(Vec<String>),
     Not(Box<Node>),
@@ -35,7 +39,11 @@ pub enum Node {
     Background(String),
     Subshell(String, Vec<Redirect>),
     If(Vec<(Vec<Node>, Vec<Node>)>, Vec<Node>),
-    While { until: bool, condition: Vec<Node>, body: Vec<Node> },
+    While {
+        until: bool,
+        condition: Vec<Node>,
+        body: Vec<Node>,
+    },
     For(String, Vec<Word>, Vec<Node>),
 }
 
@@ -122,7 +130,11 @@ impl Parser {
             self.at += word.len();
             return Ok(());
         }
-        if self.peek().is_none() { Err(Error::Unfinished) } else { Err(Error::Wrong(format!("{word} expected"))) }
+        if self.peek().is_none() {
+            Err(Error::Unfinished)
+        } else {
+            Err(Error::Wrong(format!("{word} expected")))
+        }
     }
 
     fn source(&self, from: usize) -> String {
@@ -498,7 +510,8 @@ impl Parser {
         }
         if self.take("${") {
             let inside = self.until('}')?;
-            let (name, default) = inside.split_once(":-").or_else(|| inside.split_once('-')).unwrap_or((&inside, ""));
+            let (name, default) =
+                inside.split_once(":-").or_else(|| inside.split_once('-')).unwrap_or((&inside, ""));
             return Ok(Some(Part::Variable(name.to_owned(), default.to_owned())));
         }
         self.at += 1;

@@ -1,4 +1,5 @@
 //! Measures what the design sets budgets for, with medians, and prints a table for bench/README.md.
+#![allow(clippy::disallowed_methods, reason = "what a person waits for is measured in real time")]
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -79,7 +80,8 @@ fn row(what: &str, budget: &str, measured: &str) {
 /// Median, with the least and the most.
 fn spread(values: &mut [f64], digits: usize) -> String {
     values.sort_by(f64::total_cmp);
-    let (first, last) = (values.first().copied().unwrap_or_default(), values.last().copied().unwrap_or_default());
+    let (first, last) =
+        (values.first().copied().unwrap_or_default(), values.last().copied().unwrap_or_default());
     let median = values.get(values.len() / 2).copied().unwrap_or_default();
     format!("{median:.digits$} ({first:.digits$}–{last:.digits$}, n={})", values.len())
 }
@@ -147,7 +149,9 @@ impl Bench {
         for n in 0..20 {
             let name = format!("start-{n}");
             let started = Instant::now();
-            let created = client.create(Target::collection(Kind::of::<Pod>(), "default"), pod(&name, json!({}))).await?;
+            let created = client
+                .create(Target::collection(Kind::of::<Pod>(), "default"), pod(&name, json!({})))
+                .await?;
             let fields = FieldSelector::equal("metadata.name", &name);
             let options = WatchOptions { fields, from: created.revision(), ..WatchOptions::default() };
             let mut events = client.watch(Kind::of::<Pod>(), "default", options).await?;
@@ -168,7 +172,12 @@ impl Bench {
     async fn shim(&self) -> Result<String> {
         let client = self.client()?;
         for n in 0..10 {
-            client.create(Target::collection(Kind::of::<Pod>(), "default"), pod(&format!("shim-{n}"), json!({}))).await?;
+            client
+                .create(
+                    Target::collection(Kind::of::<Pod>(), "default"),
+                    pod(&format!("shim-{n}"), json!({})),
+                )
+                .await?;
         }
         self.until_running(&*client, "shim-", 10).await?;
         let mut sizes: Vec<f64> = find(|line| line.starts_with("minke-shim "))
@@ -188,8 +197,12 @@ impl Bench {
         let is_running = |object: &minke_api::Object| {
             object.name().starts_with(prefix) && object.field("status.phase") == Some("Running")
         };
-        let mut running: std::collections::BTreeSet<String> =
-            list.items.iter().filter(|object| is_running(object)).map(|object| object.name().to_owned()).collect();
+        let mut running: std::collections::BTreeSet<String> = list
+            .items
+            .iter()
+            .filter(|object| is_running(object))
+            .map(|object| object.name().to_owned())
+            .collect();
         let options = WatchOptions { from: list.revision, ..WatchOptions::default() };
         let mut events = client.watch(Kind::of::<Pod>(), "default", options).await?;
         while running.len() < count {
@@ -260,7 +273,8 @@ impl Bench {
             }
         });
         try_join_all(tasks).await?;
-        let (wall, cpu) = (started.elapsed().as_secs_f64(), (cpu_time(self.server()?)? - before).as_secs_f64());
+        let (wall, cpu) =
+            (started.elapsed().as_secs_f64(), (cpu_time(self.server()?)? - before).as_secs_f64());
         let done = done.load(Ordering::Relaxed) as f64;
         Ok(format!("{:.0}/s, {:.0} per CPU-second of the server", done / wall, done / cpu))
     }
@@ -313,7 +327,9 @@ impl Bench {
         const EVENTS: usize = 200;
         let client = self.client()?;
         let kind = Kind::of::<ConfigMap>();
-        let created = client.create(Target::collection(kind, "kube-public"), config_map_in("watched", "kube-public")).await?;
+        let created = client
+            .create(Target::collection(kind, "kube-public"), config_map_in("watched", "kube-public"))
+            .await?;
         let connections: Vec<Arc<dyn Client>> = (0..20).map(|_| self.client()).collect::<Result<_>>()?;
         let mut work = JoinSet::new();
         let ready = Arc::new(tokio::sync::Semaphore::new(0));
@@ -341,7 +357,8 @@ impl Bench {
         while let Some(ended) = work.join_next().await {
             ended??;
         }
-        let (wall, cpu) = (started.elapsed().as_secs_f64(), (cpu_time(self.server()?)? - before).as_secs_f64());
+        let (wall, cpu) =
+            (started.elapsed().as_secs_f64(), (cpu_time(self.server()?)? - before).as_secs_f64());
         let events = (WATCHERS * EVENTS) as f64;
         Ok(format!("{:.0} events/s, {:.0} per CPU-second of the server", events / wall, events / cpu))
     }

@@ -1,5 +1,6 @@
 //! Kills the server at random moments while writers write, and checks after each restart that nothing that was
 //! acknowledged is missing and that revisions never go back.
+#![allow(clippy::disallowed_methods, reason = "what a person waits for is measured in real time")]
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -86,7 +87,9 @@ async fn one_round(minke: &Path, dir: &Path, ledger: &mut Ledger, rng: &mut StdR
     ledger.check(&*client).await?;
     let shared = Arc::new(Mutex::new(std::mem::take(ledger)));
     let writers: Vec<_> = (0..WRITERS)
-        .map(|writer| tokio::spawn(write(client.clone(), shared.clone(), writer, StdRng::seed_from_u64(rng.random()))))
+        .map(|writer| {
+            tokio::spawn(write(client.clone(), shared.clone(), writer, StdRng::seed_from_u64(rng.random())))
+        })
         .collect();
     tokio::time::sleep(Duration::from_millis(rng.random_range(BEFORE_KILL))).await;
     server.kill()?;
@@ -127,7 +130,10 @@ fn start(minke: &Path, dir: &Path) -> Result<Child> {
             Ok(_) => {}
             Err(_) => {
                 let _ = child.kill();
-                bail!("the server does not become ready: {}", std::fs::read_to_string(dir.join("crash.log"))?);
+                bail!(
+                    "the server does not become ready: {}",
+                    std::fs::read_to_string(dir.join("crash.log"))?
+                );
             }
         }
     }
@@ -157,7 +163,12 @@ struct Entry {
 impl Ledger {
     async fn check(&mut self, client: &dyn Client) -> Result<()> {
         let list = client.list(Kind::of::<ConfigMap>(), NAMESPACE, ListOptions::default()).await?;
-        ensure!(list.revision >= self.revision, "revision {} after {} was told", list.revision, self.revision);
+        ensure!(
+            list.revision >= self.revision,
+            "revision {} after {} was told",
+            list.revision,
+            self.revision
+        );
         let mut found: BTreeMap<&str, u64> =
             list.items.iter().filter_map(|object| Some((object.name(), value_of(object)?))).collect();
         for (name, entry) in &mut self.objects {
@@ -181,7 +192,12 @@ fn value_of(object: &Object) -> Option<u64> {
 }
 
 /// Writes until the server goes; the number of acknowledged writes.
-async fn write(client: Arc<dyn Client>, ledger: Arc<Mutex<Ledger>>, writer: usize, mut rng: StdRng) -> Result<usize> {
+async fn write(
+    client: Arc<dyn Client>,
+    ledger: Arc<Mutex<Ledger>>,
+    writer: usize,
+    mut rng: StdRng,
+) -> Result<usize> {
     let kind = Kind::of::<ConfigMap>();
     let mut acknowledged = 0;
     loop {

@@ -1,4 +1,5 @@
 //! Runs scenarios, each on a fresh cluster of its own, and counts.
+#![allow(clippy::disallowed_methods, reason = "what a person waits for is measured in real time")]
 
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
@@ -96,7 +97,8 @@ fn chosen(args: &Args, wanted: &[String]) -> Result<Vec<PathBuf>> {
 /// `kubectl v1.27.16`
 fn version_of(kubectl: &Path) -> String {
     let output = Command::new(kubectl).args(["version", "--client", "-o", "json"]).output();
-    let version: Option<serde_json::Value> = output.ok().and_then(|output| serde_json::from_slice(&output.stdout).ok());
+    let version: Option<serde_json::Value> =
+        output.ok().and_then(|output| serde_json::from_slice(&output.stdout).ok());
     let version = version.as_ref().and_then(|version| version["clientVersion"]["gitVersion"].as_str());
     format!("kubectl {}", version.unwrap_or("?"))
 }
@@ -108,7 +110,10 @@ fn run(args: &Args, name: &str, steps: &[Step], kubectl: &Path) -> Result<()> {
     let work = dir.path().join("work");
     fs::create_dir_all(&bin)?;
     fs::create_dir_all(&work)?;
-    std::os::unix::fs::symlink(fs::canonicalize(&args.minke).context("the program to test")?, bin.join("minke"))?;
+    std::os::unix::fs::symlink(
+        fs::canonicalize(&args.minke).context("the program to test")?,
+        bin.join("minke"),
+    )?;
     std::os::unix::fs::symlink(find(kubectl)?, bin.join("kubectl"))?;
     let cluster = TestCluster::new(&args.minke, &dir.path().join("data"))?;
     let mut outcome = cluster.up();
@@ -200,7 +205,8 @@ fn execute(
     let pid = rustix::process::Pid::from_child(&child);
     let handle = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
     let left = end.saturating_duration_since(Instant::now());
-    let time = rustix::event::Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+    let time =
+        rustix::event::Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
     let mut watched = [rustix::event::PollFd::new(&handle, rustix::event::PollFlags::IN)];
     let ended = rustix::event::poll(&mut watched, Some(&time))? > 0;
     if !ended {
