@@ -101,18 +101,7 @@ pub static ENDPOINTS: Strategy = Strategy {
     ..Strategy::PLAIN
 };
 
-pub static EVENT: Strategy = Strategy {
-    validate: |event, errors| {
-        let about = event.at("involvedObject").text("namespace");
-        let home = event.at("metadata").text("namespace");
-        // Events about cluster-scoped objects live in `default`.
-        if !(about == home || about.is_empty() && matches!(home, "default" | "kube-system")) {
-            errors.invalid("involvedObject.namespace", about, "does not match event.namespace");
-        }
-    },
-    create_on_update: true,
-    ..Strategy::PLAIN
-};
+pub static EVENT: Strategy = Strategy { validate: validate_event, create_on_update: true, ..Strategy::PLAIN };
 
 pub static NODE: Strategy = Strategy {
     set_defaults: |node| {
@@ -296,6 +285,44 @@ fn immutable_data(new: &Value, old: &Value, fields: &[&str], errors: &mut FieldE
     }
 }
 
+fn validate_event(event: &Value, errors: &mut FieldErrors) {
+    const MAX_CHARACTERS: usize = 128;
+    const MAX_NOTE_CHARACTERS: usize = 1024;
+    let (about, home) =
+        (event.at("involvedObject").text("namespace"), event.at("metadata").text("namespace"));
+    let newer = event.has("eventTime");
+    // Events about cluster-scoped objects live in `default`.
+    let fits = match (newer, about) {
+        (_, "") => matches!(home, "" | "default") || newer && home == "kube-system",
+        (false, _) => about == home,
+        (true, _) => true,
+    };
+    if !fits {
+        errors.invalid("involvedObject.namespace", about, "does not match event.namespace");
+    }
+    if !newer {
+        return;
+    }
+    let fields = [
+        ("reportingComponent", "reportingController"),
+        ("reportingInstance", "reportingInstance"),
+        ("action", "action"),
+        ("reason", "reason"),
+    ];
+    for (field, shown) in fields {
+        match event.text(field) {
+            "" => errors.required(shown, ""),
+            text if text.len() > MAX_CHARACTERS => {
+                errors.invalid(shown, "", &format!("can have at most {MAX_CHARACTERS} characters"));
+            }
+            _ => {}
+        }
+    }
+    if event.text("message").len() > MAX_NOTE_CHARACTERS {
+        errors.invalid("message", "", &format!("can have at most {MAX_NOTE_CHARACTERS} characters"));
+    }
+}
+
 fn validate_endpoints(endpoints: &Value, errors: &mut FieldErrors) {
     for (n, subset) in endpoints.items("subsets").iter().enumerate() {
         let path = format!("subsets[{n}]");
@@ -464,6 +491,21 @@ mod tests {
             range(json!({"type": "Pod", "max": {"cpu": "1"}, "min": {"cpu": "2"}})),
             "spec.limits[0].min[cpu]: Invalid value: \"2\": min value 2 is greater than max value 1",
         );
+    }
+
+    #[test]
+    fn events_are_checked() {
+        let event = |about: &str, more: Value| {
+            let mut event = json!({"metadata": {"namespace": "a"}, "involvedObject": {"namespace": about}});
+            more.as_object().unwrap().iter().for_each(|(field, value)| event.set(field, value.clone()));
+            event
+        };
+        check(&EVENT, "events", event("a", json!({})), "");
+        let stranger = "involvedObject.namespace: Invalid value: \"b\": does not match event.namespace";
+        check(&EVENT, "events", event("b", json!({})), stranger);
+        let newer = json!({"eventTime": "2026-01-01T00:00:00.000000Z", "reportingComponent": "c",
+            "reportingInstance": "i", "reason": "r"});
+        check(&EVENT, "events", event("a", newer), "action: Required value");
     }
 
     #[test]

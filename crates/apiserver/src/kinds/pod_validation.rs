@@ -16,7 +16,7 @@ use crate::validation::{annotations, label_map, labels};
 const MAX_ID: i64 = i32::MAX as i64;
 
 pub fn validate_pod(pod: &Value, errors: &mut FieldErrors) {
-    validate_spec(pod.at("spec"), "spec", errors);
+    validate_spec(pod.at("spec"), "spec", &[], errors);
     let metadata = pod.at("metadata").at("annotations");
     if metadata.has("kubernetes.io/config.mirror") && !pod.at("spec").has("nodeName") {
         errors.invalid(
@@ -29,6 +29,11 @@ pub fn validate_pod(pod: &Value, errors: &mut FieldErrors) {
 
 /// A PodTemplateSpec at `path`.
 pub fn validate_template(template: &Value, path: &str, errors: &mut FieldErrors) {
+    validate_template_with(template, path, &[], errors);
+}
+
+/// As [`validate_template`], for pods that will have further volumes, of the names `claims`.
+pub fn validate_template_with(template: &Value, path: &str, claims: &[&str], errors: &mut FieldErrors) {
     labels(template.at("metadata"), &format!("{path}.labels"), errors);
     annotations(template.at("metadata"), &format!("{path}.annotations"), errors);
     let spec = template.at("spec");
@@ -38,11 +43,12 @@ pub fn validate_template(template: &Value, path: &str, errors: &mut FieldErrors)
             "ephemeral containers not allowed in pod template",
         );
     }
-    validate_spec(spec, &format!("{path}.spec"), errors);
+    validate_spec(spec, &format!("{path}.spec"), claims, errors);
 }
 
-pub fn validate_spec(spec: &Value, path: &str, errors: &mut FieldErrors) {
-    let volume_names = volumes::validate_volumes(spec, &at(path, "volumes"), errors);
+fn validate_spec(spec: &Value, path: &str, claims: &[&str], errors: &mut FieldErrors) {
+    let mut volume_names = volumes::validate_volumes(spec, &at(path, "volumes"), errors);
+    volume_names.extend(claims);
     containers::validate_containers(spec, path, &volume_names, errors);
     check::one_of(spec, path, "restartPolicy", &["Always", "Never", "OnFailure"], errors);
     validate_dns(spec, path, errors);

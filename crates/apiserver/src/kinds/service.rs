@@ -414,22 +414,33 @@ fn validate_update(new: &Value, old: &Value, errors: &mut FieldErrors) {
 
 fn warnings(service: &Value) -> Vec<String> {
     let spec = service.at("spec");
-    let mut warnings = Vec::new();
-    if spec.has("externalIPs") {
-        warnings.push(
-            "spec.externalIPs: externalIPs are deprecated and will stop working in a future release"
-                .to_owned(),
-        );
-    }
-    if spec.text("clusterIP") == "None" {
-        if spec.has("loadBalancerIP") {
-            warnings.push("spec.loadBalancerIP is ignored for headless services".to_owned());
-        }
-        if spec.text("sessionAffinity") == "ClientIP" {
-            warnings.push("spec.SessionAffinity is ignored for headless services".to_owned());
-        }
-    }
-    warnings
+    let (kind, headless) = (spec.text("type"), spec.text("clusterIP") == "None");
+    let external = kind == "ExternalName";
+    let oddities = [
+        (headless && spec.has("loadBalancerIP"), "spec.loadBalancerIP is ignored for headless services"),
+        (headless && spec.has("externalIPs"), "spec.externalIPs is ignored for headless services"),
+        (
+            headless && spec.text("sessionAffinity") == "ClientIP",
+            "spec.SessionAffinity is ignored for headless services",
+        ),
+        (
+            !headless && !external && spec.has("externalIPs"),
+            "spec.externalIPs is deprecated and may no longer be implemented in some clusters",
+        ),
+        (
+            external && spec.has("externalIPs"),
+            "spec.externalIPs is ignored when spec.type is \"ExternalName\"",
+        ),
+        (
+            !external && spec.has("externalName"),
+            "spec.externalName is ignored when spec.type is not \"ExternalName\"",
+        ),
+        (
+            spec.text("trafficDistribution") == "PreferClose",
+            "spec.trafficDistribution: \"PreferClose\" is deprecated; use \"PreferSameZone\"",
+        ),
+    ];
+    oddities.iter().filter(|(applies, _)| *applies).map(|(_, text)| (*text).to_owned()).collect()
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::check::{self, at};
 use super::pod_spec::{claim_spec_defaults, template_defaults};
-use super::pod_validation::validate_template;
+use super::pod_validation::{validate_template, validate_template_with};
 use super::tree::Tree;
 use crate::strategy::Strategy;
 
@@ -68,9 +68,12 @@ pub static STATEFUL_SET: Strategy = Strategy {
         let spec = set.object("spec");
         spec.fill("podManagementPolicy", "OrderedReady");
         let strategy = spec.object("updateStrategy");
-        strategy.fill("type", "RollingUpdate");
-        if strategy.text("type") == "RollingUpdate" {
-            strategy.object("rollingUpdate").fill("partition", 0);
+        if strategy.text("type").is_empty() {
+            strategy.set("type", "RollingUpdate");
+            strategy.object("rollingUpdate");
+        }
+        if let Some(update) = strategy.sub("rollingUpdate") {
+            update.fill("partition", 0);
         }
         let retention = spec.object("persistentVolumeClaimRetentionPolicy");
         retention.fill("whenDeleted", "Retain");
@@ -190,7 +193,10 @@ fn validate_selected_template(spec: &Value, what: &str, errors: &mut FieldErrors
             selects_template(&selector, spec, errors);
         }
     }
-    validate_template(spec.at("template"), "spec.template", errors);
+    // A StatefulSet's pods get a volume for each claim, of the claim's name.
+    let claims: Vec<&str> =
+        spec.items("volumeClaimTemplates").iter().map(|claim| claim.at("metadata").text("name")).collect();
+    validate_template_with(spec.at("template"), "spec.template", &claims, errors);
 }
 
 fn selects_template(selector: &LabelSelector, spec: &Value, errors: &mut FieldErrors) {
@@ -441,6 +447,16 @@ mod tests {
         check(&REPLICA_SET, "ReplicaSet", |_| {}, "");
         check(&STATEFUL_SET, "StatefulSet", |_| {}, "");
         check(&DAEMON_SET, "DaemonSet", |_| {}, "");
+        check(
+            &STATEFUL_SET,
+            "StatefulSet",
+            |spec| {
+                spec["volumeClaimTemplates"] = json!([{"metadata": {"name": "data"}}]);
+                spec["template"]["spec"]["containers"][0]["volumeMounts"] =
+                    json!([{"name": "data", "mountPath": "/data"}]);
+            },
+            "",
+        );
         check(
             &STATEFUL_SET,
             "StatefulSet",
