@@ -2,8 +2,7 @@
 //!
 //! Pods carry a finalizer until they are counted, so that none is lost: first the uids of finished pods go into
 //! `status.uncountedTerminatedPods` with the counts they belong to, then their finalizers come off, then the uids
-//! are taken out. Upstream: pkg/controller/job. Not here: pod failure and success policies, per-index
-//! back-off, and the TTL after finishing, which is another controller's.
+//! are taken out. Upstream: pkg/controller/job. Not here: pod failure and success policies, and per-index back-off.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;

@@ -25,6 +25,7 @@ mod service_lb;
 mod serviceaccount;
 mod services;
 mod taint_eviction;
+mod ttl_after_finished;
 
 pub use run::run;
 
@@ -78,6 +79,7 @@ static CONTROLLERS: &[Row] = &[
     Row { name: "replicaset", account: "replicaset-controller", component: "replicaset-controller", make: |_| Box::new(replicaset::Sets(&replicaset::REPLICA_SETS)) },
     Row { name: "replicationcontroller", account: "replication-controller", component: "replication-controller", make: |_| Box::new(replicaset::Sets(&replicaset::REPLICATION_CONTROLLERS)) },
     Row { name: "job", account: "job-controller", component: "job-controller", make: |_| Box::new(job::Jobs) },
+    Row { name: "ttl-after-finished", account: "ttl-after-finished-controller", component: "ttl-after-finished-controller", make: |_| Box::new(ttl_after_finished::TtlAfterFinished) },
     Row { name: "endpoints", account: "endpoint-controller", component: "endpoint-controller", make: |_| Box::new(endpoints::EndpointsController::default()) },
     Row { name: "endpointslice", account: "endpointslice-controller", component: "endpoint-slice-controller", make: |_| Box::new(endpointslice::EndpointSlices::default()) },
     Row { name: "service-lb", account: "service-controller", component: "service-controller", make: |_| Box::new(service_lb::ServiceLb) },

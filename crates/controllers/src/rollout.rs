@@ -386,22 +386,25 @@ impl<'a> Rollout<'a> {
     /// which none works: 13 - (10 - 2) - 5 = 0, so nothing is taken and the rollout waits; after an undo,
     /// the roles change and 13 - 8 - 0 = 5 broken pods may go at once.
     fn shrink_old(&mut self, new: &Set) -> i32 {
+        // A ReplicaSet that was just made smaller may still count pods that are about to go: they are spoken
+        // for. (Upstream counts them, and can so take one pod too many.)
+        let lasting = |set: &Set| set.available().min(set.replicas);
         let least = self.replicas - self.unavailable;
-        let broken_new = new.replicas - new.available();
+        let broken_new = new.replicas - lasting(new);
         let may_go = self.total() - least - broken_new;
         if may_go <= 0 {
             return 0;
         }
         let mut gone = 0;
         let mut sizes: Vec<(usize, i32)> = Vec::new();
-        for set in self.old.iter().filter(|set| set.replicas > set.available()) {
-            let go = (may_go - gone).min(set.replicas - set.available());
+        for set in self.old.iter().filter(|set| set.replicas > lasting(set)) {
+            let go = (may_go - gone).min(set.replicas - lasting(set));
             if go > 0 {
                 sizes.push((set.at, set.replicas - go));
                 gone += go;
             }
         }
-        let mut spare = self.all().map(Set::available).sum::<i32>() - least;
+        let mut spare = self.all().map(lasting).sum::<i32>() - least;
         for set in &self.old {
             let size = sizes.iter().find(|(at, _)| *at == set.at).map_or(set.replicas, |(_, size)| *size);
             let go = spare.min(size);

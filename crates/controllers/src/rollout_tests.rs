@@ -1,6 +1,9 @@
 use super::*;
 use crate::pods::tests::now;
 use k8s_openapi::api::apps::v1::{ReplicaSetSpec, ReplicaSetStatus};
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+use rand::SeedableRng;
 use serde_json::json;
 
 /// A Deployment with its ReplicaSets, and a way to let a plan come true: a model of the world in which
@@ -13,6 +16,8 @@ struct World {
     broken: Vec<String>,
     made: i64,
     log: Vec<String>,
+    /// Decides which ReplicaSet is quicker.
+    rng: StdRng,
 }
 
 fn deployment(image: &str, replicas: i32, change: impl FnOnce(&mut serde_json::Value)) -> Typed<Deployment> {
@@ -37,7 +42,7 @@ fn deployment(image: &str, replicas: i32, change: impl FnOnce(&mut serde_json::V
 
 impl World {
     fn new(deployment: Typed<Deployment>) -> World {
-        World { deployment, sets: Vec::new(), now: now(), broken: Vec::new(), made: 0, log: Vec::new() }
+        World { deployment, sets: Vec::new(), now: now(), broken: Vec::new(), made: 0, log: Vec::new(), rng: StdRng::seed_from_u64(1) }
     }
 
     /// A user's change: a new generation.
@@ -125,7 +130,10 @@ impl World {
 
     /// One ReplicaSet gets one step nearer to what it should be. Says whether there was anything to do.
     fn step(&mut self) -> bool {
-        for at in 0..self.sets.len() {
+        // None of them can be relied on to be quicker than another.
+        let mut order: Vec<usize> = (0..self.sets.len()).collect();
+        order.shuffle(&mut self.rng);
+        for at in order {
             let broken = self.broken.iter().any(|image| image == World::image(&self.sets[at]));
             let mut status = self.sets[at].status.clone().unwrap();
             let want = self.sets[at].spec.replicas.unwrap();

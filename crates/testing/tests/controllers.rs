@@ -112,7 +112,7 @@ async fn a_rollout_keeps_its_limits() {
 
 #[tokio::test(start_paused = true)]
 async fn a_rollout_keeps_its_limits_when_caches_lag() {
-    for seed in 0..10 {
+    for seed in 0..60 {
         rollout(Sim::new(seed).nodes(2).lag(Duration::from_secs(3))).await;
     }
 }
@@ -374,4 +374,7 @@ async fn jobs_give_up_after_their_limit() {
     let conditions = sim.get::<Job>("work").unwrap().status.unwrap().conditions.unwrap();
     let failed = conditions.iter().find(|condition| condition.type_ == "Failed").unwrap();
     assert_eq!(failed.reason.as_deref(), Some("BackoffLimitExceeded"));
+    sim.patch::<Job>("work", json!({"spec": {"ttlSecondsAfterFinished": 60}})).await;
+    sim.pass(minutes(2)).await;
+    assert!(sim.get::<Job>("work").is_none() && sim.list::<Pod>().is_empty());
 }

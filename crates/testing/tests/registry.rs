@@ -69,14 +69,28 @@ impl Cluster {
         let clients = server.clients();
         let stop = CancellationToken::new();
         tokio::spawn(server.run(stop.clone()));
-        let config = minke_controllers::Config { root_ca: keys.ca.certificate, ..minke_controllers::Config::default() };
+        let config = minke_controllers::Config {
+            root_ca: keys.ca.certificate,
+            ..minke_controllers::Config::default()
+        };
         let account = move |name: &str| clients(UserInfo::service_account("kube-system", name));
-        tokio::spawn(minke_controllers::run(config, account, Informers::new(manager, stop.clone()), stop.clone()));
+        tokio::spawn(minke_controllers::run(
+            config,
+            account,
+            Informers::new(manager, stop.clone()),
+            stop.clone(),
+        ));
         let config = minke_scheduler::Config { clock: Clock::System, seed: 1 };
         tokio::spawn(minke_scheduler::run(Informers::new(scheduler, stop.clone()), config, stop.clone()));
         for name in ["node1", "node2"] {
             let slowness = Duration::from_millis(100);
-            let kubelet = Kubelet { client: admin.clone(), clock: Clock::System, name: name.to_owned(), seed: 1, slowness };
+            let kubelet = Kubelet {
+                client: admin.clone(),
+                clock: Clock::System,
+                name: name.to_owned(),
+                seed: 1,
+                slowness,
+            };
             kubelet.start(stop.clone());
         }
         Cluster { admin, stop, _keys: dir }
@@ -112,14 +126,21 @@ impl Cluster {
 
     /// Waits until `holds`, looking again and again.
     #[track_caller]
-    fn until<'a, F: Future<Output = bool> + 'a>(&'a self, what: &'a str, holds: impl Fn() -> F + 'a) -> impl Future<Output = ()> + 'a {
+    fn until<'a, F: Future<Output = bool> + 'a>(
+        &'a self,
+        what: &'a str,
+        holds: impl Fn() -> F + 'a,
+    ) -> impl Future<Output = ()> + 'a {
         let caller = std::panic::Location::caller();
         async move {
             let end = Instant::now() + PATIENCE;
             while !holds().await {
                 if Instant::now() > end {
                     let events = self.list::<Event>("").await;
-                    let told: Vec<_> = events.into_iter().map(|e| (e.reason.unwrap_or_default(), e.message.unwrap_or_default())).collect();
+                    let told: Vec<_> = events
+                        .into_iter()
+                        .map(|e| (e.reason.unwrap_or_default(), e.message.unwrap_or_default()))
+                        .collect();
                     panic!("{caller}: never: {what}; events: {told:#?}; log: {}", log());
                 }
                 tokio::time::sleep(Duration::from_millis(20)).await;
@@ -178,11 +199,21 @@ fn web(image: &str) -> Value {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_controllers_write_is_accepted() {
     // Conflicts are ordinary and logged as debug; whatever a controller warns of is a mistake of ours.
-    tracing_subscriber::fmt().with_max_level(tracing::Level::WARN).with_ansi(false).with_writer(|| Log).init();
+    tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::WARN)
+        .with_ansi(false)
+        .with_writer(|| Log)
+        .init();
     let cluster = Cluster::start().await;
     let c = &cluster;
     c.until("every namespace has its account and certificate", || async {
-        c.list::<ServiceAccount>("").await.len() >= 4 && c.list::<ConfigMap>("").await.iter().filter(|map| map.metadata.name.as_deref() == Some("kube-root-ca.crt")).count() == 4
+        c.list::<ServiceAccount>("").await.len() >= 4
+            && c.list::<ConfigMap>("")
+                .await
+                .iter()
+                .filter(|map| map.metadata.name.as_deref() == Some("kube-root-ca.crt"))
+                .count()
+                == 4
     })
     .await;
 
@@ -191,9 +222,17 @@ async fn what_controllers_write_is_accepted() {
         "spec": {"type": "LoadBalancer", "selector": {"app": "web"}, "ports": [{"port": 80, "targetPort": 8080}]}}))
         .await;
     c.until("v1 is out", || c.rolled_out(1, 4)).await;
-    c.patch::<Deployment>("web", json!({"spec": {"template": {"spec": {"containers": [{"name": "c", "image": "v2"}]}}}})).await;
+    c.patch::<Deployment>(
+        "web",
+        json!({"spec": {"template": {"spec": {"containers": [{"name": "c", "image": "v2"}]}}}}),
+    )
+    .await;
     c.until("v2 is out", || c.rolled_out(2, 4)).await;
-    c.patch::<Deployment>("web", json!({"spec": {"template": {"spec": {"containers": [{"name": "c", "image": "v1"}]}}}})).await;
+    c.patch::<Deployment>(
+        "web",
+        json!({"spec": {"template": {"spec": {"containers": [{"name": "c", "image": "v1"}]}}}}),
+    )
+    .await;
     c.until("v1 is back", || c.rolled_out(3, 4)).await;
     assert_eq!(c.list::<ReplicaSet>("default").await.len(), 2);
     let deployment = c.get::<Deployment>("default", "web").await.unwrap();
@@ -201,14 +240,23 @@ async fn what_controllers_write_is_accepted() {
 
     c.until("the endpoints are there", || async {
         let slices = c.list::<EndpointSlice>("default").await;
-        let of_web = slices.iter().filter(|slice| slice.metadata.name.as_deref().unwrap_or_default().starts_with("web-"));
+        let of_web = slices
+            .iter()
+            .filter(|slice| slice.metadata.name.as_deref().unwrap_or_default().starts_with("web-"));
         let ready: usize = of_web.map(|slice| slice.endpoints.as_ref().map_or(0, Vec::len)).sum();
-        let endpoints = c.get::<Endpoints>("default", "web").await.and_then(|endpoints| endpoints.subsets).unwrap_or_default();
-        ready == 4 && endpoints.iter().map(|subset| subset.addresses.as_ref().map_or(0, Vec::len)).sum::<usize>() == 4
+        let endpoints = c
+            .get::<Endpoints>("default", "web")
+            .await
+            .and_then(|endpoints| endpoints.subsets)
+            .unwrap_or_default();
+        ready == 4
+            && endpoints.iter().map(|subset| subset.addresses.as_ref().map_or(0, Vec::len)).sum::<usize>()
+                == 4
     })
     .await;
     c.until("the service has addresses", || async {
-        let status = c.get::<Service>("default", "web").await.and_then(|service| service.status).unwrap_or_default();
+        let status =
+            c.get::<Service>("default", "web").await.and_then(|service| service.status).unwrap_or_default();
         status.load_balancer.and_then(|balancer| balancer.ingress).unwrap_or_default().len() == 2
     })
     .await;
@@ -224,7 +272,8 @@ async fn what_controllers_write_is_accepted() {
         .await;
     c.until("the job is complete", || async {
         let status = c.get::<Job>("default", "work").await.and_then(|job| job.status).unwrap_or_default();
-        status.conditions.iter().flatten().any(|condition| condition.type_ == "Complete") && status.succeeded == Some(3)
+        status.conditions.iter().flatten().any(|condition| condition.type_ == "Complete")
+            && status.succeeded == Some(3)
     })
     .await;
     c.until("the replication controller has its pods", || async {
@@ -258,8 +307,16 @@ async fn what_controllers_write_is_accepted() {
     assert!(orphans.iter().all(|pod| pod.metadata.owner_references.is_none()));
 
     let events = c.list::<Event>("default").await;
-    let reasons: std::collections::BTreeSet<String> = events.into_iter().filter_map(|event| event.reason).collect();
-    for reason in ["ScalingReplicaSet", "SuccessfulCreate", "SuccessfulDelete", "Scheduled", "EnsuredLoadBalancer", "Completed"] {
+    let reasons: std::collections::BTreeSet<String> =
+        events.into_iter().filter_map(|event| event.reason).collect();
+    for reason in [
+        "ScalingReplicaSet",
+        "SuccessfulCreate",
+        "SuccessfulDelete",
+        "Scheduled",
+        "EnsuredLoadBalancer",
+        "Completed",
+    ] {
         assert!(reasons.contains(reason), "{reason} of {reasons:?}");
     }
     let log = log();

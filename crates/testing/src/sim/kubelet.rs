@@ -79,7 +79,8 @@ impl Kubelet {
 
     async fn follow(self: Arc<Kubelet>) {
         let mut rng = StdRng::seed_from_u64(self.seed ^ self.number());
-        let fields = FieldSelector::parse(Kind::of::<Pod>(), &format!("spec.nodeName={}", self.name)).expect("a selector");
+        let fields = FieldSelector::parse(Kind::of::<Pod>(), &format!("spec.nodeName={}", self.name))
+            .expect("a selector");
         let informers = Informers::new(self.client.clone(), CancellationToken::new());
         let mut changes = informers.selected(Kind::of::<Pod>(), fields).subscribe();
         let (mut started, mut stopping) = (HashSet::new(), HashSet::new());
