@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! #! kubectl oldest newest                        once with each; `#! kubectl all` takes every one at hand
+//! #! cluster none                                 the script brings up what it wants
 //! # A comment.
 //! $ kubectl get deploy web -o jsonpath='{.status.readyReplicas}'      # within 30s
 //! 3
@@ -26,6 +27,8 @@ const TIME: Duration = Duration::from_secs(90);
 #[derive(Debug, Default, PartialEq)]
 pub struct Scenario {
     pub kubectls: Vec<String>,
+    /// No cluster is up at the start: `#! cluster none`.
+    pub bare: bool,
     pub steps: Vec<Step>,
 }
 
@@ -54,6 +57,7 @@ pub fn parse(text: &str) -> Result<Scenario> {
         if let Some(directive) = line.strip_prefix("#! ") {
             let mut words = directive.split_whitespace();
             match words.next() {
+                Some("cluster") if words.next() == Some("none") => scenario.bare = true,
                 Some("kubectl") => scenario.kubectls = words.map(str::to_owned).collect(),
                 _ => bail!("line {number}: unknown directive {directive}"),
             }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use minke_scenarios::cluster::TestCluster;
-use minke_scenarios::scenario::{Step, mismatch, parse};
+use minke_scenarios::scenario::{Scenario, Step, mismatch, parse};
 
 /// Between two tries of a command that is waited for.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -60,7 +60,7 @@ fn main() -> Result<ExitCode> {
         for kubectl in chosen(&args, &scenario.kubectls)? {
             let started = Instant::now();
             let label = format!("{name} ({})", version_of(&kubectl));
-            match run(&args, &name, &scenario.steps, &kubectl) {
+            match run(&args, &name, &scenario, &kubectl) {
                 Ok(()) => {
                     passed += 1;
                     println!("ok      {label}  {:.1} s", started.elapsed().as_secs_f64());
@@ -103,7 +103,7 @@ fn version_of(kubectl: &Path) -> String {
     format!("kubectl {}", version.unwrap_or("?"))
 }
 
-fn run(args: &Args, name: &str, steps: &[Step], kubectl: &Path) -> Result<()> {
+fn run(args: &Args, name: &str, scenario: &Scenario, kubectl: &Path) -> Result<()> {
     let dir = tempfile::Builder::new().prefix(&format!("minke-{name}-")).tempdir()?;
     // The one who runs the commands finds `minke` and the chosen kubectl on the PATH.
     let bin = dir.path().join("bin");
@@ -116,7 +116,7 @@ fn run(args: &Args, name: &str, steps: &[Step], kubectl: &Path) -> Result<()> {
     )?;
     std::os::unix::fs::symlink(find(kubectl)?, bin.join("kubectl"))?;
     let cluster = TestCluster::new(&args.minke, &dir.path().join("data"))?;
-    let mut outcome = cluster.up();
+    let mut outcome = if scenario.bare { Ok(()) } else { cluster.up() };
     if outcome.is_ok() {
         let path = std::env::var("PATH").unwrap_or_default();
         let environment = [
@@ -126,7 +126,7 @@ fn run(args: &Args, name: &str, steps: &[Step], kubectl: &Path) -> Result<()> {
             ("HOME", work.display().to_string()),
         ];
         let mut wrong = Vec::new();
-        for step in steps {
+        for step in &scenario.steps {
             if let Err(error) = run_step(step, &environment, &work) {
                 wrong.push(format!("{error:#}"));
                 if !args.go_on {
