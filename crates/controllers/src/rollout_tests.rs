@@ -1,9 +1,9 @@
 use super::*;
 use crate::pods::tests::now;
 use k8s_openapi::api::apps::v1::{ReplicaSetSpec, ReplicaSetStatus};
+use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
-use rand::SeedableRng;
 use serde_json::json;
 
 /// A Deployment with its ReplicaSets, and a way to let a plan come true: a model of the world in which
@@ -42,7 +42,15 @@ fn deployment(image: &str, replicas: i32, change: impl FnOnce(&mut serde_json::V
 
 impl World {
     fn new(deployment: Typed<Deployment>) -> World {
-        World { deployment, sets: Vec::new(), now: now(), broken: Vec::new(), made: 0, log: Vec::new(), rng: StdRng::seed_from_u64(1) }
+        World {
+            deployment,
+            sets: Vec::new(),
+            now: now(),
+            broken: Vec::new(),
+            made: 0,
+            log: Vec::new(),
+            rng: StdRng::seed_from_u64(1),
+        }
     }
 
     /// A user's change: a new generation.
