@@ -113,6 +113,9 @@ impl Kubelet {
         let machine = machine::Machine::read(&config.data_dir);
         let events = events::Recorder::start(config.client.clone(), &config.node_name);
         let paths = container::Paths { data: config.data_dir.clone() };
+        let pods_dir = paths.pods();
+        volumes::make_shared(&pods_dir)
+            .map_err(|source| Error::Io { what: format!("share mounts below {}", pods_dir.display()), source })?;
         let context = Arc::new(Context {
             node_ip: config.node_ip,
             version: config.version,

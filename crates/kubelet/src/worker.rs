@@ -214,11 +214,13 @@ impl Worker {
             tokio::select! {
                 Some(message) = self.inbox.recv() => {
                     self.take(message);
-                    while let Ok(message) = self.inbox.try_recv() {
-                        self.take(message);
-                    }
+                    self.take_waiting();
                 }
-                Some(done) = self.jobs.join_next_with_id() => self.take_done(done),
+                Some(done) = self.jobs.join_next_with_id() => {
+                    // What a job told on its way comes before its end.
+                    self.take_waiting();
+                    self.take_done(done);
+                }
                 Some(written) = self.told.writing.join_next() => self.take_written(written),
                 () = sleep => {}
             }
@@ -241,6 +243,12 @@ impl Worker {
         let me = me.downgrade();
         let changed = move || me.upgrade().is_some_and(|me| me.send(Message::Changed).is_ok());
         context.references.hold(&self.pod, &mut self.held, changed);
+    }
+
+    fn take_waiting(&mut self) {
+        while let Ok(message) = self.inbox.try_recv() {
+            self.take(message);
+        }
     }
 
     fn take(&mut self, message: Message) {

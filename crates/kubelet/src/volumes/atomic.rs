@@ -31,6 +31,7 @@ pub fn write(dir: &Path, content: &Content, group: Option<u32>) -> io::Result<()
         symlink(&name, dir.join(NEW_LINK))?;
         fs::rename(dir.join(NEW_LINK), dir.join(LINK))?;
     }
+    chown(dir, None, group)?;
     fs::set_permissions(dir, Permissions::from_mode(if group.is_some() { 0o2775 } else { 0o777 | 0o1000 }))?;
     link_names(dir, content)?;
     match old {
@@ -62,6 +63,7 @@ fn final_mode(mode: u32, group: Option<u32>) -> u32 {
 
 fn write_files(dir: &Path, content: &Content, group: Option<u32>) -> io::Result<()> {
     fs::create_dir_all(dir)?;
+    chown(dir, None, group)?;
     fs::set_permissions(dir, Permissions::from_mode(0o755))?;
     for (path, file) in content {
         let path = dir.join(path);

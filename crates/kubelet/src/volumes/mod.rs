@@ -27,7 +27,7 @@ use crate::pod::Pod;
 use crate::references::{self, Held};
 
 use content::{Content, Token};
-pub use mounts::clean_up;
+pub use mounts::{clean_up, make_shared};
 use mounts::is_mounted;
 
 /// Tokens that were asked for, by volume and path; kept so that an update of a volume needs no new one.

@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use rustix::mount::{MountFlags, UnmountFlags};
+use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 
 /// Whether something is mounted on `dir`.
 pub fn is_mounted(dir: &Path) -> io::Result<bool> {
@@ -29,6 +29,31 @@ pub fn tmpfs(dir: &Path, bytes: Option<i64>) -> io::Result<()> {
     let flags = MountFlags::NODEV | MountFlags::NOSUID;
     rustix::mount::mount("tmpfs", dir, "tmpfs", flags, options.as_deref())?;
     Ok(())
+}
+
+/// Makes what is mounted below `dir` from now on show in pods that run already: parts of volumes are
+/// mounted when a container starts, and the pod's processes have a mount namespace of their own by then.
+pub fn make_shared(dir: &Path) -> io::Result<()> {
+    fs::create_dir_all(dir)?;
+    let table = fs::read_to_string("/proc/self/mountinfo")?;
+    if is_shared(dir, &table) {
+        return Ok(());
+    }
+    // A mount over what is mounted below would hide it for good.
+    if below(dir, &table).is_empty() {
+        rustix::mount::mount_bind(dir, dir)?;
+        rustix::mount::mount_change(dir, MountPropagationFlags::SHARED)?;
+    }
+    Ok(())
+}
+
+/// Whether `dir` itself is a mount point that passes mounts on.
+fn is_shared(dir: &Path, mountinfo: &str) -> bool {
+    mountinfo.lines().any(|line| {
+        let mut words = line.split(' ');
+        let here = words.nth(4).is_some_and(|point| Path::new(&unescape(point)) == dir);
+        here && words.skip(1).take_while(|word| *word != "-").any(|word| word.starts_with("shared:"))
+    })
 }
 
 /// The mount points at or below `dir`, in the order in which they were mounted.
@@ -86,5 +111,8 @@ mod tests {
                      25 23 0:4 / /data/pods/u rw - tmpfs t rw\n";
         let got = below(Path::new("/data/pods/u"), table);
         assert_eq!(got, [PathBuf::from("/data/pods/u/v 1"), PathBuf::from("/data/pods/u")]);
+        let shared = "23 22 0:2 / /data/pods rw shared:7 master:1 - ext4 a rw\n24 22 0:2 / /b rw - ext4 shared:1 rw\n";
+        assert!(is_shared(Path::new("/data/pods"), shared));
+        assert!(!is_shared(Path::new("/b"), shared) && !is_shared(Path::new("/data"), shared));
     }
 }
