@@ -390,3 +390,6 @@ fn plan_end(pod: &Pod, o: &Observed, ending: &Ending, now: Timestamp, plan: &mut
         _ => {}
     }
 }
+
+#[cfg(test)]
+pub mod tests;

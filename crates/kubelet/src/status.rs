@@ -557,3 +557,6 @@ fn changed_conditions(before: Option<&Value>, after: &Value) -> Option<Value> {
     }
     Some(Value::Array(changed))
 }
+
+#[cfg(test)]
+mod tests;

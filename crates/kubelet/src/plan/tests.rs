@@ -1,0 +1,418 @@
+use super::*;
+use crate::observed::{ADDRESS_ANNOTATION, BACKOFF_ANNOTATION, Probes, Retry, Waiting};
+use crate::pod::tests::pod;
+use minke_runtime::{SandboxSpec, SandboxStatus};
+use serde_json::{Value, json};
+
+pub fn at(seconds: i64) -> Timestamp {
+    Timestamp::from_second(1_800_000_000 + seconds).expect("a time")
+}
+
+pub fn container(name: &str, attempt: u32, state: ContainerState) -> ContainerStatus {
+    let value = json!({"id": format!("{name}-{attempt}"), "sandbox_id": "s-0", "name": name, "attempt": attempt,
+        "image": "i", "image_id": "sha256:1", "state": state, "pid": null, "created_at": at(0), "started_at": null,
+        "finished_at": null, "exit_code": null, "oom_killed": false, "reason": "", "message": "",
+        "log_path": "/l", "tty": false, "stdin": false, "uid": 0, "gid": 0, "supplementary_groups": [],
+        "resources": {}, "labels": {}, "annotations": {}});
+    let mut status: ContainerStatus = serde_json::from_value(value).expect("a status");
+    status.started_at = (state != ContainerState::Created).then(|| at(0));
+    status
+}
+
+pub fn exited(name: &str, attempt: u32, code: i32, when: i64) -> ContainerStatus {
+    let mut status = container(name, attempt, ContainerState::Exited);
+    status.exit_code = Some(code);
+    status.finished_at = Some(at(when));
+    status.reason = if code == 0 { "Completed" } else { "Error" }.to_owned();
+    status
+}
+
+pub fn sandbox(attempt: u32, state: SandboxState) -> SandboxStatus {
+    let mut spec = SandboxSpec { id: format!("s-{attempt}"), attempt, uid: "u-1".into(), ..SandboxSpec::default() };
+    spec.annotations.insert(ADDRESS_ANNOTATION.into(), "10.1.0.9".into());
+    SandboxStatus { spec, state, created_at: at(0), pid: None, containers: vec![] }
+}
+
+/// A pod with its volumes and a sandbox that holds `containers`.
+pub fn observed(containers: Vec<ContainerStatus>) -> Observed {
+    let mut o = Observed { volumes: true, sandboxes: vec![sandbox(0, SandboxState::Ready)], ..Observed::default() };
+    for container in containers {
+        if container.state == ContainerState::Running {
+            let ready = Probes::default();
+            o.probes.insert(container.id.clone(), ready);
+        }
+        o.sandboxes[0].containers.push(container);
+    }
+    o
+}
+
+fn short(action: &Action) -> String {
+    match action {
+        Action::End(ending) => format!("end {:?} {}s", ending.cause, ending.grace),
+        Action::MountVolumes => "mount".into(),
+        Action::CreateSandbox { attempt } => format!("sandbox {attempt}"),
+        Action::Start { name, attempt, backoff } => format!("start {name} {attempt} {}s", backoff.as_secs()),
+        Action::Kill { id, why, .. } => format!("kill {id} {why:?}"),
+        Action::RemoveContainer(id) => format!("remove {id}"),
+        Action::RemoveSandbox(id) => format!("remove {id}"),
+        Action::AnnounceBackoff { name, .. } => format!("announce {name}"),
+        Action::Teardown { remove } => format!("teardown remove={remove}"),
+        Action::Delete => "delete".into(),
+        Action::Exit => "exit".into(),
+    }
+}
+
+#[track_caller]
+fn check(spec: Value, change: impl FnOnce(&mut Observed), want: &[&str]) {
+    check_at(json!({"spec": spec}), change, 100, want, None);
+}
+
+#[track_caller]
+fn check_at(patch: Value, change: impl FnOnce(&mut Observed), now: i64, want: &[&str], wake: Option<i64>) {
+    let mut o = observed(vec![container("c", 0, ContainerState::Running)]);
+    change(&mut o);
+    let plan = plan(&pod(patch), &o, at(now));
+    assert_eq!(plan.actions.iter().map(short).collect::<Vec<_>>(), want);
+    if let Some(wake) = wake {
+        assert_eq!(plan.wake, Some(at(wake)));
+    }
+}
+
+fn with(containers: Vec<ContainerStatus>) -> impl FnOnce(&mut Observed) {
+    move |o| *o = observed(containers)
+}
+
+use ContainerState::{Created, Running};
+
+#[test]
+fn things_happen_in_order() {
+    check(json!({}), |o| *o = Observed::default(), &["mount"]);
+    check(json!({}), |o| *o = Observed { volumes: true, ..Observed::default() }, &["sandbox 0"]);
+    check(json!({}), with(vec![]), &["start c 0 0s"]);
+    check(json!({}), |_| {}, &[]);
+}
+
+#[test]
+fn a_job_that_runs_or_has_just_failed_is_not_started_again() {
+    check(json!({}), |o| { *o = Observed::default(); o.running_jobs.insert(Job::Volumes); }, &[]);
+    let busy = |o: &mut Observed| {
+        *o = observed(vec![]);
+        o.running_jobs.insert(Job::Start("c".into()));
+    };
+    check(json!({}), busy, &[]);
+    let failed = |o: &mut Observed| {
+        *o = Observed { volumes: true, ..Observed::default() };
+        o.retries.insert(Job::Sandbox, Retry { at: at(105), failures: 1, on_change: false });
+    };
+    check_at(json!({}), failed, 100, &[], Some(105));
+    check_at(json!({}), failed, 105, &["sandbox 0"], None);
+}
+
+#[test]
+fn a_sandbox_that_went_is_replaced_and_what_was_in_it_runs_again() {
+    let gone = |o: &mut Observed| o.sandboxes[0].state = SandboxState::NotReady;
+    check(json!({}), gone, &["sandbox 1"]);
+    let again = |o: &mut Observed| {
+        *o = observed(vec![exited("c", 0, 137, 50)]);
+        o.sandboxes[0].state = SandboxState::NotReady;
+        o.sandboxes.push(sandbox(1, SandboxState::Ready));
+    };
+    check(json!({}), again, &["start c 1 10s"]);
+    check(json!({"restartPolicy": "Never"}), again, &["end Finished 30s"]);
+    let empty = |o: &mut Observed| {
+        *o = observed(vec![]);
+        o.sandboxes[0].state = SandboxState::NotReady;
+        o.sandboxes.push(sandbox(1, SandboxState::Ready));
+        o.sandboxes[1].containers.push(container("c", 1, Running));
+    };
+    check(json!({}), empty, &["remove s-0"]);
+}
+
+#[test]
+fn the_restart_policy_decides_who_comes_back() {
+    let (failed, fine) = (|| with(vec![exited("c", 0, 1, 99)]), || with(vec![exited("c", 0, 0, 99)]));
+    check(json!({"restartPolicy": "Always"}), failed(), &["start c 1 10s"]);
+    check(json!({"restartPolicy": "Always"}), fine(), &["start c 1 10s"]);
+    check(json!({"restartPolicy": "OnFailure"}), failed(), &["start c 1 10s"]);
+    check(json!({"restartPolicy": "OnFailure"}), fine(), &["end Finished 30s"]);
+    check(json!({"restartPolicy": "Never"}), failed(), &["end Finished 30s"]);
+    let rules = json!({"restartPolicy": "Never", "containers": [{"name": "c", "restartPolicy": "Never",
+        "restartPolicyRules": [{"action": "Restart", "exitCodes": {"operator": "In", "values": [42]}}]}]});
+    check(rules.clone(), with(vec![exited("c", 0, 42, 99)]), &["start c 1 10s"]);
+    check(rules, failed(), &["end Finished 30s"]);
+}
+
+#[test]
+fn crashes_back_off_and_are_told_of_once() {
+    let crashed = |backoff_s: i64, ran_s: i64| {
+        move |o: &mut Observed| {
+            let mut status = exited("c", 3, 1, ran_s);
+            status.annotations.insert(BACKOFF_ANNOTATION.into(), (backoff_s * 1000).to_string());
+            *o = observed(vec![status]);
+        }
+    };
+    // The first exit restarts at once, then 10 s, 20 s ... 300 s, and ten good minutes forgive.
+    check_at(json!({}), crashed(0, 50), 50, &["start c 4 10s"], None);
+    check_at(json!({}), crashed(10, 50), 50, &["announce c"], Some(60));
+    check_at(json!({}), crashed(10, 50), 60, &["start c 4 20s"], None);
+    check_at(json!({}), crashed(160, 50), 210, &["start c 4 300s"], None);
+    check_at(json!({}), crashed(300, 50), 350, &["start c 4 300s"], None);
+    check_at(json!({}), crashed(300, 601), 601, &["start c 4 10s"], None);
+    let told = |o: &mut Observed| {
+        crashed(10, 50)(o);
+        o.announced.insert("c-3".into());
+    };
+    check_at(json!({}), told, 50, &[], Some(60));
+}
+
+#[test]
+fn a_start_that_failed_is_tried_again_later() {
+    let pulls = |o: &mut Observed| {
+        *o = observed(vec![]);
+        let later = Some(("ImagePullBackOff".into(), String::new()));
+        let waiting = Waiting { reason: "ErrImagePull".into(), message: String::new(), since: at(100),
+            retry_at: at(110), later, on_change: false };
+        o.waiting.insert("c".into(), waiting);
+    };
+    check_at(json!({}), pulls, 101, &[], Some(105));
+    check_at(json!({}), pulls, 105, &["announce c"], Some(110));
+    check_at(json!({}), pulls, 110, &["start c 0 0s"], None);
+}
+
+#[test]
+fn init_containers_run_one_by_one_before_the_others() {
+    let spec = || json!({"initContainers": [{"name": "i1"}, {"name": "i2"}]});
+    check(spec(), with(vec![]), &["start i1 0 0s"]);
+    check(spec(), with(vec![container("i1", 0, Running)]), &[]);
+    check(spec(), with(vec![exited("i1", 0, 0, 50)]), &["start i2 0 0s"]);
+    check(spec(), with(vec![exited("i1", 0, 0, 50), exited("i2", 0, 0, 60)]), &["start c 0 0s"]);
+    check(spec(), with(vec![exited("i1", 0, 1, 50)]), &["start i1 1 10s"]);
+    let never = json!({"restartPolicy": "Never", "initContainers": [{"name": "i1"}]});
+    check(never, with(vec![exited("i1", 0, 1, 50)]), &["end Finished 30s"]);
+    // Once a main container has run, the init containers are history.
+    check(spec(), with(vec![container("c", 0, Running)]), &[]);
+    let fresh = |o: &mut Observed| {
+        *o = observed(vec![exited("i1", 0, 0, 5), exited("i2", 0, 0, 6), exited("c", 0, 137, 50)]);
+        o.sandboxes[0].state = SandboxState::NotReady;
+        o.sandboxes.push(sandbox(1, SandboxState::Ready));
+    };
+    check(spec(), fresh, &["start i1 1 10s"]);
+}
+
+#[test]
+fn sidecars_start_in_turn_and_stay() {
+    let spec = || json!({"initContainers": [{"name": "s", "restartPolicy": "Always", "startupProbe": {}},
+                                            {"name": "i"}]});
+    let started = |state: Option<ProbeState>| {
+        move |o: &mut Observed| {
+            *o = observed(vec![container("s", 0, Running)]);
+            o.probes.insert("s-0".into(), Probes { startup: state, ..Probes::default() });
+        }
+    };
+    check(spec(), with(vec![]), &["start s 0 0s"]);
+    check(spec(), started(Some(ProbeState::Unknown)), &[]);
+    check(spec(), started(Some(ProbeState::Success)), &["start i 0 0s"]);
+    // It comes back whatever the pod's policy, also beside main containers.
+    let mut never = spec();
+    never["restartPolicy"] = json!("Never");
+    let both = vec![exited("s", 0, 0, 50), exited("i", 0, 0, 40), container("c", 0, Running)];
+    check(never.clone(), with(both), &["start s 1 10s"]);
+    // It does not keep a finished pod alive.
+    let over = vec![container("s", 0, Running), exited("i", 0, 0, 40), exited("c", 0, 0, 60)];
+    check(never, with(over), &["end Finished 30s"]);
+}
+
+#[test]
+fn probes_that_fail_kill() {
+    let spec = json!({"containers": [{"name": "c", "livenessProbe": {"terminationGracePeriodSeconds": 5}}]});
+    let failing = |o: &mut Observed| {
+        o.probes.insert("c-0".into(), Probes { liveness: Some(ProbeState::Failure), ..Probes::default() });
+    };
+    check(spec.clone(), failing, &["kill c-0 Liveness"]);
+    let killing = |o: &mut Observed| {
+        failing(o);
+        o.kills.insert("c-0".into(), (at(105), 0));
+    };
+    check(spec, killing, &[]);
+}
+
+#[test]
+fn old_containers_are_removed_but_for_two() {
+    let history = || vec![exited("c", 0, 1, 10), exited("c", 1, 1, 20), exited("c", 2, 1, 30), container("c", 3, Running)];
+    check(json!({}), with(history()), &["remove c-1", "remove c-0"]);
+    check(json!({}), with(vec![container("c", 0, Created)]), &["remove c-0"]);
+}
+
+fn deleted(grace: i64) -> Value {
+    json!({"metadata": {"deletionTimestamp": "2027-01-15T08:00:00Z", "deletionGracePeriodSeconds": grace}})
+}
+
+fn ending(cause: Cause, grace: i64, deadline: i64) -> impl FnOnce(&mut Observed) {
+    move |o| o.ending = Some(Ending { cause, grace, deadline: at(deadline) })
+}
+
+#[test]
+fn deletion_ends_a_pod_and_can_be_hurried() {
+    check_at(deleted(30), |_| {}, 100, &["end Deleted 30s"], None);
+    check_at(deleted(30), ending(Cause::Deleted, 30, 130), 100, &["kill c-0 Ending"], Some(130));
+    check_at(deleted(5), ending(Cause::Deleted, 30, 130), 101, &["end Deleted 5s"], None);
+    let hurried = |o: &mut Observed| {
+        o.ending = Some(Ending { cause: Cause::Deleted, grace: 5, deadline: at(106) });
+        o.kills.insert("c-0".into(), (at(130), 0));
+    };
+    check_at(deleted(5), hurried, 101, &["kill c-0 Ending"], None);
+    check_at(json!({}), |o| o.gone = true, 100, &["end Gone 1s"], None);
+    let gone = |o: &mut Observed| {
+        *o = observed(vec![exited("c", 0, 0, 50)]);
+        (o.gone, o.cleanup) = (true, Cleanup::Removed);
+        o.ending = Some(Ending { cause: Cause::Gone, grace: 1, deadline: at(60) });
+    };
+    check_at(json!({}), gone, 100, &["exit"], None);
+}
+
+#[test]
+fn what_is_left_is_taken_down_before_the_object_goes() {
+    let over = |cleanup: Cleanup, cause: Cause| {
+        move |o: &mut Observed| {
+            *o = observed(vec![exited("c", 0, 0, 50)]);
+            o.cleanup = cleanup;
+            o.ending = Some(Ending { cause, grace: 30, deadline: at(130) });
+        }
+    };
+    check_at(deleted(30), over(Cleanup::None, Cause::Deleted), 100, &["teardown remove=true"], None);
+    check_at(deleted(30), over(Cleanup::Removed, Cause::Deleted), 100, &["delete"], None);
+    let never = json!({"spec": {"restartPolicy": "Never"}});
+    check_at(never.clone(), over(Cleanup::None, Cause::Finished), 100, &["teardown remove=false"], None);
+    check_at(never, over(Cleanup::Stopped, Cause::Finished), 100, &[], None);
+    // A finished pod that is deleted later still has records and logs to lose.
+    check_at(deleted(30), over(Cleanup::Stopped, Cause::Finished), 100, &["end Deleted 30s"], None);
+    let busy = |o: &mut Observed| {
+        over(Cleanup::None, Cause::Deleted)(o);
+        o.running_jobs.insert(Job::Start("c".into()));
+    };
+    check_at(deleted(30), busy, 100, &[], None);
+}
+
+#[test]
+fn sidecars_go_last_and_in_reverse() {
+    let spec = || {
+        let mut pod = deleted(30);
+        pod["spec"] = json!({"initContainers": [{"name": "s1", "restartPolicy": "Always"},
+                                                {"name": "s2", "restartPolicy": "Always"}]});
+        pod
+    };
+    let running = |names: &[&str]| {
+        let list: Vec<_> = names.iter().map(|name| container(name, 0, Running)).collect();
+        move |o: &mut Observed| {
+            *o = observed(list);
+            o.ending = Some(Ending { cause: Cause::Deleted, grace: 30, deadline: at(130) });
+        }
+    };
+    check_at(spec(), running(&["s1", "s2", "c"]), 100, &["kill c-0 Ending"], Some(130));
+    check_at(spec(), running(&["s1", "s2"]), 100, &["kill s2-0 Ending"], Some(130));
+    check_at(spec(), running(&["s1"]), 100, &["kill s1-0 Ending"], Some(130));
+    check_at(spec(), running(&["s1", "s2"]), 131, &["kill s1-0 Ending", "kill s2-0 Ending"], None);
+}
+
+#[test]
+fn the_node_may_refuse_and_time_may_run_out() {
+    let refused = |o: &mut Observed| {
+        *o = Observed { rejected: Some(("OutOfcpu".into(), "m".into())), ..Observed::default() };
+    };
+    check(json!({}), refused, &["end Failed { reason: \"OutOfcpu\", message: \"m\" } 1s"]);
+    let limited = json!({"spec": {"activeDeadlineSeconds": 50}, "status": {"startTime": at(0)}});
+    check_at(limited.clone(), |_| {}, 49, &[], Some(50));
+    let o = observed(vec![container("c", 0, Running)]);
+    let plan = plan(&pod(limited), &o, at(50));
+    assert!(matches!(&plan.actions[..], [Action::End(Ending { cause: Cause::Failed { reason, .. }, .. })]
+        if reason == "DeadlineExceeded"));
+    check_at(json!({"status": {"phase": "Succeeded"}}), |_| {}, 100, &["end Finished 30s"], None);
+}
+
+/// A world where every action works at once; containers end as `exits` says when they are reached.
+fn apply(o: &mut Observed, action: Action, now: Timestamp, exits: &dyn Fn(&str, u32) -> Option<i32>) {
+    match action {
+        Action::End(ending) => o.ending = Some(ending),
+        Action::MountVolumes => o.volumes = true,
+        Action::CreateSandbox { attempt } => o.sandboxes.push(sandbox(attempt, SandboxState::Ready)),
+        Action::Start { name, attempt, backoff } => {
+            let mut status = container(&name, attempt, Running);
+            status.created_at = now;
+            status.annotations.insert(BACKOFF_ANNOTATION.into(), backoff.as_millis().to_string());
+            if let Some(code) = exits(&name, attempt) {
+                (status.state, status.exit_code, status.finished_at) =
+                    (ContainerState::Exited, Some(code), Some(now));
+            }
+            let sandbox = o.sandboxes.last_mut().expect("a sandbox comes first");
+            status.sandbox_id.clone_from(&sandbox.spec.id);
+            o.probes.insert(status.id.clone(), Probes::default());
+            sandbox.containers.push(status);
+        }
+        Action::Kill { id, deadline, .. } => {
+            o.kills.insert(id.clone(), (deadline, 0));
+            for c in o.sandboxes.iter_mut().flat_map(|s| &mut s.containers).filter(|c| c.id == id) {
+                (c.state, c.exit_code, c.finished_at) = (ContainerState::Exited, Some(143), Some(now));
+            }
+        }
+        Action::RemoveContainer(id) => o.forget_container(&id),
+        Action::RemoveSandbox(id) => o.sandboxes.retain(|sandbox| sandbox.spec.id != id),
+        Action::AnnounceBackoff { key, .. } => drop(o.announced.insert(key)),
+        Action::Teardown { remove } => o.cleanup = if remove { Cleanup::Removed } else { Cleanup::Stopped },
+        Action::Delete => o.gone = true,
+        Action::Exit => unreachable!("the caller ends there"),
+    }
+}
+
+/// Whatever happens, a pod soon has nothing to be done, and stays so; a deleted one is gone.
+#[test]
+fn every_plan_settles() {
+    let shapes = [
+        json!({}),
+        json!({"initContainers": [{"name": "i"}]}),
+        json!({"initContainers": [{"name": "s", "restartPolicy": "Always"}, {"name": "i"}],
+               "containers": [{"name": "c"}, {"name": "d"}]}),
+    ];
+    for policy in ["Always", "OnFailure", "Never"] {
+        for shape in &shapes {
+            for code in [None, Some(0), Some(1)] {
+                for delete_after in [0, 1, 2, 3, 5, 8, 40] {
+                    settle(policy, shape.clone(), code, delete_after);
+                }
+            }
+        }
+    }
+}
+
+#[track_caller]
+fn settle(policy: &str, shape: Value, code: Option<i32>, delete_after: usize) {
+    let mut spec = shape;
+    spec["restartPolicy"] = json!(policy);
+    let mut patch = json!({"spec": spec});
+    // Every other run ends as told; init containers always end well.
+    let exits = move |name: &str, attempt: u32| match name {
+        "i" => Some(0),
+        "s" => None,
+        _ => code.filter(|_| attempt % 2 == 0),
+    };
+    let (mut o, mut now) = (Observed::default(), at(0));
+    for step in 0..200 {
+        if step == delete_after {
+            crate::pod::tests::merge(&mut patch, deleted(30));
+        }
+        let plan = plan(&pod(patch.clone()), &o, now);
+        if plan.actions.contains(&Action::Exit) {
+            assert_eq!(o.cleanup, Cleanup::Removed);
+            assert!(o.all_containers().all(|c| c.state == ContainerState::Exited), "{policy} {code:?}");
+            return;
+        }
+        match (plan.actions.is_empty(), plan.wake) {
+            (true, Some(wake)) => now = wake,
+            (true, None) => assert!(step <= delete_after, "nothing happens though it is deleted"),
+            _ => {}
+        }
+        for action in plan.actions {
+            apply(&mut o, action, now, &exits);
+        }
+    }
+    panic!("{policy} {code:?} {delete_after}: not gone after 200 steps");
+}

@@ -1,0 +1,194 @@
+use super::*;
+use crate::observed::{Cleanup, Ending, ProbeState, Probes, Waiting};
+use crate::plan::tests::{at, container, exited, observed};
+use crate::pod::tests::pod;
+use ContainerState::Running;
+
+fn work_out(patch: Value, o: &Observed, now: i64) -> core::PodStatus {
+    let pod = pod(patch);
+    let previous = pod.status().cloned().unwrap_or_default();
+    status(&pod, o, "192.0.2.1".parse().expect("an address"), &previous, at(now))
+}
+
+/// Phase, ready containers, and the reasons of what is not running.
+#[track_caller]
+fn check(patch: Value, o: &Observed, want_phase: &str, want: &str) {
+    let status = work_out(patch, o, 100);
+    let all = [&status.init_container_statuses, &status.container_statuses];
+    let words = all.into_iter().flatten().flatten().map(|c| {
+        let state = c.state.clone().unwrap_or_default();
+        let what = match state {
+            core::ContainerState { running: Some(_), .. } => "running".to_owned(),
+            core::ContainerState { terminated: Some(end), .. } => format!("{}", end.exit_code),
+            core::ContainerState { waiting: Some(waiting), .. } => waiting.reason.unwrap_or_default(),
+            _ => "?".to_owned(),
+        };
+        format!("{}:{what}{}", c.name, if c.ready { "+" } else { "" })
+    });
+    let words = words.collect::<Vec<_>>().join(" ");
+    assert_eq!((status.phase.as_deref(), words.as_str()), (Some(want_phase), want));
+}
+
+fn policy(policy: &str) -> Value {
+    json!({"spec": {"restartPolicy": policy}})
+}
+
+#[test]
+fn phases_follow_the_containers() {
+    check(json!({}), &Observed::default(), "Pending", "c:ContainerCreating");
+    check(json!({}), &observed(vec![container("c", 0, Running)]), "Running", "c:running+");
+    check(policy("Always"), &observed(vec![exited("c", 0, 1, 100)]), "Running", "c:1");
+    check(policy("OnFailure"), &observed(vec![exited("c", 0, 0, 50)]), "Succeeded", "c:0");
+    check(policy("OnFailure"), &observed(vec![exited("c", 0, 1, 100)]), "Running", "c:1");
+    check(policy("Never"), &observed(vec![exited("c", 0, 1, 50)]), "Failed", "c:1");
+    let two = |policy: &str| {
+        json!({"spec": {"restartPolicy": policy, "containers": [{"name": "c"}, {"name": "d"}]}})
+    };
+    let half = observed(vec![exited("c", 0, 1, 50), container("d", 0, Running)]);
+    check(two("Never"), &half, "Running", "c:1 d:running+");
+    check(two("Never"), &observed(vec![exited("c", 0, 0, 50), exited("d", 0, 1, 50)]), "Failed", "c:0 d:1");
+    check(two("Never"), &observed(vec![container("c", 0, Running)]), "Pending", "c:running+ d:ContainerCreating");
+    check(json!({"status": {"phase": "Failed", "reason": "Evicted"}}), &Observed::default(), "Failed", "c:ContainerCreating");
+}
+
+#[test]
+fn init_containers_hold_the_pod_pending() {
+    let spec = |policy: &str| json!({"spec": {"restartPolicy": policy, "initContainers": [{"name": "i"}]}});
+    check(spec("Always"), &observed(vec![container("i", 0, Running)]), "Pending", "i:running c:PodInitializing");
+    check(spec("Always"), &observed(vec![exited("i", 0, 0, 50)]), "Pending", "i:0+ c:PodInitializing");
+    check(spec("Never"), &observed(vec![exited("i", 0, 1, 50)]), "Failed", "i:1 c:PodInitializing");
+    let all = observed(vec![exited("i", 0, 0, 50), container("c", 0, Running)]);
+    check(spec("Always"), &all, "Running", "i:0+ c:running+");
+    let sidecar = json!({"spec": {"restartPolicy": "Never", "initContainers": [{"name": "s", "restartPolicy": "Always"}]}});
+    let over = observed(vec![exited("s", 0, 137, 60), exited("c", 0, 0, 50)]);
+    check(sidecar, &over, "Succeeded", "s:137 c:0");
+}
+
+#[test]
+fn a_crash_loop_shows_why_and_since_when() {
+    let mut crashed = exited("c", 2, 7, 95);
+    crashed.annotations.insert(crate::observed::BACKOFF_ANNOTATION.into(), "20000".into());
+    let o = observed(vec![exited("c", 1, 6, 60), crashed]);
+    check(json!({}), &o, "Running", "c:CrashLoopBackOff");
+    let status = work_out(json!({}), &o, 100);
+    let c = &status.container_statuses.as_ref().expect("containers")[0];
+    let waiting = c.state.as_ref().and_then(|state| state.waiting.as_ref()).expect("it waits");
+    assert_eq!(waiting.message.as_deref(), Some("back-off 20s restarting failed container=c pod=p_ns(u-1)"));
+    let last = c.last_state.as_ref().and_then(|state| state.terminated.as_ref()).expect("it ended");
+    assert_eq!((c.restart_count, last.exit_code), (2, 7));
+    assert_eq!(c.container_id.as_deref(), Some("minke://c-2"));
+}
+
+#[test]
+fn a_failed_pull_turns_into_a_back_off() {
+    let mut o = observed(vec![]);
+    let later = Some(("ImagePullBackOff".to_owned(), "Back-off".to_owned()));
+    let (reason, message) = ("ErrImagePull".to_owned(), "no".to_owned());
+    let waiting = Waiting { reason, message, since: at(100), retry_at: at(110), later, on_change: false };
+    o.waiting.insert("c".into(), waiting);
+    check(json!({}), &o, "Pending", "c:ErrImagePull");
+    let status = work_out(json!({}), &o, 106);
+    let state = status.container_statuses.expect("containers")[0].state.clone().expect("a state");
+    assert_eq!(state.waiting.expect("it waits").reason.as_deref(), Some("ImagePullBackOff"));
+}
+
+#[track_caller]
+fn check_conditions(patch: Value, o: &Observed, want: &[(&str, &str, &str, &str)]) {
+    let status = work_out(patch, o, 100);
+    let conditions = status.conditions.expect("conditions");
+    for (kind, value, reason, message) in want {
+        let condition = conditions.iter().find(|condition| condition.type_ == *kind).expect(kind);
+        assert_eq!(
+            (condition.status.as_str(), condition.reason.as_deref(), condition.message.as_deref()),
+            (*value, Some(*reason).filter(|r| !r.is_empty()), Some(*message).filter(|m| !m.is_empty())),
+            "{kind}"
+        );
+        assert_eq!(condition.observed_generation, Some(1), "{kind}");
+    }
+}
+
+#[test]
+fn conditions_say_what_is_missing() {
+    let unready = "containers with unready status: [c]";
+    check_conditions(
+        json!({}),
+        &Observed::default(),
+        &[
+            ("PodReadyToStartContainers", "False", "", ""),
+            ("Initialized", "True", "", ""),
+            ("Ready", "False", "ContainersNotReady", unready),
+            ("ContainersReady", "False", "ContainersNotReady", unready),
+            ("PodScheduled", "True", "", ""),
+        ],
+    );
+    let running = observed(vec![container("c", 0, Running)]);
+    check_conditions(json!({}), &running, &[("PodReadyToStartContainers", "True", "", ""), ("Ready", "True", "", "")]);
+    let gated = json!({"spec": {"readinessGates": [{"conditionType": "x/y"}]}});
+    let why = "corresponding condition of pod readiness gate \"x/y\" does not exist.";
+    check_conditions(gated, &running, &[("Ready", "False", "ReadinessGatesNotReady", why), ("ContainersReady", "True", "", "")]);
+    check_conditions(
+        json!({"spec": {"initContainers": [{"name": "i"}]}}),
+        &observed(vec![container("i", 0, Running)]),
+        &[("Initialized", "False", "ContainersNotInitialized", "containers with incomplete status: [i]")],
+    );
+    check_conditions(policy("Never"), &observed(vec![exited("c", 0, 0, 50)]), &[("Ready", "False", "PodCompleted", "")]);
+    check_conditions(policy("Never"), &observed(vec![exited("c", 0, 1, 50)]), &[("Ready", "False", "PodFailed", "")]);
+}
+
+#[test]
+fn a_condition_keeps_its_time_until_it_changes() {
+    let known = json!({"status": {"conditions": [
+        {"type": "Ready", "status": "True", "lastTransitionTime": at(10)},
+        {"type": "ContainersReady", "status": "False", "lastTransitionTime": at(10)}]}});
+    let status = work_out(known, &observed(vec![container("c", 0, Running)]), 100);
+    let since = |kind: &str| {
+        let condition = status.conditions.iter().flatten().find(|condition| condition.type_ == kind);
+        condition.and_then(|condition| condition.last_transition_time.clone()).map(|time| time.0)
+    };
+    assert_eq!((since("Ready"), since("ContainersReady")), (Some(at(10)), Some(at(100))));
+}
+
+#[test]
+fn probes_hold_readiness_back() {
+    let mut o = observed(vec![container("c", 0, Running)]);
+    o.probes.insert("c-0".into(), Probes { readiness: Some(ProbeState::Unknown), ..Probes::default() });
+    check(json!({}), &o, "Running", "c:running");
+    o.probes.insert("c-0".into(), Probes { readiness: Some(ProbeState::Success), ..Probes::default() });
+    check(json!({}), &o, "Running", "c:running+");
+    let startup = Some(ProbeState::Unknown);
+    o.probes.insert("c-0".into(), Probes { startup, ..Probes::default() });
+    check(json!({}), &o, "Running", "c:running");
+}
+
+#[test]
+fn the_end_of_a_pod_is_final() {
+    let ending = |cause| Some(Ending { cause, grace: 30, deadline: at(130) });
+    let mut o = observed(vec![exited("c", 0, 143, 90)]);
+    o.ending = ending(Cause::Deleted);
+    check(json!({}), &o, "Failed", "c:143");
+    let mut o = observed(vec![exited("c", 0, 0, 90)]);
+    (o.ending, o.cleanup) = (ending(Cause::Deleted), Cleanup::Removed);
+    check(json!({}), &o, "Succeeded", "c:0");
+    // One that never started has failed too, and nobody knows how its containers ended.
+    let mut o = observed(vec![]);
+    (o.ending, o.cleanup) = (ending(Cause::Deleted), Cleanup::Removed);
+    check(json!({}), &o, "Failed", "c:137");
+    let mut o = Observed { rejected: Some(("OutOfcpu".into(), "m".into())), ..Observed::default() };
+    o.ending = ending(Cause::Failed { reason: "OutOfcpu".into(), message: "m".into() });
+    let status = work_out(json!({}), &o, 100);
+    assert_eq!((status.phase.as_deref(), status.reason.as_deref()), (Some("Failed"), Some("OutOfcpu")));
+    assert_eq!((status.container_statuses, status.pod_ip), (None, None));
+}
+
+#[test]
+fn only_what_changed_is_sent() {
+    let old = json!({"phase": "Pending", "podIP": "1.2.3.4", "podIPs": [{"ip": "1.2.3.4"}], "reason": "x",
+        "conditions": [{"type": "A", "status": "True"}, {"type": "B", "status": "False", "reason": "r"}]});
+    assert_eq!(patch("u", &old, &old), None);
+    let new = json!({"phase": "Running", "podIP": "1.2.3.5", "podIPs": [{"ip": "1.2.3.5"}],
+        "conditions": [{"type": "A", "status": "True"}, {"type": "B", "status": "True"}]});
+    let want = json!({"metadata": {"uid": "u"}, "status": {"phase": "Running", "podIP": "1.2.3.5", "reason": null,
+        "podIPs": [{"ip": "1.2.3.5"}, {"$patch": "replace"}],
+        "conditions": [{"type": "B", "status": "True", "reason": null}]}});
+    assert_eq!(patch("u", &old, &new), Some(want));
+}
