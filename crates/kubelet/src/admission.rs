@@ -23,9 +23,8 @@ pub fn check<'a>(
             *used.entry(name).or_default() += resources::pod_request(other, name);
         }
     }
-    let capacity = |name: &str| {
-        allocatable.get(name).map(|q| if name == "cpu" { q.milli_value() } else { q.value() })
-    };
+    let capacity =
+        |name: &str| allocatable.get(name).map(|q| if name == "cpu" { q.milli_value() } else { q.value() });
     let short = |name: &str, requested: i64, used: i64, capacity: i64| {
         format!(
             "Node didn't have enough resource: {name}, requested: {requested}, used: {used}, capacity: {capacity}"
@@ -36,11 +35,9 @@ pub fn check<'a>(
     {
         return Some(("OutOfpods", short("pods", 1, count, capacity)));
     }
-    for (name, reason) in [
-        ("cpu", "OutOfcpu"),
-        ("memory", "OutOfmemory"),
-        ("ephemeral-storage", "OutOfephemeral-storage"),
-    ] {
+    for (name, reason) in
+        [("cpu", "OutOfcpu"), ("memory", "OutOfmemory"), ("ephemeral-storage", "OutOfephemeral-storage")]
+    {
         let (requested, used) = (resources::pod_request(pod, name), used.get(name).copied().unwrap_or(0));
         if let Some(capacity) = capacity(name)
             && requested > 0
@@ -72,7 +69,8 @@ fn fits(pod: &Pod, node: &core::Node) -> bool {
         let expressions = term.match_expressions.as_deref().unwrap_or_default();
         let fields = term.match_fields.as_deref().unwrap_or_default();
         let by_label = |r: &core::NodeSelectorRequirement| matches(r, labels.get(&r.key).map(String::as_str));
-        let by_field = |r: &core::NodeSelectorRequirement| matches(r, name.filter(|_| r.key == "metadata.name"));
+        let by_field =
+            |r: &core::NodeSelectorRequirement| matches(r, name.filter(|_| r.key == "metadata.name"));
         // A term that asks for nothing matches nothing.
         !(expressions.is_empty() && fields.is_empty())
             && expressions.iter().all(by_label)

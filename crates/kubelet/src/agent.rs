@@ -55,15 +55,8 @@ impl Agent {
             }
             found.entry(sandbox.spec.uid.clone()).or_default().push(sandbox);
         }
-        let agent = Agent {
-            context,
-            pods,
-            nodes,
-            events,
-            found,
-            workers: HashMap::new(),
-            running: JoinSet::new(),
-        };
+        let agent =
+            Agent { context, pods, nodes, events, found, workers: HashMap::new(), running: JoinSet::new() };
         Ok(agent)
     }
 
@@ -135,7 +128,12 @@ impl Agent {
         let others = self.workers.values().filter(|handle| handle.admitted && !handle.pod.is_terminal());
         let node = self.nodes.get("", &self.context.node_name);
         let node = node.and_then(|node| minke_client::typed(&node));
-        let refusal = admission::check(pod, others.map(|handle| &handle.pod), node.as_deref(), &self.context.allocatable);
+        let refusal = admission::check(
+            pod,
+            others.map(|handle| &handle.pod),
+            node.as_deref(),
+            &self.context.allocatable,
+        );
         let (reason, message) = refusal?;
         self.context.events.warning(pod, None, reason, &message);
         Some((reason.to_owned(), format!("Pod was rejected: {message}")))

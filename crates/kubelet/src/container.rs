@@ -121,8 +121,10 @@ pub fn container(
     let run_as = security.run_as_user.or(of_pod.run_as_user);
     let non_root = security.run_as_non_root.or(of_pod.run_as_non_root) == Some(true);
     check_non_root(pod, container, non_root, run_as, inputs.image)?;
-    let mut groups: Vec<u32> = of_pod.supplemental_groups.iter().flatten().filter_map(|g| u32::try_from(*g).ok()).collect();
-    groups.extend(of_pod.fs_group.and_then(|group| u32::try_from(group).ok()).filter(|g| !groups.contains(g)));
+    let mut groups: Vec<u32> =
+        of_pod.supplemental_groups.iter().flatten().filter_map(|g| u32::try_from(*g).ok()).collect();
+    groups
+        .extend(of_pod.fs_group.and_then(|group| u32::try_from(group).ok()).filter(|g| !groups.contains(g)));
     let privileged = security.privileged == Some(true);
     let unmasked = privileged || security.proc_mount.as_deref() == Some("Unmasked");
     let profile = security.seccomp_profile.or(of_pod.seccomp_profile);
@@ -190,7 +192,10 @@ pub fn container(
         annotations: BTreeMap::from([
             (BACKOFF_ANNOTATION.to_owned(), inputs.backoff.as_millis().to_string()),
             (IMAGE_ANNOTATION.to_owned(), shown_image(container.image.as_deref(), inputs.image)),
-            (IMAGE_ID_ANNOTATION.to_owned(), inputs.image.digests.first().unwrap_or(&inputs.image.id).clone()),
+            (
+                IMAGE_ID_ANNOTATION.to_owned(),
+                inputs.image.digests.first().unwrap_or(&inputs.image.id).clone(),
+            ),
         ]),
         id,
     })
@@ -326,10 +331,22 @@ mod tests {
 
     #[test]
     fn non_root_is_checked_before_the_start() {
-        check_non_root(json!({"runAsNonRoot": true}), "", Some("container has runAsNonRoot and image will run as root"));
+        check_non_root(
+            json!({"runAsNonRoot": true}),
+            "",
+            Some("container has runAsNonRoot and image will run as root"),
+        );
         check_non_root(json!({"runAsNonRoot": true}), "1000:1000", None);
-        check_non_root(json!({"runAsNonRoot": true}), "web", Some("container has runAsNonRoot and image has non-numeric"));
-        check_non_root(json!({"runAsNonRoot": true, "runAsUser": 0}), "5", Some("container's runAsUser breaks"));
+        check_non_root(
+            json!({"runAsNonRoot": true}),
+            "web",
+            Some("container has runAsNonRoot and image has non-numeric"),
+        );
+        check_non_root(
+            json!({"runAsNonRoot": true, "runAsUser": 0}),
+            "5",
+            Some("container's runAsUser breaks"),
+        );
         check_non_root(json!({"runAsNonRoot": true, "runAsUser": 3}), "", None);
         check_non_root(json!({}), "", None);
     }

@@ -243,7 +243,9 @@ fn from_source(
         return match secret.data.as_ref().and_then(|data| data.get(&selector.key)) {
             Some(value) => Ok(Some(String::from_utf8_lossy(&value.0).into_owned())),
             None if selector.optional == Some(true) => Ok(None),
-            None => Err(format!("couldn't find key {} in Secret {namespace}/{}", selector.key, selector.name)),
+            None => {
+                Err(format!("couldn't find key {} in Secret {namespace}/{}", selector.key, selector.name))
+            }
         };
     }
     Err("env from files is not supported".to_owned())
@@ -282,9 +284,13 @@ mod tests {
         let services = [Arc::new(serde_json::from_value(service).expect("a service"))];
         let mut referenced = Referenced::default();
         let map = json!({"metadata": {"name": "m"}, "data": {"k": "v", "l": "w"}});
-        referenced.config_maps.insert("m".into(), Ok(Some(Arc::new(serde_json::from_value(map).expect("a map")))));
+        referenced
+            .config_maps
+            .insert("m".into(), Ok(Some(Arc::new(serde_json::from_value(map).expect("a map")))));
         let secret = json!({"metadata": {"name": "s"}, "data": {"p": "aHVzaA=="}});
-        referenced.secrets.insert("s".into(), Ok(Some(Arc::new(serde_json::from_value(secret).expect("a secret")))));
+        referenced
+            .secrets
+            .insert("s".into(), Ok(Some(Arc::new(serde_json::from_value(secret).expect("a secret")))));
         referenced.config_maps.insert("gone".into(), Ok(None));
         let facts = Facts {
             host_ip: "192.0.2.1".parse().ok(),
@@ -326,17 +332,21 @@ mod tests {
                 "envFrom": [{"configMapRef": {"name": "m"}}, {"prefix": "S_", "secretRef": {"name": "s"}}],
                 "env": [{"name": "k", "value": "own"}, {"name": "E", "value": "$(k)-$(l)-$(MY_SVC_PORT)-$(F)"},
                         {"name": "F", "value": "f"}, {"name": "MY_SVC_PORT", "value": "mine"}]}),
-            &[("k", "own"), ("l", "w"), ("S_p", "hush"), ("MY_SVC_PORT", "mine"),
-              ("E", "own-w-tcp://10.0.0.1:80-$(F)")],
+            &[
+                ("k", "own"),
+                ("l", "w"),
+                ("S_p", "hush"),
+                ("MY_SVC_PORT", "mine"),
+                ("E", "own-w-tcp://10.0.0.1:80-$(F)"),
+            ],
         );
     }
 
     #[test]
     fn the_pod_tells_about_itself() {
-        let field = |name: &str, path: &str| json!({"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}});
-        let amount = |name: &str, what: &str, divisor: &str| {
-            json!({"name": name, "valueFrom": {"resourceFieldRef": {"resource": what, "divisor": divisor}}})
-        };
+        let field =
+            |name: &str, path: &str| json!({"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}});
+        let amount = |name: &str, what: &str, divisor: &str| json!({"name": name, "valueFrom": {"resourceFieldRef": {"resource": what, "divisor": divisor}}});
         check(
             json!({"name": "c", "resources": {"requests": {"cpu": "250m", "memory": "100Mi"}}, "env": [
                 field("NAME", "metadata.name"), field("APP", "metadata.labels['app']"),
@@ -344,8 +354,17 @@ mod tests {
                 amount("CPU", "requests.cpu", "0"), amount("MILLI", "requests.cpu", "1m"),
                 amount("MEM", "requests.memory", "1Mi"), amount("LIMIT", "limits.cpu", "1"),
             ]}),
-            &[("NAME", "p"), ("APP", "web"), ("IP", "10.1.0.9"), ("HOST", "192.0.2.1"), ("NODE", "n"),
-              ("CPU", "1"), ("MILLI", "250"), ("MEM", "100"), ("LIMIT", "4")],
+            &[
+                ("NAME", "p"),
+                ("APP", "web"),
+                ("IP", "10.1.0.9"),
+                ("HOST", "192.0.2.1"),
+                ("NODE", "n"),
+                ("CPU", "1"),
+                ("MILLI", "250"),
+                ("MEM", "100"),
+                ("LIMIT", "4"),
+            ],
         );
     }
 

@@ -72,7 +72,8 @@ pub fn hosts(pod: &Pod, ip: Option<IpAddr>, domain: &str, host: &str) -> String 
     if !aliases.is_empty() {
         out.push_str("\n# Entries added by HostAliases.\n");
         for alias in aliases {
-            let _ = writeln!(out, "{}\t{}", alias.ip, alias.hostnames.as_deref().unwrap_or_default().join("\t"));
+            let _ =
+                writeln!(out, "{}\t{}", alias.ip, alias.hostnames.as_deref().unwrap_or_default().join("\t"));
         }
     }
     out
@@ -206,6 +207,9 @@ mod tests {
         let long = pod(json!({"metadata": {"name": format!("{}-x", "a".repeat(62))}}));
         assert_eq!(hostname(&long, "c.l"), "a".repeat(62));
         let host = pod(json!({"spec": {"hostNetwork": true}}));
-        assert_eq!(hosts(&host, ip, "c.l", "127.0.0.1 me\n"), "# Kubernetes-managed hosts file (host network).\n127.0.0.1 me\n");
+        assert_eq!(
+            hosts(&host, ip, "c.l", "127.0.0.1 me\n"),
+            "# Kubernetes-managed hosts file (host network).\n127.0.0.1 me\n"
+        );
     }
 }

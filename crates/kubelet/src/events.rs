@@ -60,11 +60,23 @@ impl Recorder {
         }
     }
 
-    pub fn normal(&self, pod: &Pod, container: Option<&str>, reason: &'static str, message: impl Into<String>) {
+    pub fn normal(
+        &self,
+        pod: &Pod,
+        container: Option<&str>,
+        reason: &'static str,
+        message: impl Into<String>,
+    ) {
         self.tell(pod_reference(pod, container), true, reason, message.into());
     }
 
-    pub fn warning(&self, pod: &Pod, container: Option<&str>, reason: &'static str, message: impl Into<String>) {
+    pub fn warning(
+        &self,
+        pod: &Pod,
+        container: Option<&str>,
+        reason: &'static str,
+        message: impl Into<String>,
+    ) {
         self.tell(pod_reference(pod, container), false, reason, message.into());
     }
 
@@ -220,7 +232,10 @@ fn event(told: &Told, message: String, node: &str) -> core::Event {
         involved_object: told.about.clone(),
         reason: Some(told.reason.to_owned()),
         message: Some(message),
-        source: Some(core::EventSource { component: Some("kubelet".to_owned()), host: Some(node.to_owned()) }),
+        source: Some(core::EventSource {
+            component: Some("kubelet".to_owned()),
+            host: Some(node.to_owned()),
+        }),
         first_timestamp: Some(Time(told.at)),
         last_timestamp: Some(Time(told.at)),
         count: Some(1),
@@ -258,8 +273,10 @@ mod tests {
     #[test]
     fn the_same_again_is_counted() {
         let mut correlator = Correlator::default();
-        let got = write_all(&mut correlator, &["a".into(), "a".into(), "b".into(), "a".into()], Instant::now());
-        let count = |count| Write::Count { namespace: "n".into(), name: "e".into(), count, message: "a".into() };
+        let got =
+            write_all(&mut correlator, &["a".into(), "a".into(), "b".into(), "a".into()], Instant::now());
+        let count =
+            |count| Write::Count { namespace: "n".into(), name: "e".into(), count, message: "a".into() };
         let create = |message: &str| Write::Create { message: message.into() };
         assert_eq!(got, [create("a"), count(2), create("b"), count(3)]);
     }

@@ -223,7 +223,10 @@ async fn connect(address: &str) -> Result<TcpStream, String> {
     })
 }
 
-async fn send<S>(stream: S, request: Request<Empty<Bytes>>) -> Result<http::Response<hyper::body::Incoming>, String>
+async fn send<S>(
+    stream: S,
+    request: Request<Empty<Bytes>>,
+) -> Result<http::Response<hyper::body::Incoming>, String>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
@@ -268,8 +271,13 @@ async fn grpc_check(address: &str, service: &str, user_agent: &str) -> Result<u8
     let collected = collected.map_err(|error| error.to_string())?;
     let code = collected.trailers().and_then(|trailers| trailers.get("grpc-status")).cloned();
     match code.as_ref().map(|code| code.as_bytes()) {
-        None | Some(b"0") => grpc_status(collected.to_bytes()).ok_or_else(|| "error: health rpc probe failed".to_owned()),
-        Some(b"12") => Err("error: this server does not implement the grpc health protocol (grpc.health.v1.Health)".to_owned()),
+        None | Some(b"0") => {
+            grpc_status(collected.to_bytes()).ok_or_else(|| "error: health rpc probe failed".to_owned())
+        }
+        Some(b"12") => {
+            Err("error: this server does not implement the grpc health protocol (grpc.health.v1.Health)"
+                .to_owned())
+        }
         Some(b"5") => Ok(3),
         Some(_) => Err("error: health rpc probe failed".to_owned()),
     }

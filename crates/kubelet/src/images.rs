@@ -2,12 +2,13 @@
 //! wrong (pkg/kubelet/images/image_manager.go).
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use base64::Engine;
 use k8s_openapi::api::core::v1 as core;
 use minke_runtime::{Auth, Error, Image, ImageService};
 use serde::Deserialize;
+use tokio::time::Instant;
 
 use crate::events::Recorder;
 use crate::pod::{Pod, go_duration};
@@ -28,7 +29,12 @@ pub struct ImageFailure {
 }
 
 impl Images {
-    pub async fn ensure(&self, pod: &Pod, container: &core::Container, held: &Held) -> Result<Image, ImageFailure> {
+    pub async fn ensure(
+        &self,
+        pod: &Pod,
+        container: &core::Container,
+        held: &Held,
+    ) -> Result<Image, ImageFailure> {
         let name = Some(container.name.as_str());
         let reference = container.image.as_deref().unwrap_or_default();
         let failure = |reason, message: String| ImageFailure { reason, message, pulled: false };
@@ -54,7 +60,8 @@ impl Images {
                 Ok(image)
             }
             ("Never", None) => {
-                let message = format!("Container image \"{reference}\" is not present with pull policy of Never");
+                let message =
+                    format!("Container image \"{reference}\" is not present with pull policy of Never");
                 self.events.warning(pod, name, "ErrImageNeverPull", &message);
                 Err(failure("ErrImageNeverPull", message))
             }
@@ -80,7 +87,9 @@ impl Images {
         for auth in auths {
             match self.service.pull(reference, auth, None).await {
                 Ok(image) => {
-                    let millis = |since: Instant| go_duration(Duration::from_millis(since.elapsed().as_millis() as u64));
+                    let millis = |since: Instant| {
+                        go_duration(Duration::from_millis(since.elapsed().as_millis() as u64))
+                    };
                     let message = format!(
                         "Successfully pulled image \"{reference}\" in {} ({} including waiting). Image size: {} bytes.",
                         millis(started),
@@ -137,7 +146,10 @@ impl Entry {
         let decoded = base64::engine::general_purpose::STANDARD.decode(self.auth.trim()).ok()?;
         let text = String::from_utf8(decoded).ok()?;
         let (username, password) = text.split_once(':')?;
-        Some(Auth::Basic { username: username.to_owned(), password: password.trim_end_matches('\0').to_owned() })
+        Some(Auth::Basic {
+            username: username.to_owned(),
+            password: password.trim_end_matches('\0').to_owned(),
+        })
     }
 }
 
@@ -158,7 +170,9 @@ fn credentials(reference: &str, secrets: impl Iterator<Item = Arc<core::Secret>>
             Some("kubernetes.io/dockerconfigjson") => get(".dockerconfigjson")
                 .and_then(|json| serde_json::from_slice::<Config>(json).ok())
                 .map(|config| config.auths),
-            Some("kubernetes.io/dockercfg") => get(".dockercfg").and_then(|json| serde_json::from_slice(json).ok()),
+            Some("kubernetes.io/dockercfg") => {
+                get(".dockercfg").and_then(|json| serde_json::from_slice(json).ok())
+            }
             _ => None,
         };
         for (registry, entry) in auths.into_iter().flatten() {

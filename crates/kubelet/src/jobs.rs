@@ -36,14 +36,22 @@ const LEAST_GRACE: Duration = Duration::from_secs(2);
 
 /// How a job ended.
 pub enum Done {
-    Mounted { tokens: Tokens, renew_at: Option<Timestamp> },
+    Mounted {
+        tokens: Tokens,
+        renew_at: Option<Timestamp>,
+    },
     Sandbox(Box<SandboxStatus>),
     Started,
     NotStarted(StartFailure),
-    TornDown { removed: bool },
+    TornDown {
+        removed: bool,
+    },
     Ok,
     /// To be tried again, later or when an object that the pod refers to changes.
-    Failed { why: String, on_change: bool },
+    Failed {
+        why: String,
+        on_change: bool,
+    },
 }
 
 /// Why a container did not start; an empty reason means that it was called off.
@@ -131,9 +139,12 @@ async fn make_sandbox(
 ) -> Result<(), String> {
     let dir = context.paths.pod(pod.uid());
     let own = address.or(Some(context.node_ip));
-    let host_hosts = if pod.host_network() { fs::read_to_string("/etc/hosts").unwrap_or_default() } else { String::new() };
+    let host_hosts =
+        if pod.host_network() { fs::read_to_string("/etc/hosts").unwrap_or_default() } else { String::new() };
     fs::create_dir_all(&dir)
-        .and_then(|()| fs::write(dir.join("etc-hosts"), etc::hosts(pod, own, &context.dns.domain, &host_hosts)))
+        .and_then(|()| {
+            fs::write(dir.join("etc-hosts"), etc::hosts(pod, own, &context.dns.domain, &host_hosts))
+        })
         .and_then(|()| fs::write(dir.join("resolv.conf"), etc::resolv_conf(pod, &context.dns)))
         .and_then(|()| fs::write(dir.join("hostname"), format!("{}\n", spec.hostname)))
         .map_err(|error| format!("{}: {error}", dir.display()))?;
@@ -183,7 +194,10 @@ pub async fn start(context: Arc<Context>, pod: Pod, held: Held, start: Start) ->
         Err(failure) => {
             // A failed pull has told its own story; this line tells which container it holds up.
             if !failure.reason.is_empty() && failure.reason != "PostStartHookError" {
-                let short = matches!(failure.reason, "ErrImagePull" | "ErrImageNeverPull" | "InvalidImageName" | "ImageInspectError");
+                let short = matches!(
+                    failure.reason,
+                    "ErrImagePull" | "ErrImageNeverPull" | "InvalidImageName" | "ImageInspectError"
+                );
                 let message = if short { failure.reason } else { &failure.message };
                 context.events.warning(&pod, Some(&start.name), "Failed", format!("Error: {message}"));
             }
@@ -235,7 +249,8 @@ async fn try_start(context: &Context, pod: &Pod, held: &Held, start: &Start) -> 
     }
     let failed = |reason, message: String| StartFailure { reason, message, ..StartFailure::default() };
     let words = context.paths.last_words(pod.uid(), &container.name, &spec.id);
-    make_words_file(&words).map_err(|error| failed("CreateContainerError", format!("{}: {error}", words.display())))?;
+    make_words_file(&words)
+        .map_err(|error| failed("CreateContainerError", format!("{}: {error}", words.display())))?;
     let id = spec.id.clone();
     if let Err(error) = context.runtime.create_container(&start.sandbox_id, spec).await {
         let _ = fs::remove_file(&words);
@@ -252,7 +267,7 @@ async fn try_start(context: &Context, pod: &Pod, held: &Held, start: &Start) -> 
 
 async fn tell_worker(context: &Context, id: &str, worker: &mpsc::UnboundedSender<Message>) {
     if let Ok(status) = context.runtime.container_status(id).await {
-        let _ = worker.send(Message::Container(status));
+        let _ = worker.send(Message::Container(Box::new(status)));
     }
 }
 
@@ -355,7 +370,9 @@ pub async fn kill(context: Arc<Context>, pod: Pod, kill: Kill) -> Done {
     if kill.first {
         let message = match kill.why {
             plan::Kill::Ending => format!("Stopping container {}", kill.name),
-            plan::Kill::Liveness => format!("Container {} failed liveness probe, will be restarted", kill.name),
+            plan::Kill::Liveness => {
+                format!("Container {} failed liveness probe, will be restarted", kill.name)
+            }
             plan::Kill::Startup => format!("Container {} failed startup probe, will be restarted", kill.name),
         };
         context.events.normal(&pod, name, "Killing", message);
@@ -367,7 +384,10 @@ pub async fn kill(context: Arc<Context>, pod: Pod, kill: Kill) -> Done {
     let grace = if kill.first { left.max(LEAST_GRACE.min(asked(&pod))) } else { left };
     match context.runtime.stop_container(&kill.id, grace).await {
         Err(error) if !error.is_not_found() => {
-            let message = format!("error killing pod: failed to \"KillContainer\" for \"{}\" with KillContainerError: \"{error}\"", kill.name);
+            let message = format!(
+                "error killing pod: failed to \"KillContainer\" for \"{}\" with KillContainerError: \"{error}\"",
+                kill.name
+            );
             context.events.warning(&pod, None, "FailedKillPod", message);
             Done::Failed { why: error.to_string(), on_change: false }
         }
@@ -423,7 +443,8 @@ pub async fn teardown(context: Arc<Context>, pod: Pod, sandboxes: Vec<SandboxSpe
     }
     if failures.is_empty() {
         let (paths, uid, logs) = (context.paths.clone(), pod.uid().to_owned(), context.paths.pod_logs(&pod));
-        let cleaned = tokio::task::spawn_blocking(move || clean_up(&paths, &uid, remove.then_some(&logs))).await;
+        let cleaned =
+            tokio::task::spawn_blocking(move || clean_up(&paths, &uid, remove.then_some(&logs))).await;
         failures.extend(cleaned.map_err(|error| error.to_string()).and_then(|done| done).err());
     }
     if failures.is_empty() {
@@ -498,4 +519,3 @@ fn log_words(path: &Path) -> std::io::Result<String> {
     let cut = text.len().saturating_sub(LOG_WORDS_MAX as usize);
     Ok(String::from_utf8_lossy(&text[cut..]).into_owned())
 }
-

@@ -7,6 +7,8 @@
 
 mod admission;
 mod agent;
+#[cfg(test)]
+mod agent_tests;
 mod container;
 mod env;
 mod etc;
@@ -114,8 +116,10 @@ impl Kubelet {
         let events = events::Recorder::start(config.client.clone(), &config.node_name);
         let paths = container::Paths { data: config.data_dir.clone() };
         let pods_dir = paths.pods();
-        volumes::make_shared(&pods_dir)
-            .map_err(|source| Error::Io { what: format!("share mounts below {}", pods_dir.display()), source })?;
+        volumes::make_shared(&pods_dir).map_err(|source| Error::Io {
+            what: format!("share mounts below {}", pods_dir.display()),
+            source,
+        })?;
         let context = Arc::new(Context {
             node_ip: config.node_ip,
             version: config.version,

@@ -93,7 +93,11 @@ mod tests {
     #[track_caller]
     fn check(line: &str, want: Option<(bool, bool, &str)>) {
         let got = Entry::parse(line.as_bytes());
-        assert_eq!(got.map(|e| (e.stdout, e.full, std::str::from_utf8(e.text).expect("text"))), want, "{line}");
+        assert_eq!(
+            got.map(|e| (e.stdout, e.full, std::str::from_utf8(e.text).expect("text"))),
+            want,
+            "{line}"
+        );
     }
 
     #[test]

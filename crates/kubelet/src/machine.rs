@@ -54,7 +54,9 @@ impl Machine {
 
     pub fn capacity(&self) -> BTreeMap<String, Quantity> {
         let bytes = |bytes: u64| Quantity::bytes(i64::try_from(bytes).unwrap_or(i64::MAX));
-        let count = |n: u64| Quantity::new(i64::try_from(n).unwrap_or(i64::MAX), minke_api::quantity::Format::DecimalSi);
+        let count = |n: u64| {
+            Quantity::new(i64::try_from(n).unwrap_or(i64::MAX), minke_api::quantity::Format::DecimalSi)
+        };
         let mut all = BTreeMap::from([
             ("cpu".to_owned(), count(self.cpus)),
             // Whole KiB, as upstream prints it.
@@ -76,7 +78,10 @@ impl Machine {
         all.insert("memory".to_owned(), Quantity::bytes(i64::try_from(memory).unwrap_or(i64::MAX)));
         let storage = self.storage - self.storage / 100 * STORAGE_KEPT_PERCENT;
         let storage = i64::try_from(storage).unwrap_or(i64::MAX);
-        all.insert("ephemeral-storage".to_owned(), Quantity::new(storage, minke_api::quantity::Format::DecimalSi));
+        all.insert(
+            "ephemeral-storage".to_owned(),
+            Quantity::new(storage, minke_api::quantity::Format::DecimalSi),
+        );
         all
     }
 
@@ -139,7 +144,8 @@ fn huge_pages() -> BTreeMap<u64, u64> {
     for entry in fs::read_dir("/sys/kernel/mm/hugepages").into_iter().flatten().flatten() {
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        let kib = name.strip_prefix("hugepages-").and_then(|rest| rest.strip_suffix("kB")?.parse::<u64>().ok());
+        let kib =
+            name.strip_prefix("hugepages-").and_then(|rest| rest.strip_suffix("kB")?.parse::<u64>().ok());
         let count = fs::read_to_string(entry.path().join("nr_hugepages")).ok();
         let count = count.and_then(|text| text.trim().parse::<u64>().ok());
         if let (Some(kib), Some(count)) = (kib, count) {

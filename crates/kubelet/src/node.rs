@@ -69,7 +69,9 @@ impl Node {
         for failures in 0.. {
             match self.try_register().await {
                 Ok(node) => return node,
-                Err(error) => tracing::warn!(node = self.context.node_name, %error, "Node not registered yet"),
+                Err(error) => {
+                    tracing::warn!(node = self.context.node_name, %error, "Node not registered yet")
+                }
             }
             let pause = minke_client::backoff(Duration::from_millis(50), Duration::from_secs(7), failures);
             tokio::time::sleep(pause).await;
@@ -102,7 +104,10 @@ impl Node {
         if let Some(info) = info
             && info.boot_id != self.machine.boot_id
         {
-            let message = format!("Node {} has been rebooted, boot id: {}", self.context.node_name, self.machine.boot_id);
+            let message = format!(
+                "Node {} has been rebooted, boot id: {}",
+                self.context.node_name, self.machine.boot_id
+            );
             self.context.events.node(false, "Rebooted", message);
         }
         Ok(node)
@@ -159,7 +164,9 @@ impl Node {
                 reason: Some(reason.to_owned()),
                 message: Some(message.to_owned()),
                 last_heartbeat_time: Some(Time(now)),
-                last_transition_time: Some(before.and_then(|c| c.last_transition_time.clone()).unwrap_or(Time(now))),
+                last_transition_time: Some(
+                    before.and_then(|c| c.last_transition_time.clone()).unwrap_or(Time(now)),
+                ),
             }
         };
         let address = |type_: &str, address: String| core::NodeAddress { type_: type_.to_owned(), address };
@@ -171,9 +178,24 @@ impl Node {
             capacity: Some(machine::quantities(&self.machine.capacity())),
             allocatable: Some(machine::quantities(&self.context.allocatable)),
             conditions: Some(vec![
-                condition("MemoryPressure", "False", "KubeletHasSufficientMemory", "kubelet has sufficient memory available"),
-                condition("DiskPressure", "False", "KubeletHasNoDiskPressure", "kubelet has no disk pressure"),
-                condition("PIDPressure", "False", "KubeletHasSufficientPID", "kubelet has sufficient PID available"),
+                condition(
+                    "MemoryPressure",
+                    "False",
+                    "KubeletHasSufficientMemory",
+                    "kubelet has sufficient memory available",
+                ),
+                condition(
+                    "DiskPressure",
+                    "False",
+                    "KubeletHasNoDiskPressure",
+                    "kubelet has no disk pressure",
+                ),
+                condition(
+                    "PIDPressure",
+                    "False",
+                    "KubeletHasSufficientPID",
+                    "kubelet has sufficient PID available",
+                ),
                 condition("Ready", "True", "KubeletReady", "kubelet is posting ready status"),
             ]),
             daemon_endpoints: Some(core::NodeDaemonEndpoints {
@@ -234,7 +256,11 @@ impl Node {
         }
     }
 
-    async fn write_status(&self, status: &core::NodeStatus, known: &core::NodeStatus) -> Result<Arc<Object>, Status> {
+    async fn write_status(
+        &self,
+        status: &core::NodeStatus,
+        known: &core::NodeStatus,
+    ) -> Result<Arc<Object>, Status> {
         let mut body = minke_client::body(status);
         // Addresses merge by their type, which is no real key: they are replaced when they change.
         if known.addresses.is_some()
@@ -243,7 +269,10 @@ impl Node {
         {
             list.push(json!({"$patch": "replace"}));
         }
-        self.context.client.patch(self.target().sub("status"), Patch::Strategic(json!({"status": body}))).await
+        self.context
+            .client
+            .patch(self.target().sub("status"), Patch::Strategic(json!({"status": body})))
+            .await
     }
 
     /// Logs are looked at here, since this comes by every 10 s anyway, which is upstream's pace too.
@@ -251,7 +280,8 @@ impl Node {
         let Ok(sandboxes) = self.context.runtime.list().await else { return };
         let containers = sandboxes.iter().flat_map(|sandbox| &sandbox.containers);
         for container in containers.filter(|container| container.state == ContainerState::Running) {
-            let rotated = crate::logs::rotate(&*self.context.runtime, &container.id, &container.log_path).await;
+            let rotated =
+                crate::logs::rotate(&*self.context.runtime, &container.id, &container.log_path).await;
             if let Err(error) = rotated {
                 tracing::warn!(container = container.id, %error, "Log not rotated");
             }

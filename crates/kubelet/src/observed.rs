@@ -193,7 +193,9 @@ impl Observed {
     /// Takes in what the runtime says of a container. An exit is final: news that is older than it
     /// (a start that is reported after the exit) changes nothing.
     pub fn put_container(&mut self, status: ContainerStatus) {
-        let Some(sandbox) = self.sandboxes.iter_mut().find(|s| s.spec.id == status.sandbox_id) else { return };
+        let Some(sandbox) = self.sandboxes.iter_mut().find(|s| s.spec.id == status.sandbox_id) else {
+            return;
+        };
         match sandbox.containers.iter_mut().find(|c| c.id == status.id) {
             Some(known) if known.state == ContainerState::Exited => {}
             Some(known) => *known = status,

@@ -20,14 +20,30 @@ pub enum Action {
     End(Ending),
     MountVolumes,
     /// Replaces the current sandbox, if there is one.
-    CreateSandbox { attempt: u32 },
-    Start { name: String, attempt: u32, backoff: SignedDuration },
-    Kill { id: String, name: String, why: Kill, deadline: Timestamp },
+    CreateSandbox {
+        attempt: u32,
+    },
+    Start {
+        name: String,
+        attempt: u32,
+        backoff: SignedDuration,
+    },
+    Kill {
+        id: String,
+        name: String,
+        why: Kill,
+        deadline: Timestamp,
+    },
     RemoveContainer(String),
     RemoveSandbox(String),
     /// Tell of a back-off: the container's name and the key under which that is remembered.
-    AnnounceBackoff { name: String, key: String },
-    Teardown { remove: bool },
+    AnnounceBackoff {
+        name: String,
+        key: String,
+    },
+    Teardown {
+        remove: bool,
+    },
     /// Delete the object: nothing is left of the pod here.
     Delete,
     /// Nothing is left to do for the pod, ever.
@@ -338,9 +354,8 @@ fn plan_garbage(o: &Observed, plan: &mut Plan) {
 fn plan_end(pod: &Pod, o: &Observed, ending: &Ending, now: Timestamp, plan: &mut Plan) {
     let running: Vec<&ContainerStatus> =
         o.all_containers().filter(|c| c.state == ContainerState::Running).collect();
-    let is_sidecar = |c: &ContainerStatus| {
-        pod.container(&c.name).is_some_and(|(class, _)| class == Class::Sidecar)
-    };
+    let is_sidecar =
+        |c: &ContainerStatus| pod.container(&c.name).is_some_and(|(class, _)| class == Class::Sidecar);
     let (sidecars, others): (Vec<_>, Vec<_>) = running.iter().copied().partition(|c| is_sidecar(c));
     let overdue = now >= ending.deadline;
     let mut deadline = ending.deadline;

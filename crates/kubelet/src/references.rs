@@ -183,7 +183,11 @@ pub struct Referenced {
 
 impl Referenced {
     /// `None` when it is absent and may be; an error, which is the message to show, when it may not.
-    pub fn config_map(&self, name: &str, optional: Option<bool>) -> Result<Option<Arc<core::ConfigMap>>, String> {
+    pub fn config_map(
+        &self,
+        name: &str,
+        optional: Option<bool>,
+    ) -> Result<Option<Arc<core::ConfigMap>>, String> {
         found(self.config_maps.get(name), "configmap", name, optional)
     }
 
@@ -235,7 +239,10 @@ impl Held {
     }
 }
 
-async fn known(mut state: watch::Receiver<State>, reference: &Reference) -> Result<Option<Arc<Object>>, String> {
+async fn known(
+    mut state: watch::Receiver<State>,
+    reference: &Reference,
+) -> Result<Option<Arc<Object>>, String> {
     let decided = state.wait_for(|state| !matches!(state, State::Unknown(_)));
     // Decided, ended or timed out: what there is now is the answer.
     drop(tokio::time::timeout(PATIENCE, decided).await);
@@ -280,7 +287,8 @@ pub fn of_volumes(pod: &Pod) -> BTreeSet<Reference> {
     let mut wanted = BTreeSet::new();
     for volume in pod.spec().volumes.iter().flatten() {
         wanted.extend(volume.config_map.iter().map(|from| Reference::ConfigMap(from.name.clone())));
-        wanted.extend(volume.secret.iter().filter_map(|from| from.secret_name.clone()).map(Reference::Secret));
+        wanted
+            .extend(volume.secret.iter().filter_map(|from| from.secret_name.clone()).map(Reference::Secret));
         let projected = volume.projected.iter().flat_map(|projected| projected.sources.iter().flatten());
         for source in projected {
             wanted.extend(source.config_map.iter().map(|from| Reference::ConfigMap(from.name.clone())));

@@ -129,7 +129,13 @@ fn waiting(reason: &str, message: &str) -> core::ContainerState {
 }
 
 /// What a container waits for, when something keeps it from starting (again).
-fn waits_for(pod: &Pod, o: &Observed, class: Class, container: &core::Container, now: Timestamp) -> Option<(String, String)> {
+fn waits_for(
+    pod: &Pod,
+    o: &Observed,
+    class: Class,
+    container: &core::Container,
+    now: Timestamp,
+) -> Option<(String, String)> {
     if o.ending.is_some() {
         return None;
     }
@@ -148,7 +154,8 @@ fn waits_for(pod: &Pod, o: &Observed, class: Class, container: &core::Container,
                 return Some(blocked);
             }
             let delay = go_duration(delay.unsigned_abs());
-            let message = format!("back-off {delay} restarting failed container={name} pod={}", pod.long_name());
+            let message =
+                format!("back-off {delay} restarting failed container={name} pod={}", pod.long_name());
             Some(("CrashLoopBackOff".to_owned(), message))
         }
         Fate::Restart { .. } => blocked,
@@ -217,7 +224,11 @@ fn container_status(
         started: (class != Class::Ephemeral).then_some(started),
         user: latest.filter(|_| running).map(|c| user(c)),
         volume_mounts: mounts(container),
-        allocated_resources: container.resources.as_ref().and_then(|r| r.requests.clone()).filter(|_| running),
+        allocated_resources: container
+            .resources
+            .as_ref()
+            .and_then(|r| r.requests.clone())
+            .filter(|_| running),
         resources: container.resources.clone().filter(|_| running),
         state: Some(state),
         ..core::ContainerStatus::default()
@@ -259,7 +270,9 @@ fn mounts(container: &core::Container) -> Option<Vec<core::VolumeMountStatus>> {
 /// nobody knows how they ended.
 fn mark_lost(pod: &Pod, inits: &mut [core::ContainerStatus], containers: &mut [core::ContainerStatus]) {
     let was_initialized = !pod.has_init()
-        || inits.iter().all(|c| c.ready || c.started == Some(true) || c.state.as_ref().is_some_and(|s| s.terminated.is_some()));
+        || inits.iter().all(|c| {
+            c.ready || c.started == Some(true) || c.state.as_ref().is_some_and(|s| s.terminated.is_some())
+        });
     if !was_initialized {
         return;
     }
@@ -336,7 +349,10 @@ fn phase(
     }
     let any_started = mains.iter().any(|status| {
         let state = status.state.as_ref().unwrap_or(&empty);
-        status.started == Some(true) || state.running.is_some() || state.terminated.is_some() || has_ended(status)
+        status.started == Some(true)
+            || state.running.is_some()
+            || state.terminated.is_some()
+            || has_ended(status)
     });
     if failed_init {
         return "Failed";
@@ -467,7 +483,10 @@ fn initialized(
     if incomplete.is_empty() || any_started {
         return Verdict::yes("");
     }
-    Verdict::no("ContainersNotInitialized", format!("containers with incomplete status: {}", names(&incomplete)))
+    Verdict::no(
+        "ContainersNotInitialized",
+        format!("containers with incomplete status: {}", names(&incomplete)),
+    )
 }
 
 fn containers_ready(

@@ -103,8 +103,12 @@ pub enum Message {
     Gone,
     Runtime(Event),
     /// A job tells of a container while it goes on.
-    Container(ContainerStatus),
-    Probe { container_id: String, kind: probes::Kind, state: ProbeState },
+    Container(Box<ContainerStatus>),
+    Probe {
+        container_id: String,
+        kind: probes::Kind,
+        state: ProbeState,
+    },
     /// An object that the pod refers to changed.
     Changed,
     /// Events were missed: this is what the runtime has of the pod.
@@ -191,7 +195,8 @@ impl Worker {
             self.observe(&container);
             let id = format!("{}{}", status::ID_PREFIX, container.id);
             let lists = [&self.told.last.container_statuses, &self.told.last.init_container_statuses];
-            let known = lists.into_iter().flatten().flatten().find(|known| known.container_id.as_ref() == Some(&id));
+            let known =
+                lists.into_iter().flatten().flatten().find(|known| known.container_id.as_ref() == Some(&id));
             let (Some(known), Some(probes)) = (known, self.o.probes.get_mut(&container.id)) else { continue };
             if known.started == Some(true) {
                 probes.startup = probes.startup.map(|_| ProbeState::Success);
@@ -255,7 +260,7 @@ impl Worker {
         match message {
             Message::Pod(pod) => self.take_pod(pod),
             Message::Gone => self.o.gone = true,
-            Message::Container(status) => self.take_container(status),
+            Message::Container(status) => self.take_container(*status),
             Message::Runtime(Event::ContainerExited { status }) => self.take_container(*status),
             Message::Runtime(Event::ContainerStarted { .. }) => {}
             Message::Runtime(Event::SandboxExited { sandbox_id }) => {
@@ -307,7 +312,12 @@ impl Worker {
         // Readiness gates are conditions that others write.
         let theirs = self.pod.status().and_then(|status| status.conditions.clone()).unwrap_or_default();
         let ours = self.told.last.conditions.get_or_insert_default();
-        ours.extend(theirs.into_iter().filter(|theirs| !ours.iter().any(|ours| ours.type_ == theirs.type_)).collect::<Vec<_>>());
+        ours.extend(
+            theirs
+                .into_iter()
+                .filter(|theirs| !ours.iter().any(|ours| ours.type_ == theirs.type_))
+                .collect::<Vec<_>>(),
+        );
     }
 
     fn take_container(&mut self, status: ContainerStatus) {
@@ -395,7 +405,14 @@ impl Worker {
             }
             Action::MountVolumes => {
                 let facts = context.facts(self.address());
-                let job = jobs::mount(context, pod, self.held.share(), self.tokens.clone(), facts, self.cancel.clone());
+                let job = jobs::mount(
+                    context,
+                    pod,
+                    self.held.share(),
+                    self.tokens.clone(),
+                    facts,
+                    self.cancel.clone(),
+                );
                 self.spawn(Job::Volumes, job);
             }
             Action::CreateSandbox { attempt } => {
@@ -476,7 +493,8 @@ impl Worker {
                 events.warning(pod, Some(name), "Failed", format!("Error: {reason}"));
             }
             _ => {
-                let message = format!("Back-off restarting failed container {name} in pod {}", pod.long_name());
+                let message =
+                    format!("Back-off restarting failed container {name} in pod {}", pod.long_name());
                 events.warning(pod, Some(name), "BackOff", message);
             }
         }
@@ -547,7 +565,12 @@ impl Worker {
         // Conditions of others stay in view, for readiness gates and transition times.
         let known = self.told.last.conditions.take().unwrap_or_default();
         let ours = last.conditions.get_or_insert_default();
-        ours.extend(known.into_iter().filter(|known| !ours.iter().any(|ours| ours.type_ == known.type_)).collect::<Vec<_>>());
+        ours.extend(
+            known
+                .into_iter()
+                .filter(|known| !ours.iter().any(|ours| ours.type_ == known.type_))
+                .collect::<Vec<_>>(),
+        );
         self.told.last = last;
         if !self.told.writing.is_empty() {
             return false;
@@ -565,7 +588,10 @@ impl Worker {
         false
     }
 
-    fn take_written(&mut self, written: Result<(Value, Result<Arc<Object>, Status>), tokio::task::JoinError>) {
+    fn take_written(
+        &mut self,
+        written: Result<(Value, Result<Arc<Object>, Status>), tokio::task::JoinError>,
+    ) {
         let failures = self.told.retry.take().map_or(0, |(_, failures)| failures);
         match written {
             Ok((wanted, Ok(object))) => {
@@ -577,10 +603,13 @@ impl Worker {
                 }
             }
             // The watch will tell that the pod is gone, or another by now.
-            Ok((wanted, Err(error))) if error.is_not_found() || error.is_conflict() => self.told.written = wanted,
+            Ok((wanted, Err(error))) if error.is_not_found() || error.is_conflict() => {
+                self.told.written = wanted
+            }
             Ok((_, Err(error))) => {
                 tracing::warn!(pod = %self.pod.long_name(), %error, "Pod status not written");
-                let delay = minke_client::backoff(Duration::from_millis(200), Duration::from_secs(10), failures);
+                let delay =
+                    minke_client::backoff(Duration::from_millis(200), Duration::from_secs(10), failures);
                 let delay = SignedDuration::try_from(delay).unwrap_or(SignedDuration::from_secs(10));
                 self.told.retry = Some((Timestamp::now() + delay, failures + 1));
             }
@@ -659,7 +688,8 @@ impl Worker {
             let failures = self.image_failures.entry(image.clone()).or_default();
             delay = minke_client::backoff(Duration::from_secs(10), Duration::from_secs(300), *failures);
             *failures += 1;
-            let message = format!("Back-off pulling image \"{image}\": {}: {}", failure.reason, failure.message);
+            let message =
+                format!("Back-off pulling image \"{image}\": {}: {}", failure.reason, failure.message);
             later = Some(("ImagePullBackOff".to_owned(), message));
         }
         let delay = SignedDuration::try_from(delay).unwrap_or(SignedDuration::from_secs(300));

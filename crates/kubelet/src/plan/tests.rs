@@ -28,14 +28,16 @@ pub fn exited(name: &str, attempt: u32, code: i32, when: i64) -> ContainerStatus
 }
 
 pub fn sandbox(attempt: u32, state: SandboxState) -> SandboxStatus {
-    let mut spec = SandboxSpec { id: format!("s-{attempt}"), attempt, uid: "u-1".into(), ..SandboxSpec::default() };
+    let mut spec =
+        SandboxSpec { id: format!("s-{attempt}"), attempt, uid: "u-1".into(), ..SandboxSpec::default() };
     spec.annotations.insert(ADDRESS_ANNOTATION.into(), "10.1.0.9".into());
     SandboxStatus { spec, state, created_at: at(0), pid: None, containers: vec![] }
 }
 
 /// A pod with its volumes and a sandbox that holds `containers`.
 pub fn observed(containers: Vec<ContainerStatus>) -> Observed {
-    let mut o = Observed { volumes: true, sandboxes: vec![sandbox(0, SandboxState::Ready)], ..Observed::default() };
+    let mut o =
+        Observed { volumes: true, sandboxes: vec![sandbox(0, SandboxState::Ready)], ..Observed::default() };
     for container in containers {
         if container.state == ContainerState::Running {
             let ready = Probes::default();
@@ -94,7 +96,14 @@ fn things_happen_in_order() {
 
 #[test]
 fn a_job_that_runs_or_has_just_failed_is_not_started_again() {
-    check(json!({}), |o| { *o = Observed::default(); o.running_jobs.insert(Job::Volumes); }, &[]);
+    check(
+        json!({}),
+        |o| {
+            *o = Observed::default();
+            o.running_jobs.insert(Job::Volumes);
+        },
+        &[],
+    );
     let busy = |o: &mut Observed| {
         *o = observed(vec![]);
         o.running_jobs.insert(Job::Start("c".into()));
@@ -170,8 +179,14 @@ fn a_start_that_failed_is_tried_again_later() {
     let pulls = |o: &mut Observed| {
         *o = observed(vec![]);
         let later = Some(("ImagePullBackOff".into(), String::new()));
-        let waiting = Waiting { reason: "ErrImagePull".into(), message: String::new(), since: at(100),
-            retry_at: at(110), later, on_change: false };
+        let waiting = Waiting {
+            reason: "ErrImagePull".into(),
+            message: String::new(),
+            since: at(100),
+            retry_at: at(110),
+            later,
+            on_change: false,
+        };
         o.waiting.insert("c".into(), waiting);
     };
     check_at(json!({}), pulls, 101, &[], Some(105));
@@ -201,8 +216,10 @@ fn init_containers_run_one_by_one_before_the_others() {
 
 #[test]
 fn sidecars_start_in_turn_and_stay() {
-    let spec = || json!({"initContainers": [{"name": "s", "restartPolicy": "Always", "startupProbe": {}},
-                                            {"name": "i"}]});
+    let spec = || {
+        json!({"initContainers": [{"name": "s", "restartPolicy": "Always", "startupProbe": {}},
+                                            {"name": "i"}]})
+    };
     let started = |state: Option<ProbeState>| {
         move |o: &mut Observed| {
             *o = observed(vec![container("s", 0, Running)]);
@@ -238,7 +255,9 @@ fn probes_that_fail_kill() {
 
 #[test]
 fn old_containers_are_removed_but_for_two() {
-    let history = || vec![exited("c", 0, 1, 10), exited("c", 1, 1, 20), exited("c", 2, 1, 30), container("c", 3, Running)];
+    let history = || {
+        vec![exited("c", 0, 1, 10), exited("c", 1, 1, 20), exited("c", 2, 1, 30), container("c", 3, Running)]
+    };
     check(json!({}), with(history()), &["remove c-1", "remove c-0"]);
     check(json!({}), with(vec![container("c", 0, Created)]), &["remove c-0"]);
 }
@@ -392,7 +411,7 @@ fn settle(policy: &str, shape: Value, code: Option<i32>, delete_after: usize) {
     let exits = move |name: &str, attempt: u32| match name {
         "i" => Some(0),
         "s" => None,
-        _ => code.filter(|_| attempt % 2 == 0),
+        _ => code.filter(|_| attempt.is_multiple_of(2)),
     };
     let (mut o, mut now) = (Observed::default(), at(0));
     for step in 0..200 {

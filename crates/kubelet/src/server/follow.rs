@@ -193,7 +193,6 @@ impl Watch {
     }
 }
 
-
 /// Sends the log to `out` until its end; with `follow`, until the container `ended` and all is sent.
 pub async fn send(
     path: &Path,

@@ -50,7 +50,12 @@ pub struct Api {
 
 impl Server {
     /// Binds `listen`. The certificates of callers must be signed by `client_ca`.
-    pub async fn bind(listen: SocketAddr, cert: &str, key: &str, client_ca: &str) -> Result<Server, crate::Error> {
+    pub async fn bind(
+        listen: SocketAddr,
+        cert: &str,
+        key: &str,
+        client_ca: &str,
+    ) -> Result<Server, crate::Error> {
         let tls = |error: &dyn std::fmt::Display| crate::Error::Tls(error.to_string());
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let mut roots = rustls::RootCertStore::empty();
@@ -58,7 +63,8 @@ impl Server {
             roots.add(root.map_err(|error| tls(&error))?).map_err(|error| tls(&error))?;
         }
         let verifier =
-            rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone()).build();
+            rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
+                .build();
         let verifier = verifier.map_err(|error| tls(&error))?;
         let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(cert.as_bytes()).collect();
         let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).map_err(|error| tls(&error))?;
@@ -71,7 +77,8 @@ impl Server {
         // Upgrades need HTTP/1.1, and nobody here needs more.
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         let listener = TcpListener::bind(listen).await;
-        let listener = listener.map_err(|source| crate::Error::Io { what: format!("listen on {listen}"), source })?;
+        let listener =
+            listener.map_err(|source| crate::Error::Io { what: format!("listen on {listen}"), source })?;
         Ok(Server { listener, tls: TlsAcceptor::from(Arc::new(config)) })
     }
 
@@ -137,4 +144,3 @@ async fn serve_connection(stream: tokio::net::TcpStream, tls: TlsAcceptor, api: 
         tracing::debug!(%error, "Connection ended");
     }
 }
-

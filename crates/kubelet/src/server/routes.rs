@@ -38,7 +38,8 @@ impl Caller {
     pub fn of(certificate: &[u8]) -> Option<Caller> {
         let (_, certificate) = x509_parser::parse_x509_certificate(certificate).ok()?;
         let subject = certificate.subject();
-        let text = |part: &x509_parser::x509::AttributeTypeAndValue<'_>| part.as_str().ok().map(str::to_owned);
+        let text =
+            |part: &x509_parser::x509::AttributeTypeAndValue<'_>| part.as_str().ok().map(str::to_owned);
         Some(Caller {
             user: subject.iter_common_name().next().and_then(text).unwrap_or_default(),
             groups: subject.iter_organization().filter_map(text).collect(),
@@ -225,7 +226,11 @@ impl Found {
     fn waits_for(&self, name: &str) -> String {
         let status = self.pod.status();
         let lists = status.map(|status| {
-            [&status.container_statuses, &status.init_container_statuses, &status.ephemeral_container_statuses]
+            [
+                &status.container_statuses,
+                &status.init_container_statuses,
+                &status.ephemeral_container_statuses,
+            ]
         });
         let found = lists.into_iter().flatten().flatten().flatten().find(|known| known.name == name);
         let waiting = found.and_then(|known: &core::ContainerStatus| known.state.as_ref()?.waiting.as_ref());
@@ -239,7 +244,7 @@ impl Found {
 }
 
 /// Choosing which container's log is meant.
-fn choose<'a>(containers: &'a [ContainerStatus], previous: bool) -> Option<&'a ContainerStatus> {
+fn choose(containers: &[ContainerStatus], previous: bool) -> Option<&ContainerStatus> {
     let mut ran = containers.iter().filter(|c| c.state != ContainerState::Created);
     if !previous {
         return ran.next();
@@ -252,7 +257,12 @@ fn choose<'a>(containers: &'a [ContainerStatus], previous: bool) -> Option<&'a C
     }
 }
 
-async fn logs(api: &Arc<Api>, found: &Found, name: &str, query: &Query) -> Result<Response<Body>, Response<Body>> {
+async fn logs(
+    api: &Arc<Api>,
+    found: &Found,
+    name: &str,
+    query: &Query,
+) -> Result<Response<Body>, Response<Body>> {
     let pod = found.pod.name();
     if found.pod.container(name).is_none() {
         return Err(missing(format!("container \"{name}\" not found in pod \"{pod}\"")));
@@ -267,9 +277,10 @@ async fn logs(api: &Arc<Api>, found: &Found, name: &str, query: &Query) -> Resul
     let since_seconds = number("sinceSeconds")?;
     let since = match query.get("sinceTime").filter(|text| !text.is_empty()) {
         Some(text) => Some(text.parse().map_err(|_| bad(format!("sinceTime: Invalid value: \"{text}\"")))?),
-        None => since_seconds
-            .map(|seconds| Timestamp::now() - SignedDuration::from_secs(i64::try_from(seconds).unwrap_or(i64::MAX / 4)
-                .min(315_360_000))),
+        None => since_seconds.map(|seconds| {
+            Timestamp::now()
+                - SignedDuration::from_secs(i64::try_from(seconds).unwrap_or(i64::MAX / 4).min(315_360_000))
+        }),
     };
     let options = follow::Options {
         follow: query.flag(&["follow"]),
@@ -286,7 +297,10 @@ async fn logs(api: &Arc<Api>, found: &Found, name: &str, query: &Query) -> Resul
         return Err(bad(match previous {
             true => format!("previous terminated container \"{name}\" in pod \"{pod}\" not found"),
             false => {
-                format!("container \"{name}\" in pod \"{pod}\" is waiting to start: {}", found.waits_for(name))
+                format!(
+                    "container \"{name}\" in pod \"{pod}\" is waiting to start: {}",
+                    found.waits_for(name)
+                )
             }
         }));
     };
@@ -313,7 +327,8 @@ async fn logs(api: &Arc<Api>, found: &Found, name: &str, query: &Query) -> Resul
         let chunk: io::Result<Bytes> = chunks.recv().await?;
         Some((chunk.map(Frame::data), chunks))
     });
-    let mut response = Response::new(BodyExt::boxed(StreamBody::new(SyncStream(std::sync::Mutex::new(Box::pin(frames))))));
+    let mut response =
+        Response::new(BodyExt::boxed(StreamBody::new(SyncStream(std::sync::Mutex::new(Box::pin(frames))))));
     response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/plain"));
     Ok(response)
 }
@@ -333,7 +348,12 @@ impl<S: futures_util::Stream> futures_util::Stream for SyncStream<S> {
 }
 
 /// Cancels `ended` when the container ends, or when nobody wants to know any more.
-async fn watch_end(api: Arc<Api>, id: String, mut events: broadcast::Receiver<Event>, ended: CancellationToken) {
+async fn watch_end(
+    api: Arc<Api>,
+    id: String,
+    mut events: broadcast::Receiver<Event>,
+    ended: CancellationToken,
+) {
     let _guard = ended.clone().drop_guard();
     loop {
         let event = tokio::select! {
@@ -402,7 +422,8 @@ async fn command(
         match is_spdy {
             true => session.over_spdy(spdy::session::serve(io)).await,
             false => {
-                let spelling = Spelling { base64: chosen.contains("base64"), closes: chosen.starts_with("v5") };
+                let spelling =
+                    Spelling { base64: chosen.contains("base64"), closes: chosen.starts_with("v5") };
                 session.over_websocket(Channels::serve(io, spelling, 5).await).await;
             }
         }
@@ -422,7 +443,8 @@ struct Command {
 impl Command {
     async fn over_spdy(self, mut connection: spdy::session::Session) {
         let closed = connection.closed.clone();
-        let client = remote::Client::from_spdy(&mut connection.incoming, closed, self.wanted, self.protocol).await;
+        let client =
+            remote::Client::from_spdy(&mut connection.incoming, closed, self.wanted, self.protocol).await;
         if let Some(client) = client {
             self.run(client).await;
         }
@@ -569,7 +591,8 @@ mod tests {
 
     #[test]
     fn only_the_api_server_and_administrators_may_call() {
-        let caller = |user: &str, group: &str| Caller { user: user.into(), groups: [group.to_owned()].into() };
+        let caller =
+            |user: &str, group: &str| Caller { user: user.into(), groups: [group.to_owned()].into() };
         assert!(caller("kube-apiserver-kubelet-client", "").may_call());
         assert!(caller("admin", "system:masters").may_call());
         assert!(!caller("system:node:n", "system:nodes").may_call());

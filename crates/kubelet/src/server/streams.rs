@@ -29,7 +29,11 @@ impl ChunkReader {
 }
 
 impl AsyncRead for ChunkReader {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         while self.rest.is_empty() {
             match ready!(self.queue.poll_recv(cx)) {
                 Some(bytes) => self.rest = bytes,

@@ -18,7 +18,11 @@ pub enum Upgrade {
 /// Values of headers that may be repeated or hold lists.
 fn list(headers: &HeaderMap, name: &str) -> Vec<String> {
     let values = headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
-    values.flat_map(|value| value.split(',')).map(|word| word.trim().to_owned()).filter(|word| !word.is_empty()).collect()
+    values
+        .flat_map(|value| value.split(','))
+        .map(|word| word.trim().to_owned())
+        .filter(|word| !word.is_empty())
+        .collect()
 }
 
 impl Upgrade {
@@ -77,7 +81,8 @@ impl Upgrade {
     pub fn refuse<'a>(&self, known: impl Iterator<Item = &'a str>) -> Response<Body> {
         let mut response = routes::text(
             StatusCode::FORBIDDEN,
-            "unable to upgrade: unable to negotiate protocol: client and server have none in common".to_owned(),
+            "unable to upgrade: unable to negotiate protocol: client and server have none in common"
+                .to_owned(),
         );
         for name in known.filter(|name| !name.is_empty()) {
             if let Ok(value) = name.parse() {
@@ -123,14 +128,26 @@ mod tests {
     fn the_server_chooses_what_it_prefers() {
         let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
         check(
-            &[("connection", "Upgrade"), ("upgrade", "SPDY/3.1"), ("x-stream-protocol-version", "v5.channel.k8s.io"),
-              ("x-stream-protocol-version", "channel.k8s.io"), ("x-stream-protocol-version", "v4.channel.k8s.io")],
-            Some(Upgrade::Spdy { offered: words(&["v5.channel.k8s.io", "channel.k8s.io", "v4.channel.k8s.io"]) }),
+            &[
+                ("connection", "Upgrade"),
+                ("upgrade", "SPDY/3.1"),
+                ("x-stream-protocol-version", "v5.channel.k8s.io"),
+                ("x-stream-protocol-version", "channel.k8s.io"),
+                ("x-stream-protocol-version", "v4.channel.k8s.io"),
+            ],
+            Some(Upgrade::Spdy {
+                offered: words(&["v5.channel.k8s.io", "channel.k8s.io", "v4.channel.k8s.io"]),
+            }),
             Some("v4.channel.k8s.io"),
         );
         check(
-            &[("connection", "keep-alive, upgrade"), ("upgrade", "WebSocket"), ("sec-websocket-version", "13"),
-              ("sec-websocket-key", "k"), ("sec-websocket-protocol", "channel.k8s.io, x")],
+            &[
+                ("connection", "keep-alive, upgrade"),
+                ("upgrade", "WebSocket"),
+                ("sec-websocket-version", "13"),
+                ("sec-websocket-key", "k"),
+                ("sec-websocket-protocol", "channel.k8s.io, x"),
+            ],
             Some(Upgrade::WebSocket { offered: words(&["channel.k8s.io", "x"]), key: "k".into() }),
             Some("channel.k8s.io"),
         );

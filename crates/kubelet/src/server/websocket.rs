@@ -78,7 +78,8 @@ enum Incoming {
 }
 
 fn accept<S: AsyncRead + AsyncWrite + Unpin>(io: S) -> impl Future<Output = WebSocketStream<S>> {
-    let config = WebSocketConfig::default().max_message_size(Some(MESSAGE_MAX)).max_frame_size(Some(MESSAGE_MAX));
+    let config =
+        WebSocketConfig::default().max_message_size(Some(MESSAGE_MAX)).max_frame_size(Some(MESSAGE_MAX));
     WebSocketStream::from_raw_socket(io, Role::Server, Some(config))
 }
 
@@ -203,7 +204,11 @@ fn broken(error: Error) -> io::Error {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Tunnel<S> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         while self.rest.is_empty() {
             match ready!(self.socket.poll_next_unpin(cx)) {
                 Some(Ok(Message::Binary(data))) => self.rest = data,

@@ -41,20 +41,33 @@ fn phases_follow_the_containers() {
     check(policy("OnFailure"), &observed(vec![exited("c", 0, 0, 50)]), "Succeeded", "c:0");
     check(policy("OnFailure"), &observed(vec![exited("c", 0, 1, 100)]), "Running", "c:1");
     check(policy("Never"), &observed(vec![exited("c", 0, 1, 50)]), "Failed", "c:1");
-    let two = |policy: &str| {
-        json!({"spec": {"restartPolicy": policy, "containers": [{"name": "c"}, {"name": "d"}]}})
-    };
+    let two = |policy: &str| json!({"spec": {"restartPolicy": policy, "containers": [{"name": "c"}, {"name": "d"}]}});
     let half = observed(vec![exited("c", 0, 1, 50), container("d", 0, Running)]);
     check(two("Never"), &half, "Running", "c:1 d:running+");
     check(two("Never"), &observed(vec![exited("c", 0, 0, 50), exited("d", 0, 1, 50)]), "Failed", "c:0 d:1");
-    check(two("Never"), &observed(vec![container("c", 0, Running)]), "Pending", "c:running+ d:ContainerCreating");
-    check(json!({"status": {"phase": "Failed", "reason": "Evicted"}}), &Observed::default(), "Failed", "c:ContainerCreating");
+    check(
+        two("Never"),
+        &observed(vec![container("c", 0, Running)]),
+        "Pending",
+        "c:running+ d:ContainerCreating",
+    );
+    check(
+        json!({"status": {"phase": "Failed", "reason": "Evicted"}}),
+        &Observed::default(),
+        "Failed",
+        "c:ContainerCreating",
+    );
 }
 
 #[test]
 fn init_containers_hold_the_pod_pending() {
     let spec = |policy: &str| json!({"spec": {"restartPolicy": policy, "initContainers": [{"name": "i"}]}});
-    check(spec("Always"), &observed(vec![container("i", 0, Running)]), "Pending", "i:running c:PodInitializing");
+    check(
+        spec("Always"),
+        &observed(vec![container("i", 0, Running)]),
+        "Pending",
+        "i:running c:PodInitializing",
+    );
     check(spec("Always"), &observed(vec![exited("i", 0, 0, 50)]), "Pending", "i:0+ c:PodInitializing");
     check(spec("Never"), &observed(vec![exited("i", 0, 1, 50)]), "Failed", "i:1 c:PodInitializing");
     let all = observed(vec![exited("i", 0, 0, 50), container("c", 0, Running)]);
@@ -122,17 +135,33 @@ fn conditions_say_what_is_missing() {
         ],
     );
     let running = observed(vec![container("c", 0, Running)]);
-    check_conditions(json!({}), &running, &[("PodReadyToStartContainers", "True", "", ""), ("Ready", "True", "", "")]);
+    check_conditions(
+        json!({}),
+        &running,
+        &[("PodReadyToStartContainers", "True", "", ""), ("Ready", "True", "", "")],
+    );
     let gated = json!({"spec": {"readinessGates": [{"conditionType": "x/y"}]}});
     let why = "corresponding condition of pod readiness gate \"x/y\" does not exist.";
-    check_conditions(gated, &running, &[("Ready", "False", "ReadinessGatesNotReady", why), ("ContainersReady", "True", "", "")]);
+    check_conditions(
+        gated,
+        &running,
+        &[("Ready", "False", "ReadinessGatesNotReady", why), ("ContainersReady", "True", "", "")],
+    );
     check_conditions(
         json!({"spec": {"initContainers": [{"name": "i"}]}}),
         &observed(vec![container("i", 0, Running)]),
         &[("Initialized", "False", "ContainersNotInitialized", "containers with incomplete status: [i]")],
     );
-    check_conditions(policy("Never"), &observed(vec![exited("c", 0, 0, 50)]), &[("Ready", "False", "PodCompleted", "")]);
-    check_conditions(policy("Never"), &observed(vec![exited("c", 0, 1, 50)]), &[("Ready", "False", "PodFailed", "")]);
+    check_conditions(
+        policy("Never"),
+        &observed(vec![exited("c", 0, 0, 50)]),
+        &[("Ready", "False", "PodCompleted", "")],
+    );
+    check_conditions(
+        policy("Never"),
+        &observed(vec![exited("c", 0, 1, 50)]),
+        &[("Ready", "False", "PodFailed", "")],
+    );
 }
 
 #[test]

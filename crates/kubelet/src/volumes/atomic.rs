@@ -46,7 +46,8 @@ fn holds(dir: &Path, content: &Content, group: Option<u32>) -> bool {
         let path = dir.join(path);
         let mode = fs::metadata(&path).map(|data| data.permissions().mode() & 0o777);
         found += 1;
-        mode.is_ok_and(|mode| mode == final_mode(file.mode, group)) && fs::read(&path).is_ok_and(|data| data == file.data)
+        mode.is_ok_and(|mode| mode == final_mode(file.mode, group))
+            && fs::read(&path).is_ok_and(|data| data == file.data)
     });
     same && count_files(dir) == found
 }
@@ -136,12 +137,18 @@ mod tests {
         let dir = crate::testing::temp_dir("atomic");
         let read = |name: &str| fs::read_to_string(dir.join(name)).unwrap_or_default();
         write(&dir, &content(&[("a", "1"), ("d/b", "2")]), None).expect("written");
-        assert_eq!((read("a"), read("d/b"), visible(&dir)), ("1".into(), "2".into(), vec!["a".into(), "d".into()]));
+        assert_eq!(
+            (read("a"), read("d/b"), visible(&dir)),
+            ("1".into(), "2".into(), vec!["a".into(), "d".into()])
+        );
         let first = fs::read_link(dir.join(LINK)).expect("a link");
         write(&dir, &content(&[("a", "1"), ("d/b", "2")]), None).expect("written");
         assert_eq!(fs::read_link(dir.join(LINK)).expect("a link"), first, "nothing changed");
         write(&dir, &content(&[("a", "3"), ("c", "4")]), None).expect("written");
-        assert_eq!((read("a"), read("c"), visible(&dir)), ("3".into(), "4".into(), vec!["a".into(), "c".into()]));
+        assert_eq!(
+            (read("a"), read("c"), visible(&dir)),
+            ("3".into(), "4".into(), vec!["a".into(), "c".into()])
+        );
         assert!(!dir.join(first).exists());
         write(&dir, &content(&[]), None).expect("written");
         assert_eq!(visible(&dir), Vec::<String>::new());

@@ -122,7 +122,8 @@ fn projection(
             (Some(_), _) | (None, Some(_)) => Some(0o600),
             _ => None,
         };
-        let owner = from.user.or(user.map(i64::from).filter(|_| security.is_none_or(|s| s.fs_group.is_none())));
+        let owner =
+            from.user.or(user.map(i64::from).filter(|_| security.is_none_or(|s| s.fs_group.is_none())));
         files.insert(from.path.clone(), defaults.file(token.text.clone().into_bytes(), mode, owner));
         return Ok(());
     }
@@ -228,12 +229,17 @@ mod tests {
     fn check(volume: Value, want: Result<&[(&str, &str, u32)], &str>) {
         let mut volume = volume;
         volume["name"] = json!("v");
-        let pod = pod(json!({"metadata": {"labels": {"a": "1", "b": "x\"y"}}, "spec": {"volumes": [volume]}}));
+        let pod =
+            pod(json!({"metadata": {"labels": {"a": "1", "b": "x\"y"}}, "spec": {"volumes": [volume]}}));
         let mut referenced = Referenced::default();
         let map = json!({"data": {"k": "v", "l": "w"}, "binaryData": {"b": "AAE="}});
-        referenced.config_maps.insert("m".into(), Ok(Some(Arc::new(serde_json::from_value(map).expect("a map")))));
+        referenced
+            .config_maps
+            .insert("m".into(), Ok(Some(Arc::new(serde_json::from_value(map).expect("a map")))));
         let secret = json!({"data": {"p": "aHVzaA=="}});
-        referenced.secrets.insert("s".into(), Ok(Some(Arc::new(serde_json::from_value(secret).expect("a secret")))));
+        referenced
+            .secrets
+            .insert("s".into(), Ok(Some(Arc::new(serde_json::from_value(secret).expect("a secret")))));
         let token = Token { text: "t".into(), renew_at: Timestamp::MAX };
         let tokens = Tokens::from([(("v".into(), "token".into()), token)]);
         let volume = &pod.spec().volumes.as_ref().expect("volumes")[0];
@@ -260,7 +266,10 @@ mod tests {
         check(json!({"configMap": {"name": "none"}}), Err("configmap \"none\" not found"));
         check(json!({"configMap": {"name": "none", "optional": true}}), Ok(&[]));
         let missing = json!([{"key": "x", "path": "x"}]);
-        check(json!({"configMap": {"name": "m", "items": missing}}), Err("references non-existent config key: x"));
+        check(
+            json!({"configMap": {"name": "m", "items": missing}}),
+            Err("references non-existent config key: x"),
+        );
         check(json!({"configMap": {"name": "m", "items": missing, "optional": true}}), Ok(&[]));
         let evil = json!([{"key": "k", "path": "../k"}]);
         check(json!({"configMap": {"name": "m", "items": evil}}), Err("invalid path: ../k"));

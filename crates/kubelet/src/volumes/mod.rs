@@ -27,8 +27,8 @@ use crate::pod::Pod;
 use crate::references::{self, Held};
 
 use content::{Content, Token};
-pub use mounts::{clean_up, make_shared};
 use mounts::is_mounted;
+pub use mounts::{clean_up, make_shared};
 
 /// Tokens that were asked for, by volume and path; kept so that an update of a volume needs no new one.
 pub type Tokens = BTreeMap<(String, String), Token>;
@@ -60,7 +60,8 @@ impl Volumes {
         let referenced = held.fetch(references::of_volumes(pod)).await;
         let mut renewal: Option<Timestamp> = None;
         for volume in pod.spec().volumes.iter().flatten() {
-            let failed = |why: String| format!("MountVolume.SetUp failed for volume \"{}\" : {why}", volume.name);
+            let failed =
+                |why: String| format!("MountVolume.SetUp failed for volume \"{}\" : {why}", volume.name);
             if let Some(projected) = &volume.projected {
                 let at = self.renew_tokens(pod, &volume.name, projected, tokens).await.map_err(failed)?;
                 renewal = [renewal, at].into_iter().flatten().min();
@@ -106,7 +107,8 @@ impl Volumes {
         now: Timestamp,
     ) -> Result<Token, String> {
         let account = pod.spec().service_account_name.as_deref().unwrap_or("default");
-        let audiences: Vec<&str> = source.audience.iter().map(String::as_str).filter(|a| !a.is_empty()).collect();
+        let audiences: Vec<&str> =
+            source.audience.iter().map(String::as_str).filter(|a| !a.is_empty()).collect();
         let body = json!({
             "kind": "TokenRequest",
             "apiVersion": "authentication.k8s.io/v1",
@@ -117,12 +119,14 @@ impl Volumes {
                 "boundObjectRef": {"kind": "Pod", "apiVersion": "v1", "name": pod.name(), "uid": pod.uid()},
             },
         });
-        let target = Target::object(Kind::of::<core::ServiceAccount>(), pod.namespace(), account).sub("token");
+        let target =
+            Target::object(Kind::of::<core::ServiceAccount>(), pod.namespace(), account).sub("token");
         let answer = self.client.post(target, body).await;
         let answer = answer.map_err(|error| format!("failed to fetch token: {error}"))?;
         let text = |path: &str| answer.pointer(path).and_then(|value| value.as_str());
         let token = text("/status/token").ok_or("failed to fetch token: the answer has none")?;
-        let expires: Option<Timestamp> = text("/status/expirationTimestamp").and_then(|time| time.parse().ok());
+        let expires: Option<Timestamp> =
+            text("/status/expirationTimestamp").and_then(|time| time.parse().ok());
         let seconds = source.expiration_seconds.unwrap_or(3600);
         let expires = expires.unwrap_or(now + SignedDuration::from_secs(seconds));
         // At 80 % of its life or after a day, and not all pods at the same moment.
@@ -143,19 +147,35 @@ impl Volumes {
         for (index, mount) in container.volume_mounts.iter().flatten().enumerate() {
             let volume = pod.spec().volumes.iter().flatten().find(|volume| volume.name == mount.name);
             let Some(volume) = volume else {
-                return Err(format!("cannot find volume \"{}\" to mount into container \"{}\"", mount.name, container.name));
+                return Err(format!(
+                    "cannot find volume \"{}\" to mount into container \"{}\"",
+                    mount.name, container.name
+                ));
             };
             let mut host_path = dir(&self.paths, pod, volume);
-            let lookup = |name: &str| env.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone());
+            let lookup =
+                |name: &str| env.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone());
             let sub = match (&mount.sub_path, &mount.sub_path_expr) {
                 (Some(sub), _) if !sub.is_empty() => Some(sub.clone()),
                 (_, Some(expr)) if !expr.is_empty() => Some(expand(expr, lookup)),
                 _ => None,
             };
             if let Some(sub) = sub {
-                let target = self.paths.subpaths(pod.uid()).join(&volume.name).join(&container.name).join(index.to_string());
-                let bind = tokio::task::spawn_blocking(move || subpath::bind(&host_path, &sub, &target).map(|()| target));
-                let failed = || format!("failed to prepare subPath for volumeMount \"{}\" of container \"{}\"", mount.name, container.name);
+                let target = self
+                    .paths
+                    .subpaths(pod.uid())
+                    .join(&volume.name)
+                    .join(&container.name)
+                    .join(index.to_string());
+                let bind = tokio::task::spawn_blocking(move || {
+                    subpath::bind(&host_path, &sub, &target).map(|()| target)
+                });
+                let failed = || {
+                    format!(
+                        "failed to prepare subPath for volumeMount \"{}\" of container \"{}\"",
+                        mount.name, container.name
+                    )
+                };
                 host_path = bind.await.ok().and_then(Result::ok).ok_or_else(failed)?;
             }
             let readonly = mount.read_only == Some(true) || always_readonly(volume);
@@ -181,7 +201,10 @@ fn absolute(path: &str) -> PathBuf {
 }
 
 fn always_readonly(volume: &core::Volume) -> bool {
-    volume.config_map.is_some() || volume.secret.is_some() || volume.projected.is_some() || volume.downward_api.is_some()
+    volume.config_map.is_some()
+        || volume.secret.is_some()
+        || volume.projected.is_some()
+        || volume.downward_api.is_some()
 }
 
 /// Where a volume lies on the node.
@@ -198,12 +221,7 @@ fn dir(paths: &Paths, pod: &Pod, volume: &core::Volume) -> PathBuf {
 }
 
 /// Blocking. `content` is what the volume is to hold, for those whose contents are ours.
-fn set_up(
-    paths: &Paths,
-    pod: &Pod,
-    volume: &core::Volume,
-    content: Option<Content>,
-) -> Result<(), String> {
+fn set_up(paths: &Paths, pod: &Pod, volume: &core::Volume, content: Option<Content>) -> Result<(), String> {
     let dir = dir(paths, pod, volume);
     if let Some(host) = &volume.host_path {
         return host_path(Path::new(&host.path), host.type_.as_deref().unwrap_or_default());

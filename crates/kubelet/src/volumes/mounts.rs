@@ -86,7 +86,8 @@ fn unescape(text: &str) -> String {
 /// Unmounts everything below `dir` and removes it. It is removed only when nothing is mounted there any
 /// more, for what is mounted may be the user's.
 pub fn clean_up(dir: &Path) -> io::Result<()> {
-    let mounted = || -> io::Result<Vec<PathBuf>> { Ok(below(dir, &fs::read_to_string("/proc/self/mountinfo")?)) };
+    let mounted =
+        || -> io::Result<Vec<PathBuf>> { Ok(below(dir, &fs::read_to_string("/proc/self/mountinfo")?)) };
     for point in mounted()?.iter().rev() {
         rustix::mount::unmount(point, UnmountFlags::DETACH)?;
     }
@@ -111,7 +112,8 @@ mod tests {
                      25 23 0:4 / /data/pods/u rw - tmpfs t rw\n";
         let got = below(Path::new("/data/pods/u"), table);
         assert_eq!(got, [PathBuf::from("/data/pods/u/v 1"), PathBuf::from("/data/pods/u")]);
-        let shared = "23 22 0:2 / /data/pods rw shared:7 master:1 - ext4 a rw\n24 22 0:2 / /b rw - ext4 shared:1 rw\n";
+        let shared =
+            "23 22 0:2 / /data/pods rw shared:7 master:1 - ext4 a rw\n24 22 0:2 / /b rw - ext4 shared:1 rw\n";
         assert!(is_shared(Path::new("/data/pods"), shared));
         assert!(!is_shared(Path::new("/b"), shared) && !is_shared(Path::new("/data"), shared));
     }

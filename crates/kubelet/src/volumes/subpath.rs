@@ -81,7 +81,8 @@ mod tests {
         std::os::unix::fs::symlink("a/f", dir.join("in")).expect("a link");
         let path = |sub: &str| {
             let fd = open(&dir, sub).map_err(|error| error.to_string())?;
-            let path = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).map_err(|e| e.to_string())?;
+            let path =
+                fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).map_err(|e| e.to_string())?;
             Ok::<_, String>(path.strip_prefix(&dir).map_err(|_| "outside")?.to_string_lossy().into_owned())
         };
         assert_eq!(path("a/b"), Ok("a/b".into()));

@@ -50,15 +50,36 @@ impl Head {
 /// A control frame; header blocks are still compressed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Control {
-    SynStream { stream: u32, fin: bool, block: Vec<u8> },
-    SynReply { stream: u32, fin: bool, block: Vec<u8> },
-    RstStream { stream: u32, status: u32 },
+    SynStream {
+        stream: u32,
+        fin: bool,
+        block: Vec<u8>,
+    },
+    SynReply {
+        stream: u32,
+        fin: bool,
+        block: Vec<u8>,
+    },
+    RstStream {
+        stream: u32,
+        status: u32,
+    },
     /// Identifiers and values.
     Settings(Vec<(u32, u32)>),
     Ping(u32),
-    GoAway { last: u32, status: u32 },
-    Headers { stream: u32, fin: bool, block: Vec<u8> },
-    WindowUpdate { stream: u32, delta: u32 },
+    GoAway {
+        last: u32,
+        status: u32,
+    },
+    Headers {
+        stream: u32,
+        fin: bool,
+        block: Vec<u8>,
+    },
+    WindowUpdate {
+        stream: u32,
+        delta: u32,
+    },
     /// A type that is not known, which the specification says to ignore.
     Unknown(u16),
 }
@@ -228,10 +249,7 @@ mod tests {
             &[0x80, 3, 0, 4, 0, 0, 0, 12, 0, 0, 0, 1, 0, 0, 0, 7, 0, 1, 0, 0],
         );
         check(Control::Ping(2), &[0x80, 3, 0, 6, 0, 0, 0, 4, 0, 0, 0, 2]);
-        check(
-            Control::GoAway { last: 9, status: 0 },
-            &[0x80, 3, 0, 7, 0, 0, 0, 8, 0, 0, 0, 9, 0, 0, 0, 0],
-        );
+        check(Control::GoAway { last: 9, status: 0 }, &[0x80, 3, 0, 7, 0, 0, 0, 8, 0, 0, 0, 9, 0, 0, 0, 0]);
         check(
             Control::Headers { stream: 1, fin: false, block: vec![] },
             &[0x80, 3, 0, 8, 0, 0, 0, 4, 0, 0, 0, 1],

@@ -1,0 +1,108 @@
+//! Whole lives of pods, on a node made of memory.
+
+use serde_json::{Value, json};
+
+use crate::testing::World;
+
+fn phase(pod: Option<&Value>) -> &str {
+    pod.and_then(|pod| pod["status"]["phase"].as_str()).unwrap_or_default()
+}
+
+fn container(pod: Option<&Value>) -> Value {
+    pod.map(|pod| pod["status"]["containerStatuses"][0].clone()).unwrap_or_default()
+}
+
+#[tokio::test]
+async fn a_pod_runs_restarts_and_goes_without_a_trace() {
+    let world = World::new("life");
+    let stop = world.start_agent().await;
+    world.api.put_pod("p", "u-1", json!({}));
+    let pod = world.until("p", |pod| phase(pod) == "Running" && container(pod)["ready"] == true).await;
+    assert_eq!(world.log(), ["run p", "attach 10.1.0.2", "create c 0", "start c 0"]);
+    assert_eq!(pod.expect("the pod")["status"]["podIP"], "10.1.0.2");
+
+    world.runtime.exit(&world.runtime.running()[0].id, 1);
+    let pod =
+        world.until("p", |pod| container(pod)["restartCount"] == 1 && container(pod)["ready"] == true).await;
+    assert_eq!(container(pod.as_ref())["lastState"]["terminated"]["exitCode"], 1);
+    assert_eq!(world.log(), ["create c 1", "start c 1"]);
+
+    world.api.delete_pod("p", 30);
+    world.until("p", |pod| pod.is_none()).await;
+    // Out of the service tables first, then the signal; the object goes last.
+    assert_eq!(world.log(), ["drain 10.1.0.2", "stop c", "stop p", "detach", "remove p"]);
+    assert!(world.runtime.is_empty());
+    assert!(std::fs::read_dir(world.dir.join("pods")).expect("the directory").next().is_none());
+    stop.cancel();
+    std::fs::remove_dir_all(&world.dir).expect("removed");
+}
+
+#[tokio::test]
+async fn another_agent_takes_over_without_touching_anything() {
+    let world = World::new("adopt");
+    let stop = world.start_agent().await;
+    let spec = json!({"containers": [{"name": "c", "image": "i:1", "readinessProbe": {"exec": {"command": ["x"]}}}]});
+    world.api.put_pod("p", "u-1", spec);
+    world.until("p", |pod| container(pod)["ready"] == true).await;
+    world.runtime.exit(&world.runtime.running()[0].id, 0);
+    world.until("p", |pod| container(pod)["restartCount"] == 1 && container(pod)["ready"] == true).await;
+    world.api.put_pod("orphan", "u-2", json!({}));
+    world.until("orphan", |pod| phase(pod) == "Running").await;
+    let before = world.runtime.running();
+    stop.cancel();
+
+    // Gone while nobody looks.
+    world.api.write(crate::worker::pods(), "ns", "orphan", None);
+    world.log();
+    let revision = |pod: &Option<Value>| pod.as_ref().map(|pod| pod["metadata"]["resourceVersion"].clone());
+    let known = world.api.read("pods", "ns", "p");
+    let stop = world.start_agent().await;
+    world.eventually(|log| log.last().is_some_and(|last| last == "detach")).await;
+    assert_eq!(world.log(), ["stop c", "remove orphan", "detach"]);
+    // The new agent works: it runs another pod, and not under an address that is taken.
+    world.api.put_pod("q", "u-3", json!({}));
+    world.until("q", |pod| phase(pod) == "Running").await;
+    assert_eq!(world.log(), ["run q", "attach 10.1.0.3", "create c 0", "start c 0"]);
+    let after = world.runtime.running();
+    assert!(before[0].id == after[0].id && after[0].attempt == 1, "the same container, with its count");
+    let now = world.api.read("pods", "ns", "p");
+    assert_eq!(revision(&now), revision(&known), "nothing to tell: {now:?}");
+    stop.cancel();
+    std::fs::remove_dir_all(&world.dir).expect("removed");
+}
+
+#[tokio::test]
+async fn a_config_map_that_comes_later_lets_the_pod_go_on() {
+    let world = World::new("later");
+    let stop = world.start_agent().await;
+    let from = json!([{"configMapRef": {"name": "m"}}]);
+    world.api.put_pod("p", "u-1", json!({"containers": [{"name": "c", "image": "i:1", "envFrom": from}]}));
+    let waits =
+        |pod: Option<&Value>| container(pod)["state"]["waiting"]["reason"] == "CreateContainerConfigError";
+    let pod = world.until("p", waits).await;
+    assert_eq!(container(pod.as_ref())["state"]["waiting"]["message"], "configmap \"m\" not found");
+    let map = json!({"metadata": {"name": "m", "namespace": "ns", "uid": "u-m"}, "data": {"A": "1"}});
+    let kind = minke_api::Kind::of::<k8s_openapi::api::core::v1::ConfigMap>();
+    world.api.write(kind, "ns", "m", Some(map));
+    world.until("p", |pod| phase(pod) == "Running").await;
+    stop.cancel();
+    std::fs::remove_dir_all(&world.dir).expect("removed");
+}
+
+#[tokio::test]
+async fn a_pod_that_is_done_stays_to_be_looked_at() {
+    let world = World::new("done");
+    let stop = world.start_agent().await;
+    world.api.put_pod("p", "u-1", json!({"restartPolicy": "Never"}));
+    world.until("p", |pod| phase(pod) == "Running").await;
+    world.log();
+    world.runtime.exit(&world.runtime.running()[0].id, 0);
+    world.until("p", |pod| phase(pod) == "Succeeded").await;
+    world.eventually(|log| log.last().is_some_and(|last| last == "detach")).await;
+    assert!(!world.runtime.is_empty(), "its record is kept");
+    world.api.delete_pod("p", 0);
+    world.until("p", |pod| pod.is_none()).await;
+    assert!(world.runtime.is_empty());
+    stop.cancel();
+    std::fs::remove_dir_all(&world.dir).expect("removed");
+}
