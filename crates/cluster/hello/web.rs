@@ -35,16 +35,14 @@ struct Server {
     changed: Condvar,
 }
 
-/// Serves until SIGTERM or SIGINT. Arguments: `--port N` and `--version V`, or the environment's PORT and
-/// HELLO_VERSION.
+/// Serves until SIGTERM or SIGINT. Arguments: `--port N`, and `--version V` or the environment's HELLO_VERSION.
 pub fn serve(args: &[String]) -> i32 {
-    let option = |name: &str, variable: &str, default: &str| {
-        let at = args.iter().position(|arg| arg == name);
-        at.and_then(|at| args.get(at + 1).cloned())
-            .or_else(|| std::env::var(variable).ok())
-            .unwrap_or_else(|| default.to_owned())
-    };
-    let (port, version) = (option("--port", "HELLO_PORT", "8080"), option("--version", "HELLO_VERSION", "1"));
+    let option =
+        |name: &str| args.iter().position(|arg| arg == name).and_then(|at| args.get(at + 1).cloned());
+    // Not from a variable: a pod next to a Service called `hello` is given a HELLO_PORT that is none.
+    let port = option("--port").unwrap_or_else(|| "8080".to_owned());
+    let version =
+        option("--version").or_else(|| std::env::var("HELLO_VERSION").ok()).unwrap_or_else(|| "1".to_owned());
     let Ok(port) = port.parse::<u16>() else {
         say(2, &format!("hello: {port} is not a port\n"));
         return 2;

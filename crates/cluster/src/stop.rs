@@ -61,7 +61,9 @@ impl DownArgs {
         if !data.path().exists() {
             return io.say(format!("There is no cluster in {}", data.path().display()));
         }
-        if !data.exists() && self.purge && fs::read_dir(data.path())?.next().is_some() {
+        // Images may have been put there before the first `up`.
+        let ours = data.exists() || data.join("images").is_dir();
+        if !ours && self.purge && fs::read_dir(data.path())?.next().is_some() {
             bail!("{} is not the data directory of a cluster", data.path().display());
         }
         let transition = data.transition()?;

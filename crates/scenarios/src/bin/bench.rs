@@ -180,7 +180,8 @@ impl Bench {
                 .await?;
         }
         self.until_running(&*client, "shim-", 10).await?;
-        let mut sizes: Vec<f64> = find(|line| line.starts_with("minke-shim "))
+        let ours = format!("minke-shim {} ", self.cluster.data.path().display());
+        let mut sizes: Vec<f64> = find(|line| line.starts_with(&ours))
             .into_iter()
             .filter_map(|pid| memory_kib(pid, "smaps_rollup", "Pss"))
             .map(|kib| kib as f64 / 1024.0)
