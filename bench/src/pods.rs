@@ -1,0 +1,136 @@
+//! How fast pods come, and what one more costs.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use futures_util::StreamExt;
+use minke_api::{FieldSelector, Kind, Object, Revision};
+use minke_client::{Client, DeleteOptions, Target, WatchEvent, WatchOptions};
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use crate::cluster::{Cluster, memory_kb};
+use crate::{Args, Table, median};
+
+const IMAGE: &str = "minke.local/hello:v1";
+/// Nothing that is measured here takes longer, unless it is broken.
+const LIMIT: Duration = Duration::from_secs(120);
+
+fn kind(group: &str, plural: &str) -> &'static Kind {
+    Kind::by_plural(group, "v1", plural).expect("a built-in resource")
+}
+
+/// Waits until the named object is as `done` wants it.
+async fn until(
+    client: &dyn Client,
+    kind: &'static Kind,
+    name: &str,
+    from: Revision,
+    done: impl Fn(Option<&Object>) -> bool,
+) -> Result<()> {
+    let options = WatchOptions { fields: FieldSelector::name(name), from, ..WatchOptions::default() };
+    let follow = async {
+        let mut events = client.watch(kind, "default", options).await?;
+        while let Some(event) = events.next().await {
+            let ended = match event? {
+                WatchEvent::Added(object) | WatchEvent::Modified(object) => done(Some(&object)),
+                WatchEvent::Deleted(_) => done(None),
+                WatchEvent::Bookmark(_) => false,
+            };
+            if ended {
+                return Ok(());
+            }
+        }
+        anyhow::bail!("the watch ended")
+    };
+    tokio::time::timeout(LIMIT, follow).await.with_context(|| format!("{} {name} took too long", kind.kind))?
+}
+
+fn template(labels: Value) -> Value {
+    json!({
+        "metadata": {"labels": labels},
+        "spec": {"terminationGracePeriodSeconds": 1, "containers": [{"name": "hello", "image": IMAGE}]},
+    })
+}
+
+async fn run_pod(client: &dyn Client, name: &str) -> Result<Duration> {
+    let pods = kind("", "pods");
+    let mut pod = template(json!({"run": name}));
+    pod["metadata"]["name"] = name.into();
+    let start = Instant::now();
+    let created = client.create(Target::collection(pods, "default"), pod).await?;
+    let running = |pod: Option<&Object>| pod.is_some_and(|pod| pod.field("status.phase") == Some("Running"));
+    until(client, pods, name, created.revision(), running).await?;
+    Ok(start.elapsed())
+}
+
+async fn replicas(client: &dyn Client, name: &str, count: i64) -> Result<Duration> {
+    let deployments = kind("apps", "deployments");
+    let labels = json!({"app": name});
+    let deployment = json!({
+        "metadata": {"name": name},
+        "spec": {"replicas": count, "selector": {"matchLabels": labels}, "template": template(labels)},
+    });
+    let start = Instant::now();
+    let created = client.create(Target::collection(deployments, "default"), deployment).await?;
+    let ready = |deployment: Option<&Object>| {
+        deployment.is_some_and(|d| d.value().pointer("/status/readyReplicas") == Some(&json!(count)))
+    };
+    until(client, deployments, name, created.revision(), ready).await?;
+    Ok(start.elapsed())
+}
+
+/// Process ids of the shims of pods, by the name they are started under.
+fn shims() -> Vec<u32> {
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes
+        .filter_map(|entry| {
+            let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
+            let command = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+            (command.split(|byte| *byte == 0).next()? == b"minke-shim").then_some(pid)
+        })
+        .collect()
+}
+
+pub async fn all(args: &Args, table: &mut Table) -> Result<()> {
+    let (run, pss) = ("pod created to Running, image present", "one more pod: its shim's memory");
+    let hundred = "100 replicas Ready";
+    if ![run, pss, hundred].iter().any(|what| table.wants(what)) {
+        return Ok(());
+    }
+    let cluster = Cluster::up(&args.minke)?;
+    let client = cluster.client()?;
+    if table.wants(run) || table.wants(pss) {
+        let before = shims();
+        let mut took = Vec::new();
+        for n in 0..args.rounds * 4 {
+            took.push(run_pod(&client, &format!("run-{n}")).await?.as_secs_f64() * 1e3);
+        }
+        table.add(run, format!("{:.0} ms p50", median(took)), "150 ms p50");
+        let ours = shims().into_iter().filter(|pid| !before.contains(pid));
+        let sizes: Vec<f64> = ours.filter_map(|pid| memory_kb(pid, "smaps_rollup", "Pss").ok()).collect();
+        table.add(pss, format!("{:.2} MB PSS (of {} shims)", median(sizes.clone()) / 1024.0, sizes.len()), "2 MB PSS");
+        for n in 0..args.rounds * 4 {
+            let name = format!("run-{n}");
+            let target = Target::object(kind("", "pods"), "default", &name);
+            client.delete(target, DeleteOptions { grace_period: Some(0), ..DeleteOptions::default() }).await?;
+        }
+    }
+    if table.wants(hundred) {
+        let mut took = Vec::new();
+        for round in 0..args.rounds.min(3) {
+            let name = format!("hundred-{round}");
+            took.push(replicas(&client, &name, 100).await?.as_secs_f64());
+            let options = DeleteOptions {
+                propagation: Some(minke_client::Propagation::Foreground),
+                ..DeleteOptions::default()
+            };
+            let target = Target::object(kind("apps", "deployments"), "default", &name);
+            let from = client.get(target).await?.revision();
+            client.delete(target, options).await?;
+            until(&client, target.kind, &name, from, |deployment| deployment.is_none()).await?;
+        }
+        table.add(hundred, format!("{:.2} s", median(took)), "5 s");
+    }
+    Ok(())
+}
