@@ -60,15 +60,17 @@ pub fn status(
             phase
         }
         (_, Some(ending)) => {
-            if let Cause::Failed { reason: r, message: m } = &ending.cause {
-                (reason, message) = (Some(r.clone()), Some(m.clone()));
-            }
             if ended && o.rejected.is_none() {
                 mark_lost(pod, &mut inits, &mut containers);
             }
             let quiet = !o.all_containers().any(|c| c.state == ContainerState::Running);
             match (phase(pod, &inits, &containers, quiet), &ending.cause) {
-                (_, Cause::Failed { .. }) => "Failed",
+                // Controllers replace a failed pod: it must not be told of while it still runs.
+                (phase, Cause::Failed { .. }) if !quiet => phase,
+                (_, Cause::Failed { reason: r, message: m }) => {
+                    (reason, message) = (Some(r.clone()), Some(m.clone()));
+                    "Failed"
+                }
                 // Everything is over: no other phase is left.
                 ("Pending" | "Running", _) if ended => "Failed",
                 (phase, _) => phase,

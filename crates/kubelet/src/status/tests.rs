@@ -202,6 +202,14 @@ fn the_end_of_a_pod_is_final() {
     let mut o = observed(vec![]);
     (o.ending, o.cleanup) = (ending(Cause::Deleted), Cleanup::Removed);
     check(json!({}), &o, "Failed", "c:137");
+    // Too long a life is told of only when it has ended.
+    let late = || Cause::Failed { reason: "DeadlineExceeded".into(), message: "m".into() };
+    let mut o = observed(vec![container("c", 0, Running)]);
+    o.ending = ending(late());
+    check(json!({}), &o, "Running", "c:running+");
+    let mut o = observed(vec![exited("c", 0, 143, 90)]);
+    o.ending = ending(late());
+    check(json!({}), &o, "Failed", "c:143");
     let mut o = Observed { rejected: Some(("OutOfcpu".into(), "m".into())), ..Observed::default() };
     o.ending = ending(Cause::Failed { reason: "OutOfcpu".into(), message: "m".into() });
     let status = work_out(json!({}), &o, 100);
