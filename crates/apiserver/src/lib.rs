@@ -18,6 +18,8 @@ mod reviews;
 mod server;
 mod snapshots;
 mod strategy;
+#[cfg(test)]
+mod testing;
 mod tokens;
 mod user;
 mod validation;

@@ -36,7 +36,7 @@ pub enum BuildError {
 
 /// An API server that listens, but does not answer before it is run.
 pub struct ApiServer {
-    server: Arc<Server>,
+    pub(crate) server: Arc<Server>,
     listeners: Vec<TcpListener>,
     tls: Arc<rustls::ServerConfig>,
 }
@@ -94,6 +94,12 @@ impl ApiServer {
     /// and authorization, without HTTP. Works before [`ApiServer::run`], too.
     pub fn client(&self, user: UserInfo) -> Arc<dyn Client> {
         Arc::new(InProcess::new(self.server.registry.clone(), user))
+    }
+
+    /// As [`ApiServer::client`], for those who need further identities while the server runs.
+    pub fn clients(&self) -> impl Fn(UserInfo) -> Arc<dyn Client> + Send + Sync + use<> {
+        let registry = self.server.registry.clone();
+        move |user| Arc::new(InProcess::new(registry.clone(), user))
     }
 
     fn own_client(&self) -> Arc<dyn Client> {

@@ -17,6 +17,9 @@ const CHUNK: usize = 64 << 10;
 
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
+/// The body of a request.
+pub type Payload = http_body_util::combinators::UnsyncBoxBody<Bytes, hyper::Error>;
+
 /// The body of an answer.
 pub enum Body {
     Full(Bytes),

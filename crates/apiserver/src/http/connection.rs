@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
@@ -131,7 +133,10 @@ async fn serve(
         .initial_connection_window_size(4 << 20)
         .keep_alive_interval(PING)
         .keep_alive_timeout(PING / 2);
-    let service = service_fn(move |request| server.clone().handle(peer.clone(), request));
+    let service = service_fn(move |request: http::Request<Incoming>| {
+        let request = request.map(BodyExt::boxed_unsync);
+        server.clone().handle(peer.clone(), request)
+    });
     let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service).into_owned();
     if let Err(error) = graceful.watch(connection).await {
         tracing::debug!(%address, error, "Connection ended");

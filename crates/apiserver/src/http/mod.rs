@@ -14,7 +14,7 @@ mod rest;
 mod route;
 mod watch;
 
-pub use body::Body;
+pub use body::{Body, Payload};
 pub use connection::{listen, tls_config};
 pub use route::{Query, Route};
 
@@ -26,7 +26,6 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use http::header::{self, HeaderName, HeaderValue};
 use http::{Method, Request, Response};
-use hyper::body::Incoming;
 use minke_api::Status;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -71,7 +70,7 @@ struct Seen {
 
 impl Server {
     /// Answers a request; whatever goes wrong is an answer, too.
-    pub async fn handle(self: Arc<Server>, peer: Peer, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+    pub async fn handle(self: Arc<Server>, peer: Peer, request: Request<Payload>) -> Result<Response<Body>, Infallible> {
         let started = Instant::now();
         let audit_id = audit_id(&request);
         let route = Route::parse(request.uri().path());
@@ -112,7 +111,7 @@ impl Server {
         peer: &Peer,
         seen: &Seen,
         query: &Query,
-        request: Request<Incoming>,
+        request: Request<Payload>,
     ) -> Result<Response<Body>, Status> {
         let registry = &self.registry;
         let user = registry.authenticator.authenticate(
@@ -181,7 +180,7 @@ impl Server {
         peer: &Peer,
         seen: &Seen,
         query: &Query,
-        request: Request<Incoming>,
+        request: Request<Payload>,
     ) -> Result<Response<Body>, Status> {
         let Some(route) = &seen.route else {
             return nonresource::answer(self, &request, query);
@@ -237,7 +236,7 @@ fn method_verb(method: &Method) -> &'static str {
 }
 
 /// The client's audit id, or a new one.
-fn audit_id(request: &Request<Incoming>) -> HeaderValue {
+fn audit_id(request: &Request<Payload>) -> HeaderValue {
     let given = request.headers().get(&AUDIT_ID).filter(|id| !id.is_empty() && id.len() <= 64);
     given.cloned().unwrap_or_else(|| {
         HeaderValue::from_str(&uuid::Uuid::new_v4().to_string()).expect("a uuid is a header value")
@@ -245,7 +244,10 @@ fn audit_id(request: &Request<Incoming>) -> HeaderValue {
 }
 
 #[cfg(test)]
-mod tests {
+mod tests;
+
+#[cfg(test)]
+mod unit {
     use super::*;
 
     #[test]

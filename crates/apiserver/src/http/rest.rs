@@ -7,14 +7,13 @@ use bytes::Bytes;
 use http::header::{self, HeaderMap};
 use http::Response;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use hyper::body::Incoming;
 use minke_api::codec::{self, Decoded, protobuf};
 use minke_api::{FieldErrors, FieldSelector, Kind, LabelSelector, Revision, Status, schema};
 use minke_client::DeleteOptions;
 use serde_json::Value;
 
 use super::Server;
-use super::body::Body;
+use super::body::{Body, Payload};
 use super::respond::{self, Style};
 use super::route::{Query, Route};
 use super::watch;
@@ -51,7 +50,9 @@ impl Request<'_> {
         }
         if route.subresource.is_empty() {
             let everywhere_only_read = kind.namespaced && !in_namespace && !matches!(self.verb, "list" | "watch");
-            if !kind.has_verb(self.verb) || everywhere_only_read || (self.verb == "create" && !route.name.is_empty()) {
+            let of_collection = matches!(self.verb, "create" | "list" | "deletecollection");
+            let wrong_level = self.verb != "watch" && of_collection != route.name.is_empty();
+            if !kind.has_verb(self.verb) || everywhere_only_read || wrong_level {
                 return Err(Status::method_not_allowed());
             }
         } else {
@@ -66,7 +67,7 @@ impl Request<'_> {
         Ok(kind)
     }
 
-    pub async fn answer(&self, kind: &'static Kind, body: Incoming) -> Result<Response<Body>, Status> {
+    pub async fn answer(&self, kind: &'static Kind, body: Payload) -> Result<Response<Body>, Status> {
         let registry = &self.server.registry;
         let style = Style::of(self.headers, self.query, registry.clock.now())?;
         let call = Call {
@@ -291,7 +292,7 @@ impl Request<'_> {
     }
 
     /// DeleteOptions from the body or, without one, from the query.
-    async fn delete_options(&self, body: Incoming) -> Result<(DeleteOptions, bool), Status> {
+    async fn delete_options(&self, body: Payload) -> Result<(DeleteOptions, bool), Status> {
         let bytes = read(body).await?;
         let mut errors = FieldErrors::default();
         let value = if bytes.is_empty() {
@@ -322,7 +323,7 @@ impl Request<'_> {
         Ok((registry::delete_options(&value)?, dry_run))
     }
 
-    async fn patch(&self, body: Incoming) -> Result<Patch, Status> {
+    async fn patch(&self, body: Payload) -> Result<Patch, Status> {
         let patch: fn(registry::Body) -> Patch = match media_type(self.headers) {
             "application/json-patch+json" => Patch::Json,
             "application/merge-patch+json" => Patch::Merge,
@@ -335,7 +336,7 @@ impl Request<'_> {
         Ok(patch(registry::Body { value, duplicates }))
     }
 
-    async fn decoded(&self, expected: &registry::Expected<'_>, body: Incoming) -> Result<registry::Body, Status> {
+    async fn decoded(&self, expected: &registry::Expected<'_>, body: Payload) -> Result<registry::Body, Status> {
         let bytes = read(body).await?;
         decode(self.headers, &bytes, *expected)
     }
@@ -367,7 +368,7 @@ fn media_type(headers: &HeaderMap) -> &str {
     text.split(';').next().unwrap_or_default().trim()
 }
 
-async fn read(body: Incoming) -> Result<Bytes, Status> {
+async fn read(body: Payload) -> Result<Bytes, Status> {
     match Limited::new(body, BODY_MAX).collect().await {
         Ok(body) => Ok(body.to_bytes()),
         Err(error) if error.is::<LengthLimitError>() => {

@@ -8,7 +8,6 @@ use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::uri::PathAndQuery;
 use http::{Request, Response, StatusCode, Uri};
 use http_body_util::{BodyExt, Empty, Limited};
-use hyper::body::Incoming;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use minke_api::{Kind, Status};
@@ -21,7 +20,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_util::sync::CancellationToken;
 
-use crate::http::Body;
+use crate::http::{Body, Payload};
 
 /// How long the other server may take to be reached and to begin an answer.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -123,7 +122,7 @@ impl Proxy {
     pub async fn forward(
         &self,
         target: Target,
-        mut request: Request<Incoming>,
+        mut request: Request<Payload>,
         peer: SocketAddr,
         stop: &CancellationToken,
     ) -> Result<Response<Body>, Status> {
@@ -146,7 +145,7 @@ impl Proxy {
             *headers = outgoing_headers(parts.headers, &target, peer, upgrade);
         }
         // A request to switch protocols has no body of its own: what follows belongs to the new protocol.
-        let body = if upgrade { Empty::new().map_err(|never| match never {}).boxed() } else { body.boxed() };
+        let body: Payload = if upgrade { Empty::new().map_err(|never| match never {}).boxed_unsync() } else { body };
         let outgoing = outgoing.body(body).map_err(Status::internal)?;
         let (mut sender, connection) =
             http1::handshake(TokioIo::new(stream)).await.map_err(|error| unreachable(&error))?;

@@ -8,7 +8,6 @@ mod forward;
 use std::net::SocketAddr;
 
 use http::{Method, Request, Response};
-use hyper::body::Incoming;
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use minke_api::{Key, Kind, Status};
@@ -16,7 +15,7 @@ use rand::Rng;
 use serde_json::Value;
 
 use crate::Config;
-use crate::http::{Body, Query, Route, Server};
+use crate::http::{Body, Payload, Query, Route, Server};
 use crate::kinds::tree::Tree;
 
 pub use forward::Proxy;
@@ -34,7 +33,7 @@ impl Proxy {
         route: &Route,
         query: &Query,
         peer: SocketAddr,
-        request: Request<Incoming>,
+        request: Request<Payload>,
     ) -> Result<Response<Body>, Status> {
         let asked = Asked { server, kind, route, query };
         let stop = &server.stop_watches;

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use minke_api::{Kind, Object};
+use minke_api::{Kind, Object, schema};
 use serde_json::{Map, Value, json};
 
 use crate::kinds::tree::Tree;
@@ -14,7 +14,10 @@ pub fn view(kind: &'static Kind, object: &Arc<Object>) -> Arc<Object> {
     if kind == object.kind() || kind.stored_as.is_none() {
         return object.clone();
     }
-    let value = from_storage(kind, object.value());
+    let mut value = from_storage(kind, object.value());
+    if let Some(ty) = schema::of(kind.group, kind.version, kind.kind) {
+        schema::complete(ty, &mut value);
+    }
     Arc::new(Object::from_value(kind, &value).expect("a view of an object has its name and revision"))
 }
 
