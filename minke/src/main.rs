@@ -1,6 +1,6 @@
 //! Minke: Kubernetes, written again in Rust, as one program.
 //!
-//! Arguments here, the wiring of the components in [`server`] and [`agent`]; everything else is in the crates.
+//! Arguments here, the wiring of the components in [`server`] and [`node`]; everything else is in the crates.
 #![forbid(unsafe_code)]
 
 mod addons;
