@@ -21,7 +21,10 @@ use tokio::net::TcpStream;
 use tokio::sync::Mutex;
 use tokio_rustls::TlsConnector;
 
-use crate::{Client, DeleteOptions, List, ListOptions, Patch, Propagation, Target, WatchEvent, WatchOptions, WatchStream};
+use crate::{
+    Client, DeleteOptions, List, ListOptions, Patch, Propagation, Target, WatchEvent, WatchOptions,
+    WatchStream,
+};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
@@ -76,7 +79,9 @@ impl HttpsClient {
     pub fn new(identity: &Identity) -> Result<HttpsClient, IdentityError> {
         let wrong = || IdentityError::Server(identity.server.clone());
         let uri: http::Uri = identity.server.parse().map_err(|_| wrong())?;
-        let (Some("https"), Some(authority)) = (uri.scheme_str(), uri.authority()) else { return Err(wrong()) };
+        let (Some("https"), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
+            return Err(wrong());
+        };
         let host = authority.host().trim_matches(['[', ']']).to_owned();
         let mut roots = rustls::RootCertStore::empty();
         for certificate in CertificateDer::pem_slice_iter(&identity.ca) {
@@ -168,7 +173,8 @@ impl HttpsClient {
             request = request.header(header::CONTENT_TYPE, content_type);
         }
         let bytes = body.map(|body| Bytes::from(body.to_string())).unwrap_or_default();
-        let request = request.body(Full::new(bytes)).map_err(|error| Status::bad_request(error.to_string()))?;
+        let request =
+            request.body(Full::new(bytes)).map_err(|error| Status::bad_request(error.to_string()))?;
         let exchange = async {
             let mut sender = self.sender().await?;
             sender.send_request(request).await.map_err(|error| Status::unavailable(error.to_string()))
@@ -241,7 +247,10 @@ impl Client for HttpsClient {
         Ok(List {
             revision: revision(&list)?,
             items: items.collect::<Result<_, _>>().map_err(Status::internal)?,
-            continue_: list["metadata"]["continue"].as_str().filter(|text| !text.is_empty()).map(str::to_owned),
+            continue_: list["metadata"]["continue"]
+                .as_str()
+                .filter(|text| !text.is_empty())
+                .map(str::to_owned),
         })
     }
 
@@ -335,7 +344,9 @@ fn path(target: &Target<'_>) -> String {
 /// Percent-encodes all but unreserved characters.
 fn escape(text: &str) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.~".contains(&byte);
-    text.bytes().map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()
+    text.bytes()
+        .map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") })
+        .collect()
 }
 
 /// A query string with its question mark, or nothing.
@@ -419,7 +430,9 @@ impl Lines {
             match self.body.frame().await {
                 // A cut-off last line is no event; the watch is simply at its end.
                 None => return Ok(None),
-                Some(Ok(frame)) => self.buffer.extend_from_slice(frame.data_ref().map_or(&[][..], |data| data)),
+                Some(Ok(frame)) => {
+                    self.buffer.extend_from_slice(frame.data_ref().map_or(&[][..], |data| data))
+                }
                 Some(Err(error)) => return Err(Status::unavailable(error.to_string())),
             }
         }
@@ -452,7 +465,9 @@ mod tests {
     fn events_become_what_they_say() {
         let kind = Kind::by_plural("", "v1", "pods").unwrap();
         let line = br#"{"type":"ADDED","object":{"metadata":{"name":"a","resourceVersion":"7"}}}"#;
-        assert!(matches!(event(kind, line), Ok(WatchEvent::Added(object)) if object.revision() == Revision(7)));
+        assert!(
+            matches!(event(kind, line), Ok(WatchEvent::Added(object)) if object.revision() == Revision(7))
+        );
         let line = br#"{"type":"BOOKMARK","object":{"metadata":{"resourceVersion":"9"}}}"#;
         assert!(matches!(event(kind, line), Ok(WatchEvent::Bookmark(Revision(9)))));
         let line = br#"{"type":"ERROR","object":{"kind":"Status","status":"Failure","reason":"Expired","code":410}}"#;
@@ -464,7 +479,8 @@ mod tests {
     fn an_answer_that_is_no_status_still_says_what_happened() {
         let status = failure(StatusCode::BAD_GATEWAY, b"no upstream\n");
         assert_eq!((status.code, status.message.as_str()), (502, "no upstream"));
-        let status = failure(StatusCode::NOT_FOUND, br#"{"status":"Failure","reason":"NotFound","code":404}"#);
+        let status =
+            failure(StatusCode::NOT_FOUND, br#"{"status":"Failure","reason":"NotFound","code":404}"#);
         assert!(status.is_not_found());
     }
 }

@@ -187,7 +187,8 @@ impl DataDir {
         let files = fs::read_dir(REGISTRY).into_iter().flatten().flatten();
         let entries = files.filter_map(|file| fs::read(file.path()).ok());
         let entries = entries.filter_map(|text| serde_json::from_slice::<(PathBuf, Config)>(&text).ok());
-        entries.filter(|(path, _)| *path != self.0).collect()
+        // A directory that was simply deleted is no cluster any more.
+        entries.filter(|(path, _)| *path != self.0 && path.join("config.json").exists()).collect()
     }
 
     /// Tells other clusters of this machine that this one is up.
