@@ -7,7 +7,7 @@ use bytes::Bytes;
 use http::{HeaderMap, Request};
 use http_body_util::{BodyExt, Full};
 use minke_api::Status;
-use minke_client::{Client, Clock};
+use minke_client::Clock;
 use minke_store::Store;
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use serde_json::Value;
@@ -72,7 +72,6 @@ impl Keys {
 pub struct Api {
     pub server: Arc<Server>,
     pub store: Store,
-    client: Arc<dyn Client>,
     user: UserInfo,
 }
 
@@ -121,16 +120,12 @@ impl Api {
         let store = Store::in_memory();
         let built = ApiServer::build(Keys::new().config(store.clone(), clock)).await.unwrap();
         let user = UserInfo::new("admin", &["system:masters"]);
-        Api { server: built.server.clone(), store, client: built.client(user.clone()), user }
+        Api { server: built.server.clone(), store, user }
     }
 
-    /// The same server, asked by someone else; `None` is nobody in particular.
+    /// The same server, asked by someone else.
     pub fn as_user(&self, user: UserInfo) -> Api {
-        Api { server: self.server.clone(), store: self.store.clone(), client: self.client.clone(), user }
-    }
-
-    pub fn client(&self) -> Arc<dyn Client> {
-        self.client.clone()
+        Api { server: self.server.clone(), store: self.store.clone(), user }
     }
 
     /// Sends `METHOD /path` with headers, written `name: value`, and a body; reads the whole answer.

@@ -68,6 +68,14 @@ impl Request<'_> {
     }
 
     pub async fn answer(&self, kind: &'static Kind, body: Payload) -> Result<Response<Body>, Status> {
+        let mut response = self.answer_with(kind, body).await?;
+        if let Some(warning) = deprecation(kind) {
+            respond::warn(&mut response, &[warning.to_owned()]);
+        }
+        Ok(response)
+    }
+
+    async fn answer_with(&self, kind: &'static Kind, body: Payload) -> Result<Response<Body>, Status> {
         let registry = &self.server.registry;
         let style = Style::of(self.headers, self.query, registry.clock.now())?;
         let call = Call {
@@ -344,6 +352,15 @@ impl Request<'_> {
 
 const DELETE_OPTIONS: registry::Expected<'static> =
     registry::Expected { group: "", version: "v1", kind: "DeleteOptions" };
+
+/// What those are told who still use a resource that has a successor.
+fn deprecation(kind: &Kind) -> Option<&'static str> {
+    match (kind.group, kind.kind) {
+        ("", "Endpoints") => Some("v1 Endpoints is deprecated in v1.33+; use discovery.k8s.io/v1 EndpointSlice"),
+        ("", "ComponentStatus") => Some("v1 ComponentStatus is deprecated in v1.19+"),
+        _ => None,
+    }
+}
 
 /// What a body that is sent to the call holds.
 fn body_kind<'a>(call: &Call<'a>) -> registry::Expected<'a> {

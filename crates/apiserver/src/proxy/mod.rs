@@ -5,7 +5,7 @@
 
 mod forward;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use http::{Method, Request, Response};
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
@@ -197,10 +197,8 @@ impl Asked<'_> {
             },
         };
         let ip = pod.at("status").text("podIP");
-        if ip.is_empty() {
-            return Err(Status::unavailable("address not allowed"));
-        }
-        Ok(Target { host: ip.to_owned(), port, path: self.path(request), security })
+        let host = proxyable(ip)?.to_owned();
+        Ok(Target { host, port, path: self.path(request), security })
     }
 
     fn service_target<B>(&self, request: &Request<B>) -> Result<Target, Status> {
@@ -234,6 +232,7 @@ impl Asked<'_> {
             return Err(none());
         }
         let (host, port) = places.swap_remove(rand::rng().random_range(0..places.len()));
+        proxyable(&host)?;
         Ok(Target { host, port, path: self.path(request), security })
     }
 
@@ -255,6 +254,20 @@ impl Asked<'_> {
             None => rest.to_owned(),
         }
     }
+}
+
+/// Refuses addresses by which a pod's status could lead to services of this very machine.
+fn proxyable(address: &str) -> Result<&str, Status> {
+    let allowed = match address.parse::<IpAddr>() {
+        Ok(IpAddr::V4(ip)) => {
+            !(ip.is_loopback() || ip.is_link_local() || ip.is_multicast() || ip.is_unspecified() || ip.is_broadcast())
+        }
+        Ok(IpAddr::V6(ip)) => {
+            !(ip.is_loopback() || ip.is_unicast_link_local() || ip.is_multicast() || ip.is_unspecified())
+        }
+        Err(_) => false,
+    };
+    if allowed { Ok(address) } else { Err(Status::bad_request("address not allowed")) }
 }
 
 struct ProxiedName<'a> {
@@ -367,6 +380,16 @@ mod tests {
             None,
             Err("a container name must be specified for pod p, choose one of: [a b] or one of the init containers: [i]"),
         );
+    }
+
+    #[test]
+    fn the_way_back_into_this_machine_is_closed() {
+        for address in ["10.244.0.7", "192.0.2.1", "2001:db8::1"] {
+            assert_eq!(proxyable(address), Ok(address));
+        }
+        for address in ["127.0.0.1", "169.254.169.254", "0.0.0.0", "224.0.0.1", "::1", "fe80::1", "", "localhost"] {
+            assert_eq!(proxyable(address).unwrap_err().message, "address not allowed");
+        }
     }
 
     #[test]

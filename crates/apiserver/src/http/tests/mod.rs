@@ -1,6 +1,7 @@
 //! The REST rules, each tried over HTTP against a whole server.
 
 mod deletion;
+mod https;
 mod lists;
 mod reading;
 mod watches;
