@@ -50,7 +50,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         kubelet_client_key: admin_key.clone(),
         kubelet_ca: ca.clone(),
     };
-    let started = std::time::Instant::now();
+    let started = tokio::time::Instant::now();
     let server = ApiServer::build(config).await?;
     let address = server.addresses()[0];
     for (name, text) in [("ca.crt", &ca), ("admin.crt", &admin_cert), ("admin.key", &admin_key)] {

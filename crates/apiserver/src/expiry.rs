@@ -31,7 +31,7 @@ pub async fn run(store: Store, clock: Clock, stop: CancellationToken) {
     let kind = Kind::of::<Event>();
     loop {
         let (snapshot, mut watch) = store.snapshot_and_watch(kind);
-        let mut entries: Vec<Entry> = snapshot.objects.values().map(|object| found(object)).collect();
+        let mut entries: Vec<Entry> = snapshot.objects.values().map(found).collect();
         entries.sort_by_key(|entry| entry.expires);
         let mut queue = VecDeque::from(entries);
         loop {

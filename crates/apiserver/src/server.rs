@@ -31,7 +31,7 @@ pub enum BuildError {
     #[error("{what}: {why}")]
     Key { what: &'static str, why: String },
     #[error("cannot make what every cluster has: {0}")]
-    Bootstrap(#[source] Status),
+    Bootstrap(#[source] Box<Status>),
 }
 
 /// An API server that listens, but does not answer before it is run.
@@ -81,7 +81,7 @@ impl ApiServer {
             stop_watches: CancellationToken::new(),
         });
         let server = ApiServer { server, listeners, tls: Arc::new(tls) };
-        bootstrap::ensure(&*server.own_client(), &server.server.config).await.map_err(BuildError::Bootstrap)?;
+        bootstrap::ensure(&*server.own_client(), &server.server.config).await.map_err(|status| BuildError::Bootstrap(Box::new(status)))?;
         Ok(server)
     }
 

@@ -6,10 +6,13 @@
 //! A failed write leaves redb unusable until the file is opened again. When the device was full, the file
 //! is opened again at the next write; any other failure leaves it unknown what the disk holds, and
 //! the store stops writing.
+//!
+//! Even a deletion needs new pages. So that a full device can be emptied, a reserve lies beside the file,
+//! and gives its room to writes that delete or shrink.
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io;
+use std::io::{self, Write as _};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -35,6 +38,12 @@ const COMPACT_FROM: u64 = 64 << 20;
 /// Commits between two looks at whether the file should be compacted.
 const TIDY_EVERY: u32 = 1024;
 
+/// Bytes of the reserve: a few transactions' worth of pages.
+const RESERVE: usize = 1 << 20;
+
+/// Commits that must have succeeded before the reserve is filled again.
+const RESERVE_EVERY: u32 = 64;
+
 type Open = Box<dyn FnMut() -> Result<Database, redb::DatabaseError> + Send>;
 type Length = Box<dyn Fn() -> Option<u64> + Send>;
 
@@ -47,6 +56,7 @@ pub struct Embedded {
     /// The revision of the last batch that is known to be durable.
     revision: Revision,
     since_tidy: u32,
+    reserve: Option<Reserve>,
     /// Held for as long as this lives.
     _lock: Option<File>,
 }
@@ -88,6 +98,9 @@ impl Embedded {
         let at = path.to_owned();
         embedded.length = Box::new(move || std::fs::metadata(&at).ok().map(|file| file.len()));
         embedded._lock = Some(lock);
+        let mut reserve = Reserve { path: path.with_extension("reserve"), filled: false, commits: 0 };
+        reserve.fill();
+        embedded.reserve = Some(reserve);
         Ok(embedded)
     }
 
@@ -113,6 +126,7 @@ impl Embedded {
             database: Some(database),
             revision,
             since_tidy: 0,
+            reserve: None,
             _lock: None,
         })
     }
@@ -183,7 +197,15 @@ impl Engine for Embedded {
     }
 
     fn commit(&mut self, batch: &Batch) -> Result<(), EngineError> {
-        let result = self.database().and_then(|database| write(database, batch));
+        let mut result = self.database().and_then(|database| write(database, batch));
+        if let (Err(error), Some(reserve)) = (&result, &mut self.reserve)
+            && is_full(error)
+            && batch.makes_room()
+            && reserve.release()
+        {
+            self.database = None;
+            result = self.database().and_then(|database| write(database, batch));
+        }
         match result {
             Ok(()) => {
                 self.revision = batch.revision;
@@ -199,6 +221,9 @@ impl Engine for Embedded {
     }
 
     fn tidy(&mut self, live_bytes: u64) {
+        if let Some(reserve) = &mut self.reserve {
+            reserve.refill();
+        }
         if self.since_tidy < TIDY_EVERY {
             return;
         }
@@ -249,13 +274,48 @@ fn parse_key(key: &[u8]) -> Option<((&str, &str), String)> {
 }
 
 fn engine_error(error: redb::Error) -> EngineError {
-    match error {
-        redb::Error::Io(error)
-            if matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) =>
-        {
-            EngineError::Full
+    if is_full(&error) { EngineError::Full } else { EngineError::Failed(error.to_string()) }
+}
+
+fn is_full(error: &redb::Error) -> bool {
+    let redb::Error::Io(error) = error else { return false };
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// Room that is kept for making room.
+struct Reserve {
+    path: PathBuf,
+    filled: bool,
+    /// Commits since it was released, or since it could not be filled.
+    commits: u32,
+}
+
+impl Reserve {
+    fn fill(&mut self) {
+        self.commits = 0;
+        let written = private().open(&self.path).and_then(|mut file| {
+            file.write_all(&vec![0; RESERVE])?;
+            file.sync_all()
+        });
+        self.filled = written.is_ok();
+        if written.is_err() {
+            // A part of it would only take room from others.
+            let _ = std::fs::remove_file(&self.path);
         }
-        error => EngineError::Failed(error.to_string()),
+    }
+
+    /// Gives the room back to the device; `false` when there is none to give.
+    fn release(&mut self) -> bool {
+        self.commits = 0;
+        std::mem::take(&mut self.filled) && std::fs::remove_file(&self.path).is_ok()
+    }
+
+    /// Called after successful commits.
+    fn refill(&mut self) {
+        self.commits += 1;
+        if !self.filled && self.commits >= RESERVE_EVERY {
+            self.fill();
+        }
     }
 }
 

@@ -32,6 +32,26 @@ pub struct Write {
     /// The object as written; for a deletion, its last state at the revision of the deletion.
     pub object: Arc<Object>,
     pub deleted: bool,
+    /// Bytes by which the state grows, or shrinks when negative.
+    pub growth: i64,
+}
+
+/// An update may grow by this much and still count as one that makes room: marking an object for deletion
+/// comes before deleting it.
+const SMALL_GROWTH: i64 = 512;
+
+impl Batch {
+    /// Whether this creates nothing and lets nothing grow by much: what must go on when there is no room,
+    /// since it is how room is made.
+    pub fn makes_room(&self) -> bool {
+        self.writes.iter().all(|write| write.growth <= SMALL_GROWTH && !write.is_creation())
+    }
+}
+
+impl Write {
+    fn is_creation(&self) -> bool {
+        !self.deleted && self.growth == self.object.json().len() as i64
+    }
 }
 
 /// Why an engine could not do its work.

@@ -19,6 +19,7 @@ use crate::{Error, Expect, Op};
 const BATCH_TRANSACTIONS: usize = 1024;
 const BATCH_BYTES: usize = 16 << 20;
 
+type Place = (&'static Kind, Key);
 type Answer = oneshot::Sender<Result<Vec<Arc<Object>>, Error>>;
 
 pub(crate) enum Message {
@@ -43,7 +44,7 @@ struct Pending {
     bytes: usize,
     writes: Vec<(Change, Arc<Object>, Option<Arc<Object>>)>,
     /// Objects as they are after `writes`.
-    overlay: HashMap<(&'static Kind, Key), Option<Arc<Object>>>,
+    overlay: HashMap<Place, Option<Arc<Object>>>,
     answers: Vec<(Answer, Vec<Arc<Object>>)>,
 }
 
@@ -101,7 +102,7 @@ impl Writer {
         }
         let start = (pending.writes.len(), pending.revision);
         let mut results = Vec::with_capacity(ops.len());
-        let mut undo: Vec<((&'static Kind, Key), Option<Option<Arc<Object>>>)> = Vec::new();
+        let mut undo: Vec<(Place, Option<Option<Arc<Object>>>)> = Vec::new();
         let state = self.read();
         for (n, op) in ops.into_iter().enumerate() {
             let (kind, key, expect) = match &op {
@@ -156,7 +157,12 @@ impl Writer {
             let writes = pending
                 .writes
                 .iter()
-                .map(|(change, object, _)| Write { object: object.clone(), deleted: *change == Change::Deleted })
+                .map(|(change, object, old)| {
+                    let deleted = *change == Change::Deleted;
+                    let length = |object: &Arc<Object>| object.json().len() as i64;
+                    let growth = if deleted { 0 } else { length(object) } - old.as_ref().map_or(0, length);
+                    Write { object: object.clone(), deleted, growth }
+                })
                 .collect();
             self.engine.commit(&Batch { revision: pending.revision, writes })
         };

@@ -248,3 +248,58 @@ async fn a_failing_disk_stops_writes_and_not_reads() {
     assert!(!store.is_writable());
     assert_eq!(state(&store), expected);
 }
+
+/// A small device of its own, unmounted in the end.
+struct SmallDevice(tempfile::TempDir);
+
+impl SmallDevice {
+    fn mount() -> Option<SmallDevice> {
+        let directory = tempfile::tempdir().unwrap();
+        let mount = |device: &SmallDevice| {
+            let mut command = std::process::Command::new("mount");
+            command.args(["-t", "tmpfs", "-o", "size=6m,mode=700", "minke-store-test"]).arg(device.0.path());
+            command.stderr(std::process::Stdio::null()).status().is_ok_and(|status| status.success())
+        };
+        let device = SmallDevice(directory);
+        mount(&device).then_some(device)
+    }
+}
+
+impl Drop for SmallDevice {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg(self.0.path()).stderr(std::process::Stdio::null()).status();
+    }
+}
+
+#[tokio::test]
+async fn a_full_device_can_be_emptied() {
+    let Some(device) = SmallDevice::mount() else {
+        println!("skipped: mounting a tmpfs needs root");
+        return;
+    };
+    let path = device.0.path().join("store.redb");
+    let open = || Store::open(Embedded::open(&path).unwrap(), EVENT_BYTES).unwrap();
+    let store = open();
+    let put = |n: u32| {
+        let filler = "x".repeat(100_000);
+        let value = json!({"metadata": {"name": format!("s{n:03}"), "namespace": "d"}, "data": {"n": n, "filler": filler}});
+        store.commit(vec![Op::create(Draft::new(secrets(), &value).unwrap())])
+    };
+    let mut made = 0;
+    while put(made).await.is_ok() {
+        made += 1;
+    }
+    assert!((5..60).contains(&made), "{made} objects fill the device");
+    assert!(matches!(put(made).await, Err(Error::Full)));
+    let objects: Vec<_> = store.snapshot(secrets()).objects.values().cloned().collect();
+    for object in &objects {
+        // Marked, then deleted, as what has finalizers is.
+        let mut value = object.value();
+        value["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z".into();
+        let marked = store.commit(vec![Op::replace(Draft::new(secrets(), &value).unwrap(), object)]).await.unwrap();
+        store.commit(vec![Op::delete(&marked[0])]).await.unwrap();
+    }
+    put(made).await.expect("there is room again");
+    store.close().await;
+    assert_eq!(state(&open()).into_keys().collect::<Vec<_>>(), [format!("s{made:03}")]);
+}

@@ -51,7 +51,7 @@ impl Registry {
                 // It goes whatever changed, unless it was asked to go in that very state: that is found
                 // out when it is read again.
                 Err(Failure::Raced) => {}
-                Err(Failure::Status(status)) => return Err(status),
+                Err(Failure::Status(status)) => return Err(*status),
             }
         }
     }

@@ -55,7 +55,7 @@ impl Registry {
                 Ok(object) => return Ok(Written { object, created: false, warnings }),
                 Err(Failure::Raced) if attempt < TRIES => {}
                 Err(Failure::Raced) => return Err(Status::modified(call.kind, call.name)),
-                Err(Failure::Status(status)) => return Err(status),
+                Err(Failure::Status(status)) => return Err(*status),
             }
         }
         unreachable!("the last attempt returns")

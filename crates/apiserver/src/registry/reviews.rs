@@ -140,7 +140,7 @@ impl Registry {
         match self.commit_one(old.kind(), old.name(), Op::replace(draft, old)).await {
             Ok(_) => Ok(true),
             Err(Failure::Raced) => Ok(false),
-            Err(Failure::Status(status)) => Err(status),
+            Err(Failure::Status(status)) => Err(*status),
         }
     }
 

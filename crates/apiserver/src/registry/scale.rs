@@ -80,7 +80,7 @@ impl Registry {
                 Ok(object) => return Ok(Written { object: of(&object)?, created: false, warnings }),
                 Err(Failure::Raced) if given.is_empty() => {}
                 Err(Failure::Raced) => return Err(Status::modified(call.kind, call.name)),
-                Err(Failure::Status(status)) => return Err(status),
+                Err(Failure::Status(status)) => return Err(*status),
             }
         }
     }

@@ -137,7 +137,7 @@ impl Registry {
                 Ok(object) => return Ok(Written { object, created: false, warnings }),
                 Err(Failure::Raced) if given.is_empty() => {}
                 Err(Failure::Raced) => return Err(Status::modified(call.kind, call.name)),
-                Err(Failure::Status(status)) => return Err(status),
+                Err(Failure::Status(status)) => return Err(*status),
             }
         }
     }

@@ -34,12 +34,12 @@ pub enum Part {
 pub enum Failure {
     /// Someone else was faster; what they wrote may be read and the update tried again.
     Raced,
-    Status(Status),
+    Status(Box<Status>),
 }
 
 impl From<Status> for Failure {
     fn from(status: Status) -> Failure {
-        Failure::Status(status)
+        Failure::Status(Box::new(status))
     }
 }
 
@@ -81,7 +81,9 @@ impl Registry {
             }
             match self.store.commit(vec![Op::create(draft)]).await {
                 Ok(written) => {
-                    allocation.map(Allocation::commit);
+                    if let Some(allocation) = allocation {
+                        allocation.commit();
+                    }
                     let object = convert::view(call.kind, &written[0]);
                     return Ok(Written { object, created: true, warnings });
                 }
@@ -178,7 +180,7 @@ impl Registry {
                 }
                 Err(Failure::Raced) if unconditional && attempt < TRIES => warnings.clear(),
                 Err(Failure::Raced) => return Err(Status::modified(call.kind, call.name)),
-                Err(Failure::Status(status)) => return Err(status),
+                Err(Failure::Status(status)) => return Err(*status),
             }
         }
         unreachable!("the last attempt returns")
@@ -245,7 +247,9 @@ impl Registry {
         }
         let op = if gone { Op::delete(old) } else { Op::replace(draft, old) };
         let object = self.commit_one(kind, old.name(), op).await?;
-        allocation.map(Allocation::commit);
+        if let Some(allocation) = allocation {
+            allocation.commit();
+        }
         if gone {
             self.release(old);
         }
@@ -269,7 +273,7 @@ impl Registry {
         match self.store.commit(vec![op]).await {
             Ok(mut written) => Ok(written.remove(0)),
             Err(Error::Conflict { .. }) => Err(Failure::Raced),
-            Err(error) => Err(Failure::Status(store_status(error, kind, name))),
+            Err(error) => Err(store_status(error, kind, name).into()),
         }
     }
 }

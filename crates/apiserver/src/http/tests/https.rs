@@ -236,7 +236,8 @@ async fn exec_passes_through_to_the_kubelet_byte_for_byte() {
     let mut back = vec![0; sent.len()];
     let (mut read, mut write) = tokio::io::split(stream);
     let (written, read) = tokio::join!(write.write_all(&sent), read.read_exact(&mut back));
-    (written.unwrap(), read.unwrap());
+    written.unwrap();
+    read.unwrap();
     assert_eq!(back, sent);
     running.stop.cancel();
     running.task.await.unwrap();
