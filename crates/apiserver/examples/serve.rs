@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use minke_apiserver::{ApiServer, Config};
 use minke_store::{EVENT_BYTES, Embedded, Store};
-use rcgen::{BasicConstraints, CertificateParams, DnType, Issuer, IsCa, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use tokio_util::sync::CancellationToken;
 
 #[tokio::main]
@@ -30,7 +30,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
         Ok((params.signed_by(&key, &issuer)?.pem(), key.serialize_pem()))
     };
-    let (serving_cert, serving_key) = sign("apiserver", "", vec!["localhost".to_owned(), "127.0.0.1".to_owned()])?;
+    let (serving_cert, serving_key) =
+        sign("apiserver", "", vec!["localhost".to_owned(), "127.0.0.1".to_owned()])?;
     let (admin_cert, admin_key) = sign("admin", "system:masters", Vec::new())?;
     let address: SocketAddr = "127.0.0.1:0".parse()?;
     let config = Config {

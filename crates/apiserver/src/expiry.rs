@@ -26,12 +26,12 @@ struct Entry {
     revision: Revision,
 }
 
-/// Deletes events whose time is up, until `stop`.
-pub async fn run(store: Store, clock: Clock, stop: CancellationToken) {
+/// Deletes events `ttl` after they were last written, until `stop`.
+pub async fn run(store: Store, clock: Clock, ttl: Duration, stop: CancellationToken) {
     let kind = Kind::of::<Event>();
     loop {
         let (snapshot, mut watch) = store.snapshot_and_watch(kind);
-        let mut entries: Vec<Entry> = snapshot.objects.values().map(found).collect();
+        let mut entries: Vec<Entry> = snapshot.objects.values().map(|object| found(object, ttl)).collect();
         entries.sort_by_key(|entry| entry.expires);
         let mut queue = VecDeque::from(entries);
         loop {
@@ -47,7 +47,7 @@ pub async fn run(store: Store, clock: Clock, stop: CancellationToken) {
                 () = stop.cancelled() => return,
                 events = watch.next() => match events {
                     Ok(events) => {
-                        let expires = clock.now() + TTL;
+                        let expires = clock.now() + ttl;
                         let written = events.iter().filter(|event| event.change != Change::Deleted);
                         queue.extend(written.map(|event| Entry {
                             expires,
@@ -69,12 +69,13 @@ fn until(then: Timestamp, now: Timestamp) -> Duration {
 }
 
 /// An event that was there at the start: when it was written last is not known, only when it happened last.
-fn found(object: &Arc<Object>) -> Entry {
+fn found(object: &Arc<Object>, ttl: Duration) -> Entry {
     let value = object.value();
     let time = |path: &str| value.pointer(path)?.as_str()?.parse::<Timestamp>().ok();
-    let last = [time("/lastTimestamp"), time("/series/lastObservedTime"), time("/eventTime"), object.created()];
+    let last =
+        [time("/lastTimestamp"), time("/series/lastObservedTime"), time("/eventTime"), object.created()];
     let last = last.into_iter().flatten().max().unwrap_or_default();
-    Entry { expires: last + TTL, key: object.key().clone(), revision: object.revision() }
+    Entry { expires: last + ttl, key: object.key().clone(), revision: object.revision() }
 }
 
 /// Deletes what is due at the head of the queue and was not written since.
@@ -100,30 +101,41 @@ mod tests {
 
     use super::*;
 
-    #[tokio::test(start_paused = true)]
-    async fn events_go_an_hour_after_they_were_last_written() {
+    #[tokio::test]
+    async fn events_go_some_time_after_they_were_last_written() {
+        const TTL: Duration = Duration::from_millis(300);
         let store = Store::in_memory();
         let kind = Kind::of::<Event>();
-        let at: Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
-        let clock = Clock::Virtual { at, start: tokio::time::Instant::now() };
-        let put = |name: &str, count: u32, time: Timestamp| {
+        let put = async |name: &str, count: u32, time: Timestamp| {
+            let before = Timestamp::now();
             let value = json!({"metadata": {"name": name, "namespace": "d"}, "count": count, "lastTimestamp": time.to_string()});
-            store.commit(vec![Op::Put { draft: Draft::new(kind, &value).unwrap(), expect: Expect::Any }])
+            let op = Op::Put { draft: Draft::new(kind, &value).unwrap(), expect: Expect::Any };
+            store.commit(vec![op]).await.unwrap();
+            before
         };
-        put("old", 1, at - Duration::from_secs(1800)).await.unwrap();
+        put("old", 1, Timestamp::now() - TTL).await;
+        let mut watch = store.watch(kind, store.revision()).unwrap();
         let stop = CancellationToken::new();
-        let task = tokio::spawn(run(store.clone(), clock, stop.clone()));
-        tokio::time::sleep(Duration::from_secs(60)).await;
-        put("a", 1, at).await.unwrap();
-        put("b", 1, at).await.unwrap();
-        let names = || store.snapshot(kind).objects.keys().map(|key| key.name.to_string()).collect::<Vec<_>>();
-        tokio::time::sleep(Duration::from_secs(1750)).await;
-        assert_eq!(names(), ["a", "b"]);
-        put("b", 2, at).await.unwrap();
-        tokio::time::sleep(Duration::from_secs(2000)).await;
-        assert_eq!(names(), ["b"]);
-        tokio::time::sleep(Duration::from_secs(1700)).await;
-        assert_eq!(names(), Vec::<String>::new());
+        let task = tokio::spawn(run(store.clone(), Clock::System, TTL, stop.clone()));
+        // Waits for as many deletions; says what went when.
+        let mut deletions = async |count: usize| {
+            let mut gone = Vec::new();
+            while gone.len() < count {
+                let events = watch.next().await.unwrap();
+                let deleted = events.iter().filter(|event| event.change == Change::Deleted);
+                gone.extend(deleted.map(|event| (event.object.name().to_owned(), Timestamp::now())));
+            }
+            gone
+        };
+        // What had happened long before the start goes at once.
+        assert_eq!(deletions(1).await[0].0, "old");
+        put("b", 1, Timestamp::now()).await;
+        let a = put("a", 1, Timestamp::now()).await;
+        tokio::time::sleep(TTL / 3).await;
+        let b = put("b", 2, Timestamp::now()).await;
+        let gone = deletions(2).await;
+        assert_eq!([&*gone[0].0, &*gone[1].0], ["a", "b"], "the second write of b counts");
+        assert!(gone[0].1 >= a + TTL && gone[1].1 >= b + TTL, "{gone:?}, {a}, {b}");
         stop.cancel();
         task.await.unwrap();
     }

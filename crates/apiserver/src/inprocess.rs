@@ -133,8 +133,9 @@ fn events(feed: Feed) -> impl futures_util::Stream<Item = Result<WatchEvent, Sta
                     .into_iter()
                     .map(|item| {
                         let event = event(item);
-                        if let WatchEvent::Added(object) | WatchEvent::Modified(object) | WatchEvent::Deleted(object) =
-                            &event
+                        if let WatchEvent::Added(object)
+                        | WatchEvent::Modified(object)
+                        | WatchEvent::Deleted(object) = &event
                         {
                             told = object.revision();
                         }

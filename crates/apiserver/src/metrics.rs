@@ -125,7 +125,12 @@ impl Metrics {
         let counts: Vec<_> = sizes.iter().map(|(kind, count, _)| (of(kind), *count as i64)).collect();
         let bytes: Vec<_> = sizes.iter().map(|(kind, _, bytes)| (of(kind), *bytes as i64)).collect();
         gauge(&mut out, "apiserver_resource_objects", "Stored objects, by resource.", &counts);
-        gauge(&mut out, "apiserver_resource_size_estimate_bytes", "Bytes of stored objects, by resource.", &bytes);
+        gauge(
+            &mut out,
+            "apiserver_resource_size_estimate_bytes",
+            "Bytes of stored objects, by resource.",
+            &bytes,
+        );
         let revision = [(String::new(), store.revision().0 as i64)];
         gauge(&mut out, "apiserver_storage_revision", "Revision of the last write.", &revision);
         let _ = writeln!(
@@ -152,7 +157,10 @@ impl Metrics {
             )
         };
         let name = "apiserver_request_total";
-        let _ = writeln!(out, "# HELP {name} Requests answered, by verb, resource and code.\n# TYPE {name} counter");
+        let _ = writeln!(
+            out,
+            "# HELP {name} Requests answered, by verb, resource and code.\n# TYPE {name} counter"
+        );
         for (labels, count) in &all {
             let _ = writeln!(out, r#"{name}{{{},code="{}"}} {}"#, text(labels), labels.code, count.requests);
         }

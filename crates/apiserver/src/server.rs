@@ -49,9 +49,10 @@ impl ApiServer {
         let tokens = Tokens::new(&config.service_account_key, &config.issuer, vec![config.issuer.clone()])
             .map_err(|error| bad("service account key")(error.to_string()))?;
         let tokens = Arc::new(tokens);
-        let client_ca: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(config.client_ca.as_bytes())
-            .collect::<Result<_, _>>()
-            .map_err(|error| bad("client CA")(error.to_string()))?;
+        let client_ca: Vec<CertificateDer<'static>> =
+            CertificateDer::pem_slice_iter(config.client_ca.as_bytes())
+                .collect::<Result<_, _>>()
+                .map_err(|error| bad("client CA")(error.to_string()))?;
         let authenticator = Authenticator::new(&client_ca, tokens.clone(), snapshots.clone())
             .map_err(|error| bad("client CA")(error.to_string()))?;
         let tls = http::tls_config(&config.serving_cert, &config.serving_key, authenticator.tls_verifier())
@@ -81,7 +82,9 @@ impl ApiServer {
             stop_watches: CancellationToken::new(),
         });
         let server = ApiServer { server, listeners, tls: Arc::new(tls) };
-        bootstrap::ensure(&*server.own_client(), &server.server.config).await.map_err(|status| BuildError::Bootstrap(Box::new(status)))?;
+        bootstrap::ensure(&*server.own_client(), &server.server.config)
+            .await
+            .map_err(|status| BuildError::Bootstrap(Box::new(status)))?;
         Ok(server)
     }
 
@@ -114,7 +117,7 @@ impl ApiServer {
         let tasks = TaskTracker::new();
         let informers = Informers::new(client, stop.clone());
         tasks.spawn(bootstrap::keep(informers, config.clone(), stop.clone()));
-        tasks.spawn(expiry::run(config.store.clone(), config.clock, stop.clone()));
+        tasks.spawn(expiry::run(config.store.clone(), config.clock, expiry::TTL, stop.clone()));
         for listener in listeners {
             tasks.spawn(http::listen(server.clone(), listener, tls.clone(), stop.clone()));
         }

@@ -99,15 +99,20 @@ impl Answer {
     /// Code, reason and message of a Status.
     #[track_caller]
     pub fn error(self) -> (u16, String, String) {
-        let status: Status = serde_json::from_slice(&self.bytes)
-            .unwrap_or_else(|_| panic!("no status: {} {:?}", self.code, String::from_utf8_lossy(&self.bytes)));
+        let status: Status = serde_json::from_slice(&self.bytes).unwrap_or_else(|_| {
+            panic!("no status: {} {:?}", self.code, String::from_utf8_lossy(&self.bytes))
+        });
         assert_eq!((status.code, status.status.as_str()), (self.code, "Failure"), "{status:?}");
         (self.code, status.reason, status.message)
     }
 
     /// Each line of a watch.
     pub fn events(&self) -> Vec<Value> {
-        self.bytes.split(|b| *b == b'\n').filter(|l| !l.is_empty()).map(|l| serde_json::from_slice(l).unwrap()).collect()
+        self.bytes
+            .split(|b| *b == b'\n')
+            .filter(|l| !l.is_empty())
+            .map(|l| serde_json::from_slice(l).unwrap())
+            .collect()
     }
 }
 

@@ -169,8 +169,12 @@ mod tests {
         assert_eq!(partial["apiVersion"], "meta.k8s.io/v1");
         assert_eq!(partial["metadata"]["annotations"]["a"], "}{\"\\");
         assert!(partial.get("spec").is_none());
-        let list: Value =
-            serde_json::from_slice(&partial_list(&[object.clone(), object.clone()], "v1", &ListMeta::default())).unwrap();
+        let list: Value = serde_json::from_slice(&partial_list(
+            &[object.clone(), object.clone()],
+            "v1",
+            &ListMeta::default(),
+        ))
+        .unwrap();
         assert_eq!(list["items"].as_array().unwrap().len(), 2);
         assert!(object.json()[type_prefix(kind)..].starts_with(b"\"metadata\":"));
     }

@@ -114,7 +114,8 @@ impl Embedded {
             let backend = backend().map_err(|e| redb::DatabaseError::Storage(redb::StorageError::Io(e)))?;
             Database::builder().set_cache_size(CACHE_BYTES).create_with_backend(backend)
         });
-        let failed = |error: redb::Error| OpenError::Database { path: PathBuf::new(), source: Box::new(error) };
+        let failed =
+            |error: redb::Error| OpenError::Database { path: PathBuf::new(), source: Box::new(error) };
         let database = open().map_err(|error| failed(error.into()))?;
         let (format, revision) = prepare(&database).map_err(failed)?;
         if format != FORMAT {

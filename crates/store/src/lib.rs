@@ -48,9 +48,16 @@ pub enum Expect {
 /// One step of a transaction.
 #[derive(Debug, Clone)]
 pub enum Op {
-    Put { draft: Draft, expect: Expect },
+    Put {
+        draft: Draft,
+        expect: Expect,
+    },
     /// Deleting what is not there is a conflict, except under [`Expect::Any`], where it does nothing.
-    Delete { kind: &'static Kind, key: Key, expect: Expect },
+    Delete {
+        kind: &'static Kind,
+        key: Key,
+        expect: Expect,
+    },
 }
 
 impl Op {

@@ -6,13 +6,19 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use bytes::Bytes;
 use imbl::OrdMap;
 use minke_api::{Key, Kind, Object, Revision};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::Error;
+
+/// How long events are kept, if there is room. Lists that are read in pages and clients that lost their
+/// connection come back sooner.
+const KEEP: Duration = Duration::from_secs(10 * 60);
 
 /// What a write did to an object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,11 +49,12 @@ pub struct Event {
     pub old: Option<Arc<Object>>,
     /// JSON watch frames, one for each way in which a selection may see this event.
     frames: [OnceLock<Bytes>; 3],
+    at: Instant,
 }
 
 impl Event {
     fn new(change: Change, object: Arc<Object>, old: Option<Arc<Object>>) -> Event {
-        Event { change, object, old, frames: Default::default() }
+        Event { change, object, old, frames: Default::default(), at: Instant::now() }
     }
 
     pub fn revision(&self) -> Revision {
@@ -263,7 +270,12 @@ impl State {
     }
 
     /// Up to `max` events of `kind` from place `next` on, or `Compacted` when they are gone.
-    pub(crate) fn events_from(&self, kind: &'static Kind, next: u64, max: usize) -> Result<Vec<Arc<Event>>, Error> {
+    pub(crate) fn events_from(
+        &self,
+        kind: &'static Kind,
+        next: u64,
+        max: usize,
+    ) -> Result<Vec<Arc<Event>>, Error> {
         let Some(shelf) = self.shelves.get(kind) else { return Ok(Vec::new()) };
         let Some(skip) = next.checked_sub(shelf.first) else { return Err(self.compacted(kind)) };
         let skip = (skip as usize).min(shelf.events.len());
@@ -277,7 +289,11 @@ impl State {
     }
 
     /// Makes a durable batch visible: maps, events and revision at once.
-    pub(crate) fn publish(&mut self, writes: Vec<(Change, Arc<Object>, Option<Arc<Object>>)>, revision: Revision) {
+    pub(crate) fn publish(
+        &mut self,
+        writes: Vec<(Change, Arc<Object>, Option<Arc<Object>>)>,
+        revision: Revision,
+    ) {
         let mut touched: Vec<&'static Kind> = Vec::new();
         for (change, object, old) in writes {
             let kind = object.kind();
@@ -308,9 +324,17 @@ impl State {
         self.revision.send_replace(revision);
     }
 
-    /// Drops the oldest events beyond the budget, but never the last one.
+    /// Drops the oldest events: those beyond the budget, and those that nobody comes back for. Who has seen
+    /// the last event of a kind can go on from there however long ago it was.
     fn forget(&mut self) {
-        while self.event_bytes > self.event_bytes_max && self.order.len() > 1 {
+        // The last one stays, or a single large event would never be told.
+        while self.order.len() > 1 {
+            let kind = self.order[0];
+            let oldest = self.shelves.get(kind).and_then(|shelf| shelf.events.front());
+            let is_old = oldest.is_some_and(|event| event.at.elapsed() > KEEP);
+            if !is_old && self.event_bytes <= self.event_bytes_max {
+                return;
+            }
             let oldest = self.order.pop_front().and_then(|kind| self.shelves.get_mut(kind));
             let Some(shelf) = oldest else { return };
             let Some(event) = shelf.events.pop_front() else { return };

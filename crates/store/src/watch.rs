@@ -8,8 +8,8 @@ use std::sync::{Arc, RwLock};
 use minke_api::{Kind, Revision};
 use tokio::sync::watch;
 
-use crate::state::{Event, State};
 use crate::Error;
+use crate::state::{Event, State};
 
 /// Most events that are handed out at once, so that one slow reader does not hold many.
 const TAKE: usize = 256;
@@ -24,7 +24,11 @@ pub struct Watch {
 }
 
 impl Watch {
-    pub(crate) fn new(state: Arc<RwLock<State>>, kind: &'static Kind, from: Revision) -> Result<Watch, Error> {
+    pub(crate) fn new(
+        state: Arc<RwLock<State>>,
+        kind: &'static Kind,
+        from: Revision,
+    ) -> Result<Watch, Error> {
         let place = state.write().expect("publishing a batch does not panic").place(kind, from);
         let (next, written) = place?;
         Ok(Watch { state, kind, next, written })

@@ -169,11 +169,17 @@ impl Writer {
         let failed = match durable {
             Ok(()) => None,
             Err(EngineError::Full) => {
-                tracing::warn!(transactions = pending.answers.len(), "No space left to write the cluster's state");
+                tracing::warn!(
+                    transactions = pending.answers.len(),
+                    "No space left to write the cluster's state"
+                );
                 Some(Error::Full)
             }
             Err(EngineError::Failed(why)) => {
-                tracing::error!(error = why, "Writing the cluster's state failed; writes are refused from now on");
+                tracing::error!(
+                    error = why,
+                    "Writing the cluster's state failed; writes are refused from now on"
+                );
                 let why: Arc<str> = why.into();
                 self.is_broken.store(true, Ordering::Relaxed);
                 self.broken = Some(why.clone());

@@ -267,7 +267,10 @@ impl SmallDevice {
 
 impl Drop for SmallDevice {
     fn drop(&mut self) {
-        let _ = std::process::Command::new("umount").arg(self.0.path()).stderr(std::process::Stdio::null()).status();
+        let _ = std::process::Command::new("umount")
+            .arg(self.0.path())
+            .stderr(std::process::Stdio::null())
+            .status();
     }
 }
 
@@ -296,7 +299,8 @@ async fn a_full_device_can_be_emptied() {
         // Marked, then deleted, as what has finalizers is.
         let mut value = object.value();
         value["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z".into();
-        let marked = store.commit(vec![Op::replace(Draft::new(secrets(), &value).unwrap(), object)]).await.unwrap();
+        let marked =
+            store.commit(vec![Op::replace(Draft::new(secrets(), &value).unwrap(), object)]).await.unwrap();
         store.commit(vec![Op::delete(&marked[0])]).await.unwrap();
     }
     put(made).await.expect("there is room again");

@@ -40,7 +40,8 @@ fn steps() -> impl Strategy<Value = Vec<Vec<Step>>> {
 }
 
 fn draft(kind: &'static Kind, name: u8, value: u32) -> Draft {
-    let value = json!({"metadata": {"name": format!("n{name}"), "namespace": "d"}, "data": {"v": value.to_string()}});
+    let value =
+        json!({"metadata": {"name": format!("n{name}"), "namespace": "d"}, "data": {"v": value.to_string()}});
     Draft::new(kind, &value).unwrap()
 }
 
@@ -82,7 +83,9 @@ async fn run(store: &Store, transactions: &[Vec<Step>]) -> BTreeMap<u64, State> 
             let expect = match step.guess {
                 Guess::Absent => Expect::Absent,
                 Guess::Any => Expect::Any,
-                Guess::Right => current.map_or(Expect::Absent, |(revision, _)| Expect::Revision(Revision(revision))),
+                Guess::Right => {
+                    current.map_or(Expect::Absent, |(revision, _)| Expect::Revision(Revision(revision)))
+                }
                 Guess::Wrong => Expect::Revision(Revision(current.map_or(7, |(revision, _)| revision - 1))),
             };
             let holds = match expect {

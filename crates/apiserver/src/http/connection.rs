@@ -62,7 +62,7 @@ pub async fn listen(
 ) {
     let acceptor = TlsAcceptor::from(tls);
     let room = Arc::new(Semaphore::new(CONNECTIONS));
-    let graceful = Arc::new(GracefulShutdown::new());
+    let graceful = GracefulShutdown::new();
     let tasks = tokio_util::task::TaskTracker::new();
     loop {
         let Ok(permit) = room.clone().acquire_owned().await else { break };
@@ -88,14 +88,9 @@ pub async fn listen(
     }
     drop(listener);
     tasks.close();
-    match Arc::try_unwrap(graceful) {
-        Ok(graceful) => {
-            let finished = async { tokio::join!(graceful.shutdown(), tasks.wait()) };
-            if tokio::time::timeout(GRACE, finished).await.is_err() {
-                tracing::debug!("Connections were still open when the server stopped");
-            }
-        }
-        Err(_) => unreachable!("connections hold watchers, not the graceful shutdown itself"),
+    let finished = async { tokio::join!(graceful.shutdown(), tasks.wait()) };
+    if tokio::time::timeout(GRACE, finished).await.is_err() {
+        tracing::debug!("Connections were still open when the server stopped");
     }
 }
 

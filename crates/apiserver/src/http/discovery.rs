@@ -48,7 +48,8 @@ pub fn answer(path: &str, headers: &HeaderMap) -> Option<Result<Response<Body>, 
                 return Some(found(document, of, headers));
             }
             ("application/json", Some("v2beta1"), true) => {
-                let document = &documents.aggregated[&(if path == "/api" { "/api" } else { "/apis" }, "v2beta1")];
+                let document =
+                    &documents.aggregated[&(if path == "/api" { "/api" } else { "/apis" }, "v2beta1")];
                 let of = "application/json;g=apidiscovery.k8s.io;v=v2beta1;as=APIGroupDiscoveryList";
                 return Some(found(document, of, headers));
             }
@@ -59,7 +60,11 @@ pub fn answer(path: &str, headers: &HeaderMap) -> Option<Result<Response<Body>, 
     Some(found(legacy, "application/json", headers))
 }
 
-fn found(document: &Document, content_type: &'static str, headers: &HeaderMap) -> Result<Response<Body>, Status> {
+fn found(
+    document: &Document,
+    content_type: &'static str,
+    headers: &HeaderMap,
+) -> Result<Response<Body>, Status> {
     let known = headers.get(header::IF_NONE_MATCH) == Some(&document.etag);
     let body = if known { Bytes::new() } else { document.body.clone() };
     let mut response = respond::bytes(200, content_type, body);
@@ -78,7 +83,8 @@ impl Document {
     fn new(value: &Value) -> Document {
         let body = Bytes::from(serde_json::to_vec(value).expect("values serialise"));
         let hash: String = Sha512::digest(&body).iter().map(|byte| format!("{byte:02X}")).collect();
-        let etag = HeaderValue::from_str(&format!("\"{hash}\"")).expect("hexadecimal digits are a header value");
+        let etag =
+            HeaderValue::from_str(&format!("\"{hash}\"")).expect("hexadecimal digits are a header value");
         Document { body, etag }
     }
 }
@@ -114,10 +120,13 @@ impl Documents {
     fn make() -> Documents {
         let groups = groups();
         let mut legacy = HashMap::new();
-        let core: Vec<&str> = groups.iter().filter(|g| g.name.is_empty()).flat_map(|g| g.versions.clone()).collect();
+        let core: Vec<&str> =
+            groups.iter().filter(|g| g.name.is_empty()).flat_map(|g| g.versions.clone()).collect();
         legacy.insert(
             "/api".to_owned(),
-            Document::new(&json!({"kind": "APIVersions", "versions": core, "serverAddressByClientCIDRs": []})),
+            Document::new(
+                &json!({"kind": "APIVersions", "versions": core, "serverAddressByClientCIDRs": []}),
+            ),
         );
         let named: Vec<Value> = groups.iter().filter(|group| !group.name.is_empty()).map(api_group).collect();
         legacy.insert(
@@ -138,8 +147,11 @@ impl Documents {
         let mut aggregated = HashMap::new();
         for version in ["v2", "v2beta1"] {
             for at in ["/api", "/apis"] {
-                let items: Vec<Value> =
-                    groups.iter().filter(|g| g.name.is_empty() == (at == "/api")).map(group_discovery).collect();
+                let items: Vec<Value> = groups
+                    .iter()
+                    .filter(|g| g.name.is_empty() == (at == "/api"))
+                    .map(group_discovery)
+                    .collect();
                 let document = json!({
                     "kind": "APIGroupDiscoveryList",
                     "apiVersion": format!("apidiscovery.k8s.io/{version}"),
@@ -158,7 +170,8 @@ fn path(group: &str, version: &str) -> String {
 }
 
 fn api_group(group: &Group) -> Value {
-    let version = |version: &&str| json!({"groupVersion": format!("{}/{version}", group.name), "version": version});
+    let version =
+        |version: &&str| json!({"groupVersion": format!("{}/{version}", group.name), "version": version});
     json!({
         "name": group.name,
         "versions": group.versions.iter().map(version).collect::<Vec<_>>(),
@@ -234,7 +247,8 @@ fn group_discovery(group: &Group) -> Value {
 }
 
 fn resource_discovery(kind: &'static Kind) -> Value {
-    let response = |group: &str, version: &str, name: &str| json!({"group": group, "version": version, "kind": name});
+    let response =
+        |group: &str, version: &str, name: &str| json!({"group": group, "version": version, "kind": name});
     let mut entry = json!({
         "resource": kind.plural,
         "responseKind": response(kind.group, kind.version, kind.kind),
@@ -286,14 +300,16 @@ mod tests {
         assert_eq!(autoscaling["preferredVersion"]["version"], "v2");
         assert_eq!(autoscaling["versions"][1]["groupVersion"], "autoscaling/v1");
         let apps = get("/apis/apps/v1", json, None).2;
-        let scale = apps["resources"].as_array().unwrap().iter().find(|r| r["name"] == "deployments/scale").unwrap();
+        let scale =
+            apps["resources"].as_array().unwrap().iter().find(|r| r["name"] == "deployments/scale").unwrap();
         assert_eq!((&scale["kind"], &scale["group"]), (&json!("Scale"), &json!("autoscaling")));
         assert!(answer("/apis/none", &HeaderMap::new()).is_none());
     }
 
     #[test]
     fn the_aggregated_form_is_served_to_those_who_ask() {
-        const V2: &str = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList,application/json";
+        const V2: &str =
+            "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList,application/json";
         let (code, headers, body) = get("/api", V2, None);
         assert_eq!((code, &body["apiVersion"]), (200, &json!("apidiscovery.k8s.io/v2")));
         assert_eq!(

@@ -70,7 +70,11 @@ struct Seen {
 
 impl Server {
     /// Answers a request; whatever goes wrong is an answer, too.
-    pub async fn handle(self: Arc<Server>, peer: Peer, request: Request<Payload>) -> Result<Response<Body>, Infallible> {
+    pub async fn handle(
+        self: Arc<Server>,
+        peer: Peer,
+        request: Request<Payload>,
+    ) -> Result<Response<Body>, Infallible> {
         let started = Instant::now();
         let audit_id = audit_id(&request);
         let route = Route::parse(request.uri().path());
@@ -101,7 +105,8 @@ impl Server {
             Some(route) => (route.kind(), route.subresource.as_str()),
             None => (None, ""),
         };
-        self.metrics.request(Labels::new(verb, kind, subresource, response.status().as_u16()), started.elapsed());
+        self.metrics
+            .request(Labels::new(verb, kind, subresource, response.status().as_u16()), started.elapsed());
         tracing::debug!(verb, code = response.status().as_u16(), took = ?started.elapsed(), "Answered");
         Ok(response)
     }
@@ -121,25 +126,23 @@ impl Server {
         )?;
         let user = impersonate(user, request.headers(), &registry.authorizer)?;
         let stays = stays(seen);
-        let _in_flight = if stays || user.groups.iter().any(|group| group == "system:masters") {
-            None
-        } else {
-            let writes = !matches!(seen.verb, "get" | "list" | "head");
-            let max = if writes { WRITING_MAX } else { READING_MAX };
-            Some(self.metrics.in_flight(writes, max).ok_or_else(|| {
-                Status::too_many_requests("Too many requests, please try again later.", 1)
-            })?)
-        };
+        let _in_flight =
+            if stays || user.groups.iter().any(|group| group == "system:masters") {
+                None
+            } else {
+                let writes = !matches!(seen.verb, "get" | "list" | "head");
+                let max = if writes { WRITING_MAX } else { READING_MAX };
+                Some(self.metrics.in_flight(writes, max).ok_or_else(|| {
+                    Status::too_many_requests("Too many requests, please try again later.", 1)
+                })?)
+            };
         self.authorize(&user, seen, query, request.uri().path())?;
         let handled = self.dispatch(&user, peer, seen, query, request);
         if stays {
             return handled.await;
         }
         tokio::time::timeout(DEADLINE, handled).await.unwrap_or_else(|_| {
-            Err(Status::timeout(
-                "request did not complete within the allotted timeout",
-                0,
-            ))
+            Err(Status::timeout("request did not complete within the allotted timeout", 0))
         })
     }
 
@@ -186,14 +189,8 @@ impl Server {
             return nonresource::answer(self, &request, query);
         };
         let (parts, body) = request.into_parts();
-        let rest = rest::Request {
-            server: self,
-            route,
-            verb: seen.verb,
-            query,
-            user,
-            headers: &parts.headers,
-        };
+        let rest =
+            rest::Request { server: self, route, verb: seen.verb, query, user, headers: &parts.headers };
         let kind = rest.kind()?;
         if matches!(route.subresource.as_str(), "log" | "exec" | "attach" | "portforward" | "proxy") {
             let request = Request::from_parts(parts, body);

@@ -65,7 +65,8 @@ pub fn clauses(accept: &str) -> Vec<Clause<'_>> {
         .map(|clause| {
             let mut parts = clause.split(';').map(str::trim);
             let media_type = parts.next().unwrap_or_default();
-            let parameters = parts.filter_map(|p| p.split_once('=')).map(|(n, v)| (n.trim(), v.trim().trim_matches('"')));
+            let parameters =
+                parts.filter_map(|p| p.split_once('=')).map(|(n, v)| (n.trim(), v.trim().trim_matches('"')));
             Clause { media_type, parameters: parameters.collect() }
         })
         .collect();
@@ -128,7 +129,11 @@ mod tests {
             table(),
             Encoding::Json,
         );
-        check("application/json;as=Unknown;v=v1;g=meta.k8s.io,application/json", View::Object, Encoding::Json);
+        check(
+            "application/json;as=Unknown;v=v1;g=meta.k8s.io,application/json",
+            View::Object,
+            Encoding::Json,
+        );
         check("application/vnd.kubernetes.protobuf,application/json", View::Object, Encoding::Json);
         check("application/vnd.kubernetes.protobuf", View::Object, Encoding::Protobuf);
         let partial = View::Partial("v1".to_owned());

@@ -30,7 +30,11 @@ struct Check {
     ready_only: bool,
 }
 
-pub fn answer<B>(server: &Arc<Server>, request: &Request<B>, query: &Query) -> Result<Response<Body>, Status> {
+pub fn answer<B>(
+    server: &Arc<Server>,
+    request: &Request<B>,
+    query: &Query,
+) -> Result<Response<Body>, Status> {
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
         return Err(Status::no_such_resource());
     }
@@ -52,17 +56,23 @@ pub fn answer<B>(server: &Arc<Server>, request: &Request<B>, query: &Query) -> R
         "/.well-known/openid-configuration" => {
             let document = server.registry.tokens.openid_configuration(&server.jwks_uri());
             let mut response = respond::json(200, &document);
-            response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("public, max-age=3600"));
+            response
+                .headers_mut()
+                .insert(header::CACHE_CONTROL, HeaderValue::from_static("public, max-age=3600"));
             Ok(response)
         }
         "/openid/v1/jwks" => {
             let keys = serde_json::to_vec(&server.registry.tokens.jwks()).expect("keys serialise");
             let mut response = respond::bytes(200, "application/jwk-set+json", keys);
-            response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("public, max-age=3600"));
+            response
+                .headers_mut()
+                .insert(header::CACHE_CONTROL, HeaderValue::from_static("public, max-age=3600"));
             Ok(response)
         }
         "/openapi/v2" => openapi::v2(request.headers()),
-        _ if path == "/openapi/v3" || path.starts_with("/openapi/v3/") => openapi::v3(path, query, request.headers()),
+        _ if path == "/openapi/v3" || path.starts_with("/openapi/v3/") => {
+            openapi::v3(path, query, request.headers())
+        }
         _ => match health(server, path, query) {
             Some(response) => Ok(response),
             None => Err(Status::no_such_resource()),
@@ -107,7 +117,16 @@ fn version() -> Value {
 fn root_paths() -> Vec<String> {
     let mut paths: Vec<String> = ["/.well-known/openid-configuration", "/api", "/api/v1", "/apis", "/apis/"]
         .into_iter()
-        .chain(["/healthz", "/livez", "/metrics", "/openapi/v2", "/openapi/v3", "/openid/v1/jwks", "/readyz", "/version"])
+        .chain([
+            "/healthz",
+            "/livez",
+            "/metrics",
+            "/openapi/v2",
+            "/openapi/v3",
+            "/openid/v1/jwks",
+            "/readyz",
+            "/version",
+        ])
         .map(str::to_owned)
         .collect();
     for kind in KINDS.iter().filter(|kind| !kind.group.is_empty()) {
@@ -130,9 +149,7 @@ fn health(server: &Server, path: &str, query: &Query) -> Option<Response<Body>> 
     let mut checks = CHECKS.iter().filter(|check| endpoint == "readyz" || !check.ready_only);
     let text = |code, body: String| {
         let mut response = respond::bytes(code, "text/plain; charset=utf-8", body);
-        response
-            .headers_mut()
-            .insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+        response.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
         response
     };
     if let Some(name) = parts.next() {
@@ -159,7 +176,8 @@ fn health(server: &Server, path: &str, query: &Query) -> Option<Response<Body>> 
     }
     if !excluded.is_empty() {
         let names: Vec<String> = excluded.iter().map(|name| format!("{name:?}")).collect();
-        lines += &format!("warn: some health checks cannot be excluded: no matches for {}\n", names.join(","));
+        lines +=
+            &format!("warn: some health checks cannot be excluded: no matches for {}\n", names.join(","));
     }
     Some(match (failed, query.has("verbose")) {
         (true, _) => text(500, lines + &format!("{endpoint} check failed\n")),

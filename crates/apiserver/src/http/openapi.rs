@@ -28,7 +28,9 @@ pub fn v2(headers: &HeaderMap) -> Result<Response<Body>, Status> {
         _ => None,
     });
     let Some(protobuf) = protobuf else {
-        return Err(Status::not_acceptable("application/json, application/com.github.proto-openapi.spec.v2.v1.0+protobuf"));
+        return Err(Status::not_acceptable(
+            "application/json, application/com.github.proto-openapi.spec.v2.v1.0+protobuf",
+        ));
     };
     let etag = format!("\"{}{}\"", V2_HASH.as_str(), if protobuf { "P" } else { "" });
     let (content_type, make): (_, fn() -> Vec<u8>) = if protobuf {
@@ -52,7 +54,9 @@ pub fn v3(path: &str, query: &Query, headers: &HeaderMap) -> Result<Response<Bod
         let mut response = Response::new(Body::empty());
         *response.status_mut() = StatusCode::MOVED_PERMANENTLY;
         let to = format!("/openapi/v3/{}?hash={}", entry.path, entry.hash);
-        response.headers_mut().insert(header::LOCATION, HeaderValue::from_str(&to).map_err(Status::internal)?);
+        response
+            .headers_mut()
+            .insert(header::LOCATION, HeaderValue::from_str(&to).map_err(Status::internal)?);
         return Ok(response);
     }
     let make = || openapi::v3(name).unwrap_or_default().into_bytes();

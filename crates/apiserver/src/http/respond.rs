@@ -38,7 +38,8 @@ impl Style {
     pub fn of(headers: &HeaderMap, query: &Query, now: Timestamp) -> Result<Style, Status> {
         let text = |name: HeaderName| headers.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default();
         let accepted = super::negotiate::negotiate(text(header::ACCEPT)).ok_or_else(not_acceptable)?;
-        let for_eyes = || ["curl", "Wget", "Mozilla"].iter().any(|agent| text(header::USER_AGENT).starts_with(agent));
+        let for_eyes =
+            || ["curl", "Wget", "Mozilla"].iter().any(|agent| text(header::USER_AGENT).starts_with(agent));
         let pretty = query.bool("pretty").unwrap_or_else(for_eyes);
         let include = match query.get("includeObject") {
             None | Some("Metadata") => Include::Metadata,
@@ -97,17 +98,27 @@ pub fn object(code: u16, object: &Arc<Object>, style: &Style) -> Result<Response
             return protobuf_of(code, object.kind(), object.kind().kind, &object.value());
         }
         View::Object => object.json().clone(),
-        View::Table(version) => style.tables(object.kind(), version).table(one, &meta, true, style.now).into(),
+        View::Table(version) => {
+            style.tables(object.kind(), version).table(one, &meta, true, style.now).into()
+        }
         View::Partial(version) => views::partial(object, version).into(),
     };
     Ok(finish(code, body, style))
 }
 
 /// A value that is no object of the store, in the form that was asked for.
-pub fn value(code: u16, kind: &Kind, type_name: &str, value: &Value, style: &Style) -> Result<Response<Body>, Status> {
+pub fn value(
+    code: u16,
+    kind: &Kind,
+    type_name: &str,
+    value: &Value,
+    style: &Style,
+) -> Result<Response<Body>, Status> {
     match (&style.accepted.view, style.accepted.encoding) {
         (View::Object, Encoding::Protobuf) => protobuf_of(code, kind, type_name, value),
-        (View::Object, _) => Ok(finish(code, serde_json::to_vec(value).expect("values serialise").into(), style)),
+        (View::Object, _) => {
+            Ok(finish(code, serde_json::to_vec(value).expect("values serialise").into(), style))
+        }
         _ => Err(not_acceptable()),
     }
 }

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{self, HeaderMap};
 use http::Response;
+use http::header::{self, HeaderMap};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use minke_api::codec::{self, Decoded, protobuf};
 use minke_api::{FieldErrors, FieldSelector, Kind, LabelSelector, Revision, Status, schema};
@@ -26,7 +26,8 @@ const BODY_MAX: usize = 3 << 20;
 /// Longest time that a watch may ask for.
 const WATCH_SECONDS_MAX: u64 = 24 * 60 * 60;
 
-const PATCH_TYPES: &str = "application/json-patch+json, application/merge-patch+json, application/strategic-merge-patch+json";
+const PATCH_TYPES: &str =
+    "application/json-patch+json, application/merge-patch+json, application/strategic-merge-patch+json";
 const BODY_TYPES: &str = "application/json, application/yaml, application/vnd.kubernetes.protobuf";
 
 /// A request for a resource, after authorization.
@@ -49,7 +50,8 @@ impl Request<'_> {
             return Err(Status::no_such_resource());
         }
         if route.subresource.is_empty() {
-            let everywhere_only_read = kind.namespaced && !in_namespace && !matches!(self.verb, "list" | "watch");
+            let everywhere_only_read =
+                kind.namespaced && !in_namespace && !matches!(self.verb, "list" | "watch");
             let of_collection = matches!(self.verb, "create" | "list" | "deletecollection");
             let wrong_level = self.verb != "watch" && of_collection != route.name.is_empty();
             if !kind.has_verb(self.verb) || everywhere_only_read || wrong_level {
@@ -159,8 +161,7 @@ impl Request<'_> {
         }
         let initial = self.query.bool("sendInitialEvents");
         let bookmarks = self.query.flag("allowWatchBookmarks");
-        let query =
-            WatchQuery { labels: list.labels, fields, revision: list.revision, initial, bookmarks };
+        let query = WatchQuery { labels: list.labels, fields, revision: list.revision, initial, bookmarks };
         let timeout = match self.query.get("timeoutSeconds") {
             None => None,
             Some(text) => {
@@ -231,10 +232,16 @@ impl Request<'_> {
         let forbid = |errors: &mut FieldErrors, why: &str| errors.forbidden("resourceVersionMatch", why);
         if watch {
             if initial && match_ != Some(Match::NotOlderThan) {
-                forbid(&mut errors, "sendInitialEvents requires setting resourceVersionMatch to NotOlderThan");
+                forbid(
+                    &mut errors,
+                    "sendInitialEvents requires setting resourceVersionMatch to NotOlderThan",
+                );
             }
             if asked.is_some() && !initial {
-                forbid(&mut errors, "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided");
+                forbid(
+                    &mut errors,
+                    "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided",
+                );
             }
             if asked.is_some() && match_ != Some(Match::NotOlderThan) {
                 errors.not_supported("resourceVersionMatch", asked.unwrap_or_default(), &["NotOlderThan"]);
@@ -262,7 +269,9 @@ impl Request<'_> {
         }
         errors.into_result(&options_kind("ListOptions"), "")?;
         if continue_.is_some() && revision.is_some_and(|revision| revision.0 > 0) {
-            return Err(Status::bad_request("specifying resource version is not allowed when using continue"));
+            return Err(Status::bad_request(
+                "specifying resource version is not allowed when using continue",
+            ));
         }
         Ok(ListQuery { labels, fields, limit, continue_, revision, match_ })
     }
@@ -321,7 +330,8 @@ impl Request<'_> {
         } else {
             let mut value = decode(self.headers, &bytes, DELETE_OPTIONS)?.value;
             if let Some(ty) = schema::of("", "v1", "DeleteOptions") {
-                schema::conform(ty, &mut value).map_err(|error| DELETE_OPTIONS.refuse("DeleteOptions", error))?;
+                schema::conform(ty, &mut value)
+                    .map_err(|error| DELETE_OPTIONS.refuse("DeleteOptions", error))?;
             }
             value
         };
@@ -344,7 +354,11 @@ impl Request<'_> {
         Ok(patch(registry::Body { value, duplicates }))
     }
 
-    async fn decoded(&self, expected: &registry::Expected<'_>, body: Payload) -> Result<registry::Body, Status> {
+    async fn decoded(
+        &self,
+        expected: &registry::Expected<'_>,
+        body: Payload,
+    ) -> Result<registry::Body, Status> {
         let bytes = read(body).await?;
         decode(self.headers, &bytes, *expected)
     }
@@ -356,7 +370,9 @@ const DELETE_OPTIONS: registry::Expected<'static> =
 /// What those are told who still use a resource that has a successor.
 fn deprecation(kind: &Kind) -> Option<&'static str> {
     match (kind.group, kind.kind) {
-        ("", "Endpoints") => Some("v1 Endpoints is deprecated in v1.33+; use discovery.k8s.io/v1 EndpointSlice"),
+        ("", "Endpoints") => {
+            Some("v1 Endpoints is deprecated in v1.33+; use discovery.k8s.io/v1 EndpointSlice")
+        }
         ("", "ComponentStatus") => Some("v1 ComponentStatus is deprecated in v1.19+"),
         _ => None,
     }

@@ -53,7 +53,10 @@ enum Lines {
     Objects,
     Partial(String),
     /// The columns are told with the first event only.
-    Table { tables: Tables, columns: bool },
+    Table {
+        tables: Tables,
+        columns: bool,
+    },
 }
 
 /// The answer to a watch. A watch that could not begin because its revision is gone is told so as an
@@ -199,4 +202,3 @@ fn line(seen: &str, object: &[u8]) -> Bytes {
 fn error_line(status: &Status) -> Bytes {
     line("ERROR", &serde_json::to_vec(status).expect("a status serialises"))
 }
-

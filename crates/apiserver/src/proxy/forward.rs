@@ -4,10 +4,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::{StreamExt, TryStreamExt};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::uri::PathAndQuery;
 use http::{Request, Response, StatusCode, Uri};
-use http_body_util::{BodyExt, Empty, Limited};
+use http_body_util::{BodyExt, BodyStream, Empty, Limited};
+use hyper::body::{Body as _, Incoming};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use minke_api::{Kind, Status};
@@ -114,7 +116,9 @@ impl Proxy {
             };
             Ok(Box::new(connector.connect(name, stream).await?) as Box<dyn Stream>)
         };
-        tokio::time::timeout(CONNECT, connected).await.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
+        tokio::time::timeout(CONNECT, connected)
+            .await
+            .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
     }
 
     /// Sends the request to `target`, and returns its answer. Once both sides have agreed to speak another
@@ -145,7 +149,8 @@ impl Proxy {
             *headers = outgoing_headers(parts.headers, &target, peer, upgrade);
         }
         // A request to switch protocols has no body of its own: what follows belongs to the new protocol.
-        let body: Payload = if upgrade { Empty::new().map_err(|never| match never {}).boxed_unsync() } else { body };
+        let body: Payload =
+            if upgrade { Empty::new().map_err(|never| match never {}).boxed_unsync() } else { body };
         let outgoing = outgoing.body(body).map_err(Status::internal)?;
         let (mut sender, connection) =
             http1::handshake(TokioIo::new(stream)).await.map_err(|error| unreachable(&error))?;
@@ -157,7 +162,11 @@ impl Proxy {
         let mut answer = sender.send_request(outgoing).await.map_err(|error| unreachable(&error))?;
         if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
             let Some(ours) = ours else {
-                return Err(Status::failure(502, "", "the other server switched protocols without being asked"));
+                return Err(Status::failure(
+                    502,
+                    "",
+                    "the other server switched protocols without being asked",
+                ));
             };
             let theirs = hyper::upgrade::on(&mut answer);
             let stop = stop.clone();
@@ -176,13 +185,24 @@ impl Proxy {
         for name in &HOP_BY_HOP {
             answer.headers_mut().remove(name);
         }
-        Ok(answer.map(Body::Proxied))
+        Ok(answer.map(|body| until(stop, body)))
     }
+}
+
+/// A body that ends when `stop` says so, unless it ends of itself: logs are followed for as long as one likes.
+fn until(stop: &CancellationToken, body: Incoming) -> Body {
+    if body.size_hint().exact().is_some() {
+        return Body::Proxied(body);
+    }
+    let data = BodyStream::new(body).try_filter_map(async |frame| Ok(frame.into_data().ok()));
+    Body::Stream(data.map_err(Into::into).take_until(stop.clone().cancelled_owned()).boxed())
 }
 
 pub fn is_upgrade(headers: &HeaderMap) -> bool {
     let asks = |value: &HeaderValue| {
-        value.to_str().is_ok_and(|text| text.split(',').any(|word| word.trim().eq_ignore_ascii_case("upgrade")))
+        value
+            .to_str()
+            .is_ok_and(|text| text.split(',').any(|word| word.trim().eq_ignore_ascii_case("upgrade")))
     };
     headers.contains_key(header::UPGRADE) && headers.get_all(header::CONNECTION).iter().any(asks)
 }
@@ -240,13 +260,22 @@ pub async fn log_answer(response: Response<Body>, kind: &Kind, pod: &str) -> Res
         return Ok(response);
     }
     let body = Limited::new(response.into_body(), ERROR_MAX).collect().await;
-    let text = body.map(|body| String::from_utf8_lossy(&body.to_bytes()).trim().to_owned()).unwrap_or_default();
+    let text =
+        body.map(|body| String::from_utf8_lossy(&body.to_bytes()).trim().to_owned()).unwrap_or_default();
     let about = format!("(get {} {pod})", kind.plural);
     let status = match code {
         400 => Status::bad_request(text),
-        401 => Status::failure(401, "Unauthorized", format!("the server has asked for the client to provide credentials {about}")),
+        401 => Status::failure(
+            401,
+            "Unauthorized",
+            format!("the server has asked for the client to provide credentials {about}"),
+        ),
         403 => Status::failure(403, "Forbidden", text),
-        404 => Status::failure(404, "NotFound", format!("the server could not find the requested resource {about}")),
+        404 => Status::failure(
+            404,
+            "NotFound",
+            format!("the server could not find the requested resource {about}"),
+        ),
         _ => Status::failure(
             code,
             "InternalError",
@@ -296,4 +325,3 @@ impl ServerCertVerifier for AnyServer {
         self.0.signature_verification_algorithms.supported_schemes()
     }
 }
-

@@ -50,7 +50,10 @@ impl Proxy {
             ("Pod", "portforward") => self.forward(asked.port_forward()?, request, peer, stop).await,
             (_, "proxy") => {
                 // Without its slash, relative links in the answer would lead astray.
-                if route.rest.is_empty() && *request.method() == Method::GET && !forward::is_upgrade(request.headers()) {
+                if route.rest.is_empty()
+                    && *request.method() == Method::GET
+                    && !forward::is_upgrade(request.headers())
+                {
                     return Ok(forward::redirect_to_slash(request.uri()));
                 }
                 let prefix = request.uri().path().strip_suffix(&route.rest).unwrap_or_default().to_owned();
@@ -94,9 +97,12 @@ impl Asked<'_> {
             .into_iter()
             .find_map(of_type)
             .map(|address| address.text("address").to_owned())
-            .ok_or_else(|| Status::internal(format!("no preferred addresses found; known addresses: [] of node {node}")))?;
+            .ok_or_else(|| {
+                Status::internal(format!("no preferred addresses found; known addresses: [] of node {node}"))
+            })?;
         let port = status.at("daemonEndpoints").at("kubeletEndpoint").int("Port");
-        let port = port.and_then(|port| u16::try_from(port).ok()).filter(|port| *port > 0).unwrap_or(KUBELET_PORT);
+        let port =
+            port.and_then(|port| u16::try_from(port).ok()).filter(|port| *port > 0).unwrap_or(KUBELET_PORT);
         Ok(Target { host: address, port, path, security: Security::Kubelet })
     }
 
@@ -117,9 +123,16 @@ impl Asked<'_> {
         }
         check_log_options(self.query)?;
         let mut parameters = Parameters::default();
-        for name in
-            ["follow", "previous", "sinceSeconds", "sinceTime", "timestamps", "tailLines", "limitBytes", "stream"]
-        {
+        for name in [
+            "follow",
+            "previous",
+            "sinceSeconds",
+            "sinceTime",
+            "timestamps",
+            "tailLines",
+            "limitBytes",
+            "stream",
+        ] {
             if self.query.has(name) {
                 parameters.add(name, self.query.get(name).unwrap_or("true"));
             }
@@ -142,7 +155,9 @@ impl Asked<'_> {
         let container = container_of(&pod, self.query.get("container"))?;
         let node = self.host(&pod)?;
         let mut parameters = Parameters::default();
-        for (ours, kubelets) in [("stdin", "input"), ("stdout", "output"), ("stderr", "error"), ("tty", "tty")] {
+        for (ours, kubelets) in
+            [("stdin", "input"), ("stdout", "output"), ("stderr", "error"), ("tty", "tty")]
+        {
             if self.query.flag(ours) {
                 parameters.add(kubelets, "1");
             }
@@ -151,14 +166,20 @@ impl Asked<'_> {
             self.query.all("command").for_each(|word| parameters.add("command", word));
         }
         let (namespace, name) = (encode(&self.route.namespace), encode(&self.route.name));
-        self.kubelet(node, format!("/{subresource}/{namespace}/{name}/{}{}", encode(&container), parameters.0))
+        self.kubelet(
+            node,
+            format!("/{subresource}/{namespace}/{name}/{}{}", encode(&container), parameters.0),
+        )
     }
 
     fn port_forward(&self) -> Result<Target, Status> {
         let pod = self.pod()?;
         let node = self.host(&pod)?;
         let mut parameters = Parameters::default();
-        self.query.all("ports").flat_map(|ports| ports.split(',')).for_each(|port| parameters.add("port", port));
+        self.query
+            .all("ports")
+            .flat_map(|ports| ports.split(','))
+            .for_each(|port| parameters.add("port", port));
         let (namespace, name) = (encode(&self.route.namespace), encode(&self.route.name));
         self.kubelet(node, format!("/portForward/{namespace}/{name}{}", parameters.0))
     }
@@ -192,7 +213,9 @@ impl Asked<'_> {
                 Ok(number) => number,
                 Err(_) => {
                     let named = ports().find(|port| port.text("name") == text).and_then(number);
-                    named.ok_or_else(|| Status::bad_request(format!("pod {name} has no port named {text:?}")))?
+                    named.ok_or_else(|| {
+                        Status::bad_request(format!("pod {name} has no port named {text:?}"))
+                    })?
                 }
             },
         };
@@ -212,11 +235,15 @@ impl Asked<'_> {
             text => ports
                 .iter()
                 .find(|p| p.text("name") == text || p.int("port").is_some_and(|n| n.to_string() == text))
-                .ok_or_else(|| Status::unavailable(format!("no service port {text:?} found for service {name:?}")))?,
+                .ok_or_else(|| {
+                    Status::unavailable(format!("no service port {text:?} found for service {name:?}"))
+                })?,
         };
         let slices = self.server.registry.snapshots.list(Kind::of::<EndpointSlice>(), namespace);
         let mut places: Vec<(String, u16)> = Vec::new();
-        for slice in slices.iter().filter(|slice| slice.labels().get("kubernetes.io/service-name") == Some(name)) {
+        for slice in
+            slices.iter().filter(|slice| slice.labels().get("kubernetes.io/service-name") == Some(name))
+        {
             let slice = slice.value();
             let found = slice.items("ports").iter().find(|p| p.text("name") == port.text("name"));
             let number = found.and_then(|p| p.int("port")).and_then(|p| u16::try_from(p).ok());
@@ -260,7 +287,11 @@ impl Asked<'_> {
 fn proxyable(address: &str) -> Result<&str, Status> {
     let allowed = match address.parse::<IpAddr>() {
         Ok(IpAddr::V4(ip)) => {
-            !(ip.is_loopback() || ip.is_link_local() || ip.is_multicast() || ip.is_unspecified() || ip.is_broadcast())
+            !(ip.is_loopback()
+                || ip.is_link_local()
+                || ip.is_multicast()
+                || ip.is_unspecified()
+                || ip.is_broadcast())
         }
         Ok(IpAddr::V6(ip)) => {
             !(ip.is_loopback() || ip.is_unicast_link_local() || ip.is_multicast() || ip.is_unspecified())
@@ -305,7 +336,8 @@ fn container_of(pod: &Value, asked: Option<&str>) -> Result<String, Status> {
         pod.at("spec").items(list).iter().map(|c| c.text("name").to_owned()).collect()
     };
     let pod_name = pod.at("metadata").text("name");
-    let (main, init, ephemeral) = (names("containers"), names("initContainers"), names("ephemeralContainers"));
+    let (main, init, ephemeral) =
+        (names("containers"), names("initContainers"), names("ephemeralContainers"));
     match asked {
         Some(name) => {
             if [&main, &init, &ephemeral].into_iter().flatten().any(|known| known == name) {
@@ -378,7 +410,9 @@ mod tests {
             &["a", "b"],
             &["i"],
             None,
-            Err("a container name must be specified for pod p, choose one of: [a b] or one of the init containers: [i]"),
+            Err(
+                "a container name must be specified for pod p, choose one of: [a b] or one of the init containers: [i]",
+            ),
         );
     }
 
@@ -387,7 +421,9 @@ mod tests {
         for address in ["10.244.0.7", "192.0.2.1", "2001:db8::1"] {
             assert_eq!(proxyable(address), Ok(address));
         }
-        for address in ["127.0.0.1", "169.254.169.254", "0.0.0.0", "224.0.0.1", "::1", "fe80::1", "", "localhost"] {
+        for address in
+            ["127.0.0.1", "169.254.169.254", "0.0.0.0", "224.0.0.1", "::1", "fe80::1", "", "localhost"]
+        {
             assert_eq!(proxyable(address).unwrap_err().message, "address not allowed");
         }
     }

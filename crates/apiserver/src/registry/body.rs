@@ -41,7 +41,11 @@ impl<'a> Expected<'a> {
     }
 
     fn api_version(&self) -> String {
-        if self.group.is_empty() { self.version.to_owned() } else { format!("{}/{}", self.group, self.version) }
+        if self.group.is_empty() {
+            self.version.to_owned()
+        } else {
+            format!("{}/{}", self.group, self.version)
+        }
     }
 
     /// `Pod in version "v1" cannot be handled as a Pod: why`.
@@ -69,7 +73,9 @@ pub fn check(
         Validation::Ignore => {}
         Validation::Warn => warnings.extend(problems),
         Validation::Strict => {
-            return Err(expected.refuse(expected.kind, format!("strict decoding error: {}", problems.join(", "))));
+            return Err(
+                expected.refuse(expected.kind, format!("strict decoding error: {}", problems.join(", ")))
+            );
         }
     }
     Ok(value)
@@ -100,7 +106,11 @@ fn check_type(expected: Expected<'_>, value: &mut Value) -> Result<(), Status> {
 }
 
 /// Shapes `value` by its type; returns what it had that the type does not, as messages.
-pub fn conform(expected: Expected<'_>, value: &mut Value, duplicates: &[String]) -> Result<Vec<String>, Status> {
+pub fn conform(
+    expected: Expected<'_>,
+    value: &mut Value,
+    duplicates: &[String],
+) -> Result<Vec<String>, Status> {
     let mut problems = Vec::new();
     if let Some(ty) = schema::of(expected.group, expected.version, expected.kind) {
         let unknown = schema::conform(ty, value).map_err(|error| expected.refuse(expected.kind, error))?;

@@ -157,7 +157,9 @@ fn plan(kind: &Kind, mut value: Value, options: &DeleteOptions, now: Timestamp) 
                 let was = metadata.int("deletionGracePeriodSeconds").unwrap_or_default();
                 // What is going away can only be hurried.
                 let hurried = options.grace_period.map(|_| grace).filter(|grace| *grace < was);
-                let Some(grace) = hurried else { return if was == 0 && !pending { Plan::Remove } else { Plan::Nothing } };
+                let Some(grace) = hurried else {
+                    return if was == 0 && !pending { Plan::Remove } else { Plan::Nothing };
+                };
                 let at: Option<Timestamp> = metadata.text("deletionTimestamp").parse().ok();
                 let asked_at = at.unwrap_or(now) - SignedDuration::from_secs(was);
                 mark(&mut value, asked_at, grace);
@@ -196,7 +198,8 @@ fn pod_grace(pod: &Value, options: &DeleteOptions) -> i64 {
     if !spec.has("nodeName") || matches!(status.text("phase"), "Failed" | "Succeeded") {
         return 0;
     }
-    let grace = options.grace_period.or_else(|| spec.int("terminationGracePeriodSeconds")).unwrap_or_default();
+    let grace =
+        options.grace_period.or_else(|| spec.int("terminationGracePeriodSeconds")).unwrap_or_default();
     if grace < 0 { 1 } else { grace }
 }
 
@@ -294,12 +297,8 @@ mod tests {
 
     #[test]
     fn pods_get_time_to_finish() {
-        let running = |metadata: Value| {
-            json!({"metadata": metadata, "spec": {"nodeName": "n", "terminationGracePeriodSeconds": 30}})
-        };
-        let marked = |at: &str, seconds: i64| {
-            json!({"generation": 2, "deletionTimestamp": at, "deletionGracePeriodSeconds": seconds})
-        };
+        let running = |metadata: Value| json!({"metadata": metadata, "spec": {"nodeName": "n", "terminationGracePeriodSeconds": 30}});
+        let marked = |at: &str, seconds: i64| json!({"generation": 2, "deletionTimestamp": at, "deletionGracePeriodSeconds": seconds});
         let new = || running(json!({"generation": 1}));
         check("pods", new(), DeleteOptions::default(), marked("2026-01-01T00:01:30Z", 30));
         check("pods", new(), grace(5), marked("2026-01-01T00:01:05Z", 5));

@@ -19,9 +19,9 @@ mod write;
 
 pub use body::{Body, Expected, Validation};
 pub use meta::generate_name;
+pub use options::{ListQuery, Match, Page, WatchQuery, delete_options};
 pub use patch::Patch;
 pub use watch::shown;
-pub use options::{ListQuery, Match, Page, WatchQuery, delete_options};
 pub use watch::{Feed, Item};
 
 use std::sync::Arc;

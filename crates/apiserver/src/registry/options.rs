@@ -128,8 +128,7 @@ impl Token {
 
 /// A revision of the future was asked for.
 pub fn too_large(asked: Revision, current: Revision) -> Status {
-    let mut status =
-        Status::timeout(format!("Too large resource version: {asked}, current: {current}"), 1);
+    let mut status = Status::timeout(format!("Too large resource version: {asked}, current: {current}"), 1);
     let details = status.details.get_or_insert_with(Details::default);
     details.causes.push(Cause {
         reason: "ResourceVersionTooLarge".to_owned(),
@@ -174,5 +173,10 @@ pub fn delete_options(value: &Value) -> Result<DeleteOptions, Status> {
             ));
         }
     };
-    Ok(DeleteOptions { grace_period: value.int("gracePeriodSeconds"), uid: text("uid"), revision, propagation })
+    Ok(DeleteOptions {
+        grace_period: value.int("gracePeriodSeconds"),
+        uid: text("uid"),
+        revision,
+        propagation,
+    })
 }

@@ -46,9 +46,7 @@ impl Registry {
     /// The object as it is stored.
     pub(super) fn stored(&self, call: &Call<'_>) -> Result<Arc<Object>, Status> {
         let key = Key::new(call.namespace, call.name);
-        self.store
-            .get(call.kind.storage(), &key)
-            .ok_or_else(|| Status::not_found(call.kind, call.name))
+        self.store.get(call.kind.storage(), &key).ok_or_else(|| Status::not_found(call.kind, call.name))
     }
 
     pub fn get(&self, call: &Call<'_>) -> Result<Arc<Object>, Status> {
@@ -128,9 +126,9 @@ impl Registry {
             return Ok(self.store.snapshot(kind));
         }
         self.store.snapshot_at(kind, revision).map_err(|error| match error {
-            minke_store::Error::Compacted { .. } => Status::expired(format!(
-                "The resourceVersion for the provided list is too old: {revision}"
-            )),
+            minke_store::Error::Compacted { .. } => {
+                Status::expired(format!("The resourceVersion for the provided list is too old: {revision}"))
+            }
             other => store_status(other, kind, ""),
         })
     }

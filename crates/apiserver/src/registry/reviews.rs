@@ -44,7 +44,8 @@ impl Registry {
             "Binding" => self.bind(call, &body).await.map(|()| success()),
             "Eviction" => self.evict(call, &body).await.map(|()| success()),
             "TokenRequest" => {
-                let token = self.tokens.issue(&*self.snapshots, call.namespace, call.name, body, self.now())?;
+                let token =
+                    self.tokens.issue(&*self.snapshots, call.namespace, call.name, body, self.now())?;
                 Ok((201, token))
             }
             _ => {
@@ -119,12 +120,15 @@ impl Registry {
             }
             let status = pod.object("status");
             status.unset("nominatedNodeName");
-            set_condition(status, json!({
-                "type": "PodScheduled",
-                "status": "True",
-                "lastProbeTime": null,
-                "lastTransitionTime": time::format_seconds(self.now()),
-            }));
+            set_condition(
+                status,
+                json!({
+                    "type": "PodScheduled",
+                    "status": "True",
+                    "lastProbeTime": null,
+                    "lastTransitionTime": time::format_seconds(self.now()),
+                }),
+            );
             if self.put(&call, &old, pod).await? {
                 return Ok(());
             }
@@ -165,13 +169,16 @@ impl Registry {
             }
             if pod.deleted().is_none() && !call.dry_run {
                 let mut marked = value;
-                set_condition(marked.object("status"), json!({
-                    "type": "DisruptionTarget",
-                    "status": "True",
-                    "reason": "EvictionByEvictionAPI",
-                    "message": "Eviction API: evicting",
-                    "lastTransitionTime": time::format_seconds(self.now()),
-                }));
+                set_condition(
+                    marked.object("status"),
+                    json!({
+                        "type": "DisruptionTarget",
+                        "status": "True",
+                        "reason": "EvictionByEvictionAPI",
+                        "message": "Eviction API: evicting",
+                        "lastTransitionTime": time::format_seconds(self.now()),
+                    }),
+                );
                 // Losing this race only means that the reason is not shown.
                 self.put(&call, &pod, marked).await?;
             }
@@ -218,9 +225,7 @@ impl Registry {
             .any(|c| c.text("type") == "Ready" && c.text("status") == "True");
         let policy = budget.spec.as_ref().and_then(|spec| spec.unhealthy_pod_eviction_policy.as_deref());
         // A pod that is not ready is not counted; it may go when enough others are healthy.
-        let spared = !ready
-            && (policy == Some("AlwaysAllow")
-                || healthy >= desired && desired > 0);
+        let spared = !ready && (policy == Some("AlwaysAllow") || healthy >= desired && desired > 0);
         if spared {
             return Ok(true);
         }

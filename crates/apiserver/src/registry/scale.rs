@@ -20,7 +20,9 @@ pub fn of(object: &Object) -> Result<Arc<Object>, Status> {
     let metadata = value.at("metadata");
     let selector = value.at("spec").at("selector");
     let selector = if object.kind().kind == "ReplicationController" {
-        LabelSelector::from_pairs(selector.as_object().into_iter().flatten().filter_map(|(k, v)| Some((k, v.as_str()?))))
+        LabelSelector::from_pairs(
+            selector.as_object().into_iter().flatten().filter_map(|(k, v)| Some((k, v.as_str()?))),
+        )
     } else {
         let spec: meta::LabelSelector = serde_json::from_value(selector.clone()).unwrap_or_default();
         LabelSelector::from_spec(&spec).map_err(Status::internal)?

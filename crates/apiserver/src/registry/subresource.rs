@@ -34,8 +34,10 @@ pub fn merge(call: &Call<'_>, old: &Object, new: &mut Value) -> Result<Part, Sta
 /// Ephemeral containers may only be added.
 fn ephemeral_containers(old: &Object, new: &Value) -> Result<Value, Status> {
     let mut merged = old.value();
-    let (had, wanted) =
-        (merged.at("spec").items("ephemeralContainers").to_vec(), new.at("spec").items("ephemeralContainers"));
+    let (had, wanted) = (
+        merged.at("spec").items("ephemeralContainers").to_vec(),
+        new.at("spec").items("ephemeralContainers"),
+    );
     let mut errors = FieldErrors::default();
     for container in &had {
         let name = container.text("name");
@@ -64,9 +66,9 @@ fn ephemeral_containers(old: &Object, new: &Value) -> Result<Value, Status> {
 /// Whether everything that `given` says stands in `stored`.
 fn same_but_for_defaults(stored: &Value, given: &Value) -> bool {
     match (stored, given) {
-        (Value::Object(stored), Value::Object(given)) => {
-            given.iter().all(|(name, value)| stored.get(name).is_some_and(|s| same_but_for_defaults(s, value)))
-        }
+        (Value::Object(stored), Value::Object(given)) => given
+            .iter()
+            .all(|(name, value)| stored.get(name).is_some_and(|s| same_but_for_defaults(s, value))),
         (Value::Array(stored), Value::Array(given)) => {
             stored.len() == given.len() && stored.iter().zip(given).all(|(s, g)| same_but_for_defaults(s, g))
         }

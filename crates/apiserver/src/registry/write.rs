@@ -61,7 +61,11 @@ impl Registry {
         let mut body = convert::to_storage(call.kind, body);
         meta::place(call, &mut body)?;
         if body.at("metadata").has("resourceVersion") {
-            return Err(Status::failure(500, "", "resourceVersion should not be set on objects to be created"));
+            return Err(Status::failure(
+                500,
+                "",
+                "resourceVersion should not be set on objects to be created",
+            ));
         }
         let generated = !body.at("metadata").has("name") && body.at("metadata").has("generateName");
         for attempt in 0.. {

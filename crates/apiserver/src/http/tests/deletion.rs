@@ -6,8 +6,16 @@ async fn what_is_deleted_is_gone() {
     let created = api.json(&format!("POST {CONFIGMAPS}"), configmap("a")).await.ok();
     let status = api.send(&format!("DELETE {CONFIGMAPS}/a"), &[], "").await.ok();
     assert_eq!((&status["kind"], &status["status"]), (&json!("Status"), &json!("Success")));
-    assert_eq!(status["details"], json!({"name": "a", "kind": "configmaps", "uid": created["metadata"]["uid"]}));
-    refused(api.send(&format!("DELETE {CONFIGMAPS}/a"), &[], "").await, 404, "NotFound", "configmaps \"a\" not found");
+    assert_eq!(
+        status["details"],
+        json!({"name": "a", "kind": "configmaps", "uid": created["metadata"]["uid"]})
+    );
+    refused(
+        api.send(&format!("DELETE {CONFIGMAPS}/a"), &[], "").await,
+        404,
+        "NotFound",
+        "configmaps \"a\" not found",
+    );
 }
 
 #[tokio::test]
@@ -52,10 +60,14 @@ async fn finalizers_keep_an_object_until_the_last_is_gone() {
     body["metadata"]["finalizers"] = json!(["a.io/b"]);
     api.json(&format!("POST {CONFIGMAPS}"), body).await.ok();
     let pending = api.send(&format!("DELETE {CONFIGMAPS}/a"), &[], "").await.ok();
-    assert_eq!((&pending["kind"], &pending["metadata"]["deletionGracePeriodSeconds"]), (&json!("ConfigMap"), &json!(0)));
+    assert_eq!(
+        (&pending["kind"], &pending["metadata"]["deletionGracePeriodSeconds"]),
+        (&json!("ConfigMap"), &json!(0))
+    );
     assert!(pending["metadata"]["deletionTimestamp"].is_string());
     refused(
-        api.json(&format!("PATCH {CONFIGMAPS}/a"), json!({"metadata": {"finalizers": ["a.io/b", "a.io/c"]}})).await,
+        api.json(&format!("PATCH {CONFIGMAPS}/a"), json!({"metadata": {"finalizers": ["a.io/b", "a.io/c"]}}))
+            .await,
         422,
         "Invalid",
         "no new finalizers can be added if the object is being deleted",
@@ -75,7 +87,10 @@ async fn pods_go_when_their_kubelet_says_so() {
     on_node["spec"]["nodeName"] = "n1".into();
     api.json(&format!("POST {PODS}"), on_node).await.ok();
     let going = api.send(&format!("DELETE {PODS}/p"), &[], "").await.ok();
-    assert_eq!((&going["kind"], &going["metadata"]["deletionGracePeriodSeconds"]), (&json!("Pod"), &json!(30)));
+    assert_eq!(
+        (&going["kind"], &going["metadata"]["deletionGracePeriodSeconds"]),
+        (&json!("Pod"), &json!(30))
+    );
     let going = api.send(&format!("DELETE {PODS}/p?gracePeriodSeconds=5"), &[], "").await.ok();
     assert_eq!(going["metadata"]["deletionGracePeriodSeconds"], 5);
     let uid = &going["metadata"]["uid"];
@@ -93,7 +108,10 @@ async fn namespaces_wait_to_be_emptied() {
     let api = api().await;
     api.json("POST /api/v1/namespaces", json!({"metadata": {"name": "x"}})).await.ok();
     let going = api.send("DELETE /api/v1/namespaces/x", &[], "").await.ok();
-    assert_eq!((&going["status"]["phase"], &going["spec"]["finalizers"]), (&json!("Terminating"), &json!(["kubernetes"])));
+    assert_eq!(
+        (&going["status"]["phase"], &going["spec"]["finalizers"]),
+        (&json!("Terminating"), &json!(["kubernetes"]))
+    );
     let create = api.json("POST /api/v1/namespaces/x/configmaps", configmap("a")).await;
     let status: minke_api::Status = serde_json::from_slice(&create.bytes).unwrap();
     assert!(status.has_cause("NamespaceTerminating"), "{status:?}");
@@ -142,7 +160,12 @@ async fn budgets_limit_evictions() {
         let (api, line) = (&api, format!("POST {PODS}/p/eviction"));
         async move { api.json(&line, json!({"metadata": {"name": "p"}})).await }
     };
-    refused(evict().await, 429, "TooManyRequests", "Cannot evict pod as it would violate the pod's disruption budget.");
+    refused(
+        evict().await,
+        429,
+        "TooManyRequests",
+        "Cannot evict pod as it would violate the pod's disruption budget.",
+    );
     allow(0).await;
     refused(evict().await, 429, "TooManyRequests", "");
     allow(1).await;
@@ -153,5 +176,7 @@ async fn budgets_limit_evictions() {
     let going = api.get(&format!("{PODS}/p")).await.ok();
     assert!(going["metadata"]["deletionTimestamp"].is_string());
     let conditions = going["status"]["conditions"].as_array().unwrap();
-    assert!(conditions.iter().any(|c| c["type"] == "DisruptionTarget" && c["reason"] == "EvictionByEvictionAPI"));
+    assert!(
+        conditions.iter().any(|c| c["type"] == "DisruptionTarget" && c["reason"] == "EvictionByEvictionAPI")
+    );
 }

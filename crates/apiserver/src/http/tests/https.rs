@@ -46,17 +46,25 @@ fn certificates(pem: &str) -> Vec<CertificateDer<'static>> {
 }
 
 /// Connects with a client certificate, if there is one to show.
-async fn connect(running: &Running, identity: Option<&(String, String)>, protocol: &str) -> TlsStream<TcpStream> {
+async fn connect(
+    running: &Running,
+    identity: Option<&(String, String)>,
+    protocol: &str,
+) -> TlsStream<TcpStream> {
     let mut roots = rustls::RootCertStore::empty();
     roots.add(certificates(&running.keys.ca).remove(0)).unwrap();
-    let builder = rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(roots);
+    let builder =
+        rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots);
     let mut config = match identity {
         None => builder.with_no_client_auth(),
         Some((certificate, key)) => builder
-            .with_client_auth_cert(certificates(certificate), PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap())
+            .with_client_auth_cert(
+                certificates(certificate),
+                PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap(),
+            )
             .unwrap(),
     };
     config.alpn_protocols = vec![protocol.as_bytes().to_vec()];
@@ -70,7 +78,8 @@ async fn connect(running: &Running, identity: Option<&(String, String)>, protoco
 async fn send(stream: TlsStream<TcpStream>, request: Request<Full<Bytes>>) -> Response<Incoming> {
     let io = TokioIo::new(stream);
     if io.inner().get_ref().1.alpn_protocol() == Some(b"h2") {
-        let (mut sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await.unwrap();
+        let (mut sender, connection) =
+            hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await.unwrap();
         tokio::spawn(connection);
         return sender.send_request(request).await.unwrap();
     }
@@ -79,13 +88,20 @@ async fn send(stream: TlsStream<TcpStream>, request: Request<Full<Bytes>>) -> Re
     sender.send_request(request).await.unwrap()
 }
 
-async fn get(running: &Running, identity: Option<&(String, String)>, protocol: &str, path: &str, token: &str) -> (u16, Value) {
+async fn get(
+    running: &Running,
+    identity: Option<&(String, String)>,
+    protocol: &str,
+    path: &str,
+    token: &str,
+) -> (u16, Value) {
     let uri = if protocol == "h2" { format!("https://localhost{path}") } else { path.to_owned() };
     let mut request = Request::get(uri).header("host", "localhost");
     if !token.is_empty() {
         request = request.header("authorization", format!("Bearer {token}"));
     }
-    let answer = send(connect(running, identity, protocol).await, request.body(Full::default()).unwrap()).await;
+    let answer =
+        send(connect(running, identity, protocol).await, request.body(Full::default()).unwrap()).await;
     let code = answer.status().as_u16();
     let bytes = answer.into_body().collect().await.unwrap().to_bytes();
     (code, serde_json::from_slice(&bytes).unwrap_or_default())
@@ -149,14 +165,16 @@ async fn kubelet(keys: &Keys, answer: &'static str) -> SocketAddr {
     let mut roots = rustls::RootCertStore::empty();
     roots.add(certificates(&keys.ca).remove(0)).unwrap();
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone());
+    let verifier =
+        rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone());
     let config = rustls::ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_client_cert_verifier(verifier.build().unwrap())
         .with_single_cert(certificates(&certificate), PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap())
         .unwrap();
-    let (acceptor, listener) = (TlsAcceptor::from(Arc::new(config)), TcpListener::bind("127.0.0.1:0").await.unwrap());
+    let (acceptor, listener) =
+        (TlsAcceptor::from(Arc::new(config)), TcpListener::bind("127.0.0.1:0").await.unwrap());
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
@@ -210,26 +228,34 @@ async fn exec_passes_through_to_the_kubelet_byte_for_byte() {
     let running = running().await;
     pod_on_node(&running, kubelet(&running.keys, "").await).await;
     let admin = running.keys.sign("jane", &["system:masters"], &[]);
-    let request = Request::post("/api/v1/namespaces/default/pods/p/exec?command=echo&command=a%20b&stdin=true&stdout=true&tty=false")
-        .header("host", "localhost")
-        .header("connection", "Upgrade")
-        .header("upgrade", "SPDY/3.1")
-        .header("x-stream-protocol-version", "v5.channel.k8s.io")
-        .header("x-stream-protocol-version", "v4.channel.k8s.io")
-        .header("authorization", "Bearer not-for-kubelets")
-        .body(Full::default())
-        .unwrap();
+    let request = Request::post(
+        "/api/v1/namespaces/default/pods/p/exec?command=echo&command=a%20b&stdin=true&stdout=true&tty=false",
+    )
+    .header("host", "localhost")
+    .header("connection", "Upgrade")
+    .header("upgrade", "SPDY/3.1")
+    .header("x-stream-protocol-version", "v5.channel.k8s.io")
+    .header("x-stream-protocol-version", "v4.channel.k8s.io")
+    .header("authorization", "Bearer not-for-kubelets")
+    .body(Full::default())
+    .unwrap();
     let answer = send(connect(&running, Some(&admin), "http/1.1").await, request).await;
     assert_eq!(answer.status(), 101);
     let headers: &HeaderMap = answer.headers();
-    assert_eq!((&headers["upgrade"], &headers["x-stream-protocol-version"]), (&"SPDY/3.1".parse().unwrap(), &"v4.channel.k8s.io".parse().unwrap()));
+    assert_eq!(
+        (&headers["upgrade"], &headers["x-stream-protocol-version"]),
+        (&"SPDY/3.1".parse().unwrap(), &"v4.channel.k8s.io".parse().unwrap())
+    );
     let mut stream = TokioIo::new(hyper::upgrade::on(answer).await.unwrap());
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         head.push(stream.read_u8().await.unwrap());
     }
     let head = String::from_utf8(head).unwrap();
-    assert!(head.starts_with("POST /exec/default/p/c?input=1&output=1&command=echo&command=a%20b HTTP/1.1\r\n"), "{head}");
+    assert!(
+        head.starts_with("POST /exec/default/p/c?input=1&output=1&command=echo&command=a%20b HTTP/1.1\r\n"),
+        "{head}"
+    );
     assert_eq!(head.matches("x-stream-protocol-version: ").count(), 2);
     assert!(!head.contains("authorization"), "{head}");
     let sent: Vec<u8> = (0..200_000u32).map(|n| n as u8).collect();
@@ -267,7 +293,8 @@ async fn logs_come_from_the_kubelet_and_its_errors_are_statuses() {
     )
     .await;
     // The kubelet moves; what it refuses now is told in its words.
-    let moved = kubelet(&running.keys, "container \"c\" in pod \"p\" is waiting to start: ContainerCreating").await;
+    let moved =
+        kubelet(&running.keys, "container \"c\" in pod \"p\" is waiting to start: ContainerCreating").await;
     let nodes = minke_api::Kind::by_plural("", "v1", "nodes").unwrap();
     let status = json!({"status": {"daemonEndpoints": {"kubeletEndpoint": {"Port": moved.port()}}}});
     let target = Target::object(nodes, "", "n1").sub("status");
@@ -287,7 +314,8 @@ async fn plain_server() -> SocketAddr {
                 let (parts, body) = request.into_parts();
                 let body = body.collect().await?.to_bytes();
                 let forwarded = parts.headers["x-forwarded-for"].to_str().unwrap_or_default();
-                let text = format!("{} {} {} {forwarded}", parts.method, parts.uri, String::from_utf8_lossy(&body));
+                let text =
+                    format!("{} {} {} {forwarded}", parts.method, parts.uri, String::from_utf8_lossy(&body));
                 let mut answer = Response::new(Full::<Bytes>::from(text));
                 if parts.uri.path() == "/redirect" {
                     *answer.status_mut() = http::StatusCode::FOUND;
@@ -295,7 +323,9 @@ async fn plain_server() -> SocketAddr {
                 }
                 Ok::<_, hyper::Error>(answer)
             });
-            tokio::spawn(hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service));
+            tokio::spawn(
+                hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service),
+            );
         }
     });
     address
@@ -310,7 +340,8 @@ async fn other_servers_are_reached_through_the_proxy() {
     let ask = async |line: &str, body: &'static str| {
         let (method, path) = line.split_once(' ').unwrap();
         let request = Request::builder().method(method).uri(path).header("host", "localhost");
-        let answer = send(connect(&running, Some(&admin), "http/1.1").await, request.body(body.into()).unwrap()).await;
+        let answer =
+            send(connect(&running, Some(&admin), "http/1.1").await, request.body(body.into()).unwrap()).await;
         let location = answer.headers().get("location").map(|to| to.to_str().unwrap().to_owned());
         let code = answer.status().as_u16();
         let text = answer.into_body().collect().await.unwrap().to_bytes();

@@ -21,7 +21,10 @@ async fn lists_select() {
     assert_eq!(names(&list("labelSelector=parity%3Dodd").await.ok()), ["c1", "c3"]);
     assert_eq!(names(&list("labelSelector=parity+in+(odd),x").await.ok()), Vec::<&str>::new());
     assert_eq!(names(&list("fieldSelector=metadata.name=c2").await.ok()), ["c2"]);
-    assert_eq!(names(&list("fieldSelector=metadata.name=c2&labelSelector=parity=odd").await.ok()), Vec::<&str>::new());
+    assert_eq!(
+        names(&list("fieldSelector=metadata.name=c2&labelSelector=parity=odd").await.ok()),
+        Vec::<&str>::new()
+    );
     assert_eq!(names(&list("fieldSelector=metadata.name!=c2").await.ok()), ["c0", "c1", "c3"]);
     let all = api.get("/api/v1/configmaps?fieldSelector=metadata.namespace=default").await.ok();
     assert_eq!(names(&all), ["c0", "c1", "c2", "c3"]);
@@ -89,7 +92,10 @@ async fn lists_can_be_of_a_given_revision() {
         async move { api.get(&path).await }
     };
     let exact = at(format!("resourceVersion={then}&resourceVersionMatch=Exact")).await.ok();
-    assert_eq!((names(&exact), &exact["metadata"]["resourceVersion"]), (vec!["c0", "c1"], &json!(then.to_string())));
+    assert_eq!(
+        (names(&exact), &exact["metadata"]["resourceVersion"]),
+        (vec!["c0", "c1"], &json!(then.to_string()))
+    );
     let newer = at(format!("resourceVersion={then}&resourceVersionMatch=NotOlderThan")).await.ok();
     assert_eq!(names(&newer), ["c1"]);
     assert_eq!(names(&at("resourceVersion=0".to_owned()).await.ok()), ["c1"]);
@@ -97,7 +103,10 @@ async fn lists_can_be_of_a_given_revision() {
     assert_eq!(names(&first), Vec::<&str>::new());
 
     for (query, why) in [
-        ("resourceVersionMatch=Exact", "resourceVersionMatch is forbidden unless resourceVersion is provided"),
+        (
+            "resourceVersionMatch=Exact",
+            "resourceVersionMatch is forbidden unless resourceVersion is provided",
+        ),
         ("resourceVersion=0&resourceVersionMatch=Exact", "is forbidden for resourceVersion \"0\""),
         ("resourceVersion=1&resourceVersionMatch=Some", "Unsupported value: \"Some\""),
         ("sendInitialEvents=true", "sendInitialEvents is forbidden for list"),
@@ -133,7 +142,11 @@ async fn tables_and_partial_lists_are_views_of_lists() {
     assert_eq!((&table["kind"], &table["metadata"]["remainingItemCount"]), (&json!("Table"), &json!(1)));
     assert_eq!(table["columnDefinitions"][0]["name"], "Name");
     let bare = api
-        .send(&format!("{line}&includeObject=None"), &["accept: application/json;as=Table;v=v1;g=meta.k8s.io"], "")
+        .send(
+            &format!("{line}&includeObject=None"),
+            &["accept: application/json;as=Table;v=v1;g=meta.k8s.io"],
+            "",
+        )
         .await
         .ok();
     assert_eq!(bare["rows"][0]["object"], Value::Null);

@@ -41,7 +41,9 @@ fn deployment(name: &str) -> Value {
 async fn api() -> Api {
     let api = Api::new().await;
     for name in ["default"] {
-        api.json("POST /api/v1/namespaces/default/serviceaccounts", json!({"metadata": {"name": name}})).await.ok();
+        api.json("POST /api/v1/namespaces/default/serviceaccounts", json!({"metadata": {"name": name}}))
+            .await
+            .ok();
     }
     api
 }

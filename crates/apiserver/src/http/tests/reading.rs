@@ -80,7 +80,12 @@ async fn only_who_may_is_answered() {
     for path in ["/healthz", "/livez", "/readyz", "/version"] {
         assert_eq!(anonymous.get(path).await.code, 200, "{path}");
     }
-    refused(anonymous.get("/api").await, 403, "Forbidden", "User \"system:anonymous\" cannot get path \"/api\"");
+    refused(
+        anonymous.get("/api").await,
+        403,
+        "Forbidden",
+        "User \"system:anonymous\" cannot get path \"/api\"",
+    );
 }
 
 #[tokio::test]
@@ -100,7 +105,10 @@ async fn health_and_version_are_told() {
     assert_eq!(text(api.get("/livez/ping").await), "ok");
     let verbose = text(api.get("/livez?verbose&exclude=log&exclude=x").await);
     assert!(verbose.starts_with("[+]ping ok\n[+]log excluded: ok\n[+]etcd ok\n"), "{verbose}");
-    assert!(verbose.contains("warn: some health checks cannot be excluded: no matches for \"x\"\n"), "{verbose}");
+    assert!(
+        verbose.contains("warn: some health checks cannot be excluded: no matches for \"x\"\n"),
+        "{verbose}"
+    );
     assert!(verbose.ends_with("livez check passed\n"), "{verbose}");
     api.store.close().await;
     let failed = api.get("/readyz").await;
@@ -143,7 +151,10 @@ async fn two_views_of_one_resource_agree() {
     assert_eq!((&core["apiVersion"], &core["message"]), (&json!("v1"), &json!("hi")));
     let events = api.get(&format!("{path}?fieldSelector=regarding.name=p")).await.ok();
     assert_eq!(events["items"][0]["note"], "hi");
-    assert_eq!(names(&api.get(&format!("{path}?fieldSelector=regarding.name=q")).await.ok()), Vec::<&str>::new());
+    assert_eq!(
+        names(&api.get(&format!("{path}?fieldSelector=regarding.name=q")).await.ok()),
+        Vec::<&str>::new()
+    );
     let selector = "/api/v1/events?fieldSelector=involvedObject.name=p,reason=Because";
     assert_eq!(names(&api.get(selector).await.ok()), ["e"]);
 }

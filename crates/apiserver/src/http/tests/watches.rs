@@ -118,7 +118,8 @@ async fn the_old_paths_watch_too() {
 #[tokio::test]
 async fn a_revision_that_is_too_old_is_an_event() {
     let store = minke_store::Store::open(minke_store::Memory::default(), 5_000).unwrap();
-    let small = crate::ApiServer::build(crate::testing::Keys::new().config(store, Default::default())).await.unwrap();
+    let small =
+        crate::ApiServer::build(crate::testing::Keys::new().config(store, Default::default())).await.unwrap();
     let peer = crate::http::Peer {
         identity: Some(std::sync::Arc::new(Ok(crate::UserInfo::new("admin", &["system:masters"])))),
         address: ([192, 0, 2, 7], 1).into(),
@@ -142,7 +143,10 @@ async fn a_revision_that_is_too_old_is_an_event() {
 async fn quiet_watches_are_told_where_they_are() {
     let api = api().await;
     tokio::time::pause();
-    let line = format!("{CONFIGMAPS}?watch=true&timeoutSeconds=130&allowWatchBookmarks=true&resourceVersion={}", api.store.revision());
+    let line = format!(
+        "{CONFIGMAPS}?watch=true&timeoutSeconds=130&allowWatchBookmarks=true&resourceVersion={}",
+        api.store.revision()
+    );
     let answer = api.get(&line).await;
     assert_eq!(told(&answer), ["BOOKMARK", "BOOKMARK", "BOOKMARK"]);
     let revision = &answer.events()[0]["object"]["metadata"]["resourceVersion"];
@@ -156,7 +160,8 @@ async fn views_can_be_watched() {
     create(&api, "a").await;
     create(&api, "b").await;
     let line = format!("GET {CONFIGMAPS}?watch=true&timeoutSeconds=1");
-    let tables = api.send(&line, &["accept: application/json;as=Table;v=v1;g=meta.k8s.io"], "").await.events();
+    let tables =
+        api.send(&line, &["accept: application/json;as=Table;v=v1;g=meta.k8s.io"], "").await.events();
     assert_eq!(tables[0]["object"]["columnDefinitions"][0]["name"], "Name");
     assert_eq!(tables[1]["object"]["columnDefinitions"], Value::Null);
     assert_eq!(tables[1]["object"]["rows"][0]["cells"][0], "b");

@@ -25,7 +25,10 @@ async fn create_fills_in_what_the_server_decides() {
         })
         .await
         .ok();
-    assert_eq!((&deployment["metadata"]["generation"], &deployment["spec"]["replicas"]), (&json!(1), &json!(1)));
+    assert_eq!(
+        (&deployment["metadata"]["generation"], &deployment["spec"]["replicas"]),
+        (&json!(1), &json!(1))
+    );
     assert_eq!(deployment["status"], json!({}), "status is not the client's to set");
 }
 
@@ -56,13 +59,48 @@ async fn creation_is_refused_for_upstreams_reasons() {
     let line = format!("POST {CONFIGMAPS}");
     for (body, code, reason, message) in [
         (configmap("a"), 409, "AlreadyExists", "configmaps \"a\" already exists"),
-        (with("/metadata/name", json!("B")), 422, "Invalid", "ConfigMap \"B\" is invalid: metadata.name: Invalid value: \"B\": a lowercase RFC 1123 subdomain"),
-        (with("/metadata/name", json!("")), 422, "Invalid", "metadata.name: Required value: name or generateName is required"),
-        (with("/metadata/namespace", json!("other")), 400, "BadRequest", "the namespace of the provided object does not match the namespace sent on the request"),
-        (with("/metadata/resourceVersion", json!("5")), 500, "", "resourceVersion should not be set on objects to be created"),
-        (with("kind", json!("Secret")), 400, "BadRequest", "Secret in version \"v1\" cannot be handled as a ConfigMap"),
-        (with("apiVersion", json!("v2")), 400, "BadRequest", "the API version in the data (v2) does not match the expected API version (v1)"),
-        (with("data", json!(["x"])), 400, "BadRequest", "ConfigMap in version \"v1\" cannot be handled as a ConfigMap: json: cannot unmarshal array into Go struct field"),
+        (
+            with("/metadata/name", json!("B")),
+            422,
+            "Invalid",
+            "ConfigMap \"B\" is invalid: metadata.name: Invalid value: \"B\": a lowercase RFC 1123 subdomain",
+        ),
+        (
+            with("/metadata/name", json!("")),
+            422,
+            "Invalid",
+            "metadata.name: Required value: name or generateName is required",
+        ),
+        (
+            with("/metadata/namespace", json!("other")),
+            400,
+            "BadRequest",
+            "the namespace of the provided object does not match the namespace sent on the request",
+        ),
+        (
+            with("/metadata/resourceVersion", json!("5")),
+            500,
+            "",
+            "resourceVersion should not be set on objects to be created",
+        ),
+        (
+            with("kind", json!("Secret")),
+            400,
+            "BadRequest",
+            "Secret in version \"v1\" cannot be handled as a ConfigMap",
+        ),
+        (
+            with("apiVersion", json!("v2")),
+            400,
+            "BadRequest",
+            "the API version in the data (v2) does not match the expected API version (v1)",
+        ),
+        (
+            with("data", json!(["x"])),
+            400,
+            "BadRequest",
+            "ConfigMap in version \"v1\" cannot be handled as a ConfigMap: json: cannot unmarshal array into Go struct field",
+        ),
         (json!([]), 400, "BadRequest", "cannot be handled as a ConfigMap"),
     ] {
         refused(api.json(&line, body).await, code, reason, message);
@@ -71,7 +109,12 @@ async fn creation_is_refused_for_upstreams_reasons() {
         let (api, line) = (&api, &line);
         async move { api.send(line, headers, body).await }
     };
-    refused(send(&["content-type: text/plain"], "{}").await, 415, "UnsupportedMediaType", "application/json, application/yaml");
+    refused(
+        send(&["content-type: text/plain"], "{}").await,
+        415,
+        "UnsupportedMediaType",
+        "application/json, application/yaml",
+    );
     refused(send(&[], "{\"a\":").await, 400, "BadRequest", "must be of type ConfigMap");
     refused(send(&[], "").await, 400, "BadRequest", "<empty>");
     let huge = format!("{{\"data\":\"{}\"}}", "x".repeat(3 << 20));
@@ -95,7 +138,8 @@ async fn bodies_may_be_yaml_or_protobuf() {
     assert_eq!((&created["kind"], &created["data"]["k"]), (&json!("ConfigMap"), &json!("v")));
     let ty = minke_api::schema::of("", "v1", "ConfigMap").unwrap();
     let protobuf = minke_api::codec::protobuf::encode(ty, &configmap("p"));
-    let created = api.send(&line, &["content-type: application/vnd.kubernetes.protobuf"], protobuf).await.ok();
+    let created =
+        api.send(&line, &["content-type: application/vnd.kubernetes.protobuf"], protobuf).await.ok();
     assert_eq!(created["metadata"]["name"], "p");
     refused(
         api.send(&line, &["content-type: application/vnd.kubernetes.protobuf"], "nonsense").await,
@@ -120,7 +164,12 @@ async fn unknown_fields_are_refused_warned_of_or_ignored() {
         "ConfigMap in version \"v1\" cannot be handled as a ConfigMap: strict decoding error: \
          unknown field \"metadata.labelz\", duplicate field \"data.k\"",
     );
-    refused(send("fieldValidation=Some").await, 422, "Invalid", "fieldValidation: Unsupported value: \"Some\"");
+    refused(
+        send("fieldValidation=Some").await,
+        422,
+        "Invalid",
+        "fieldValidation: Unsupported value: \"Some\"",
+    );
     let warned = send("dryRun=All").await;
     let warnings: Vec<&str> =
         warned.headers.get_all("warning").iter().map(|value| value.to_str().unwrap()).collect();
@@ -156,7 +205,12 @@ async fn dry_runs_store_nothing() {
     );
     api.json(&format!("POST {CONFIGMAPS}"), configmap("a")).await.ok();
     let before = api.store.revision();
-    refused(api.json(&format!("POST {CONFIGMAPS}?dryRun=All"), configmap("a")).await, 409, "AlreadyExists", "");
+    refused(
+        api.json(&format!("POST {CONFIGMAPS}?dryRun=All"), configmap("a")).await,
+        409,
+        "AlreadyExists",
+        "",
+    );
     let patched = api.json(&format!("PATCH {path}?dryRun=All"), json!({"data": {"k": "w"}})).await.ok();
     assert_eq!(patched["data"]["k"], "w");
     api.send(&format!("DELETE {path}?dryRun=All"), &[], "").await.ok();
@@ -203,7 +257,12 @@ async fn updates_need_the_newest_revision() {
     );
     let mut other = configmap("a");
     other["metadata"]["uid"] = "other".into();
-    refused(put(other).await, 409, "Conflict", "Precondition failed: UID in precondition: other, UID in object meta: ");
+    refused(
+        put(other).await,
+        409,
+        "Conflict",
+        "Precondition failed: UID in precondition: other, UID in object meta: ",
+    );
 }
 
 #[tokio::test]
@@ -241,12 +300,42 @@ async fn patches_change_a_part() {
     assert_eq!(api.store.revision(), before, "an empty patch writes nothing");
 
     for (media_type, body, code, reason, message) in [
-        ("json-patch+json", json!([{"op": "test", "path": "/data/z", "value": "2"}]), 422, "Invalid", "the server rejected our request due to an error in our request"),
+        (
+            "json-patch+json",
+            json!([{"op": "test", "path": "/data/z", "value": "2"}]),
+            422,
+            "Invalid",
+            "the server rejected our request due to an error in our request",
+        ),
         ("json-patch+json", json!({}), 400, "BadRequest", ""),
-        ("merge-patch+json", json!({"metadata": {"resourceVersion": "1"}}), 409, "Conflict", "the object has been modified"),
-        ("merge-patch+json", json!({"kind": "Secret"}), 400, "BadRequest", "a patch cannot change apiVersion or kind"),
-        ("merge-patch+json", json!({"metadata": {"name": "b"}}), 422, "Invalid", "metadata.name: Invalid value: \"b\": field is immutable"),
-        ("apply-patch+yaml", json!({}), 415, "UnsupportedMediaType", "application/json-patch+json, application/merge-patch+json"),
+        (
+            "merge-patch+json",
+            json!({"metadata": {"resourceVersion": "1"}}),
+            409,
+            "Conflict",
+            "the object has been modified",
+        ),
+        (
+            "merge-patch+json",
+            json!({"kind": "Secret"}),
+            400,
+            "BadRequest",
+            "a patch cannot change apiVersion or kind",
+        ),
+        (
+            "merge-patch+json",
+            json!({"metadata": {"name": "b"}}),
+            422,
+            "Invalid",
+            "metadata.name: Invalid value: \"b\": field is immutable",
+        ),
+        (
+            "apply-patch+yaml",
+            json!({}),
+            415,
+            "UnsupportedMediaType",
+            "application/json-patch+json, application/merge-patch+json",
+        ),
     ] {
         refused(patch(media_type, body).await, code, reason, message);
     }
@@ -287,11 +376,14 @@ async fn the_status_is_written_by_itself() {
     let status = api.json(&format!("PUT {path}/d/status"), object).await.ok();
     assert_eq!((&status["spec"]["replicas"], &status["status"]["replicas"]), (&json!(1), &json!(2)));
     assert_eq!(status["metadata"]["generation"], 1);
-    let patched = api.json(&format!("PATCH {path}/d"), json!({"spec": {"replicas": 4}, "status": {"replicas": 9}})).await;
+    let patched = api
+        .json(&format!("PATCH {path}/d"), json!({"spec": {"replicas": 4}, "status": {"replicas": 9}}))
+        .await;
     let patched = patched.ok();
     assert_eq!((&patched["spec"]["replicas"], &patched["status"]["replicas"]), (&json!(4), &json!(2)));
     assert_eq!(patched["metadata"]["generation"], 2);
-    let merged = api.json(&format!("PATCH {path}/d/status"), json!({"status": {"readyReplicas": 1}})).await.ok();
+    let merged =
+        api.json(&format!("PATCH {path}/d/status"), json!({"status": {"readyReplicas": 1}})).await.ok();
     assert_eq!(merged["status"]["readyReplicas"], 1);
     assert_eq!(api.get(&format!("{path}/d/status")).await.ok()["status"]["replicas"], 2);
 }
@@ -306,7 +398,12 @@ async fn workloads_have_a_scale() {
     assert_eq!((&scale["spec"]["replicas"], &scale["status"]["selector"]), (&json!(1), &json!("app=d")));
     scale["spec"]["replicas"] = 3.into();
     assert_eq!(api.json(&format!("PUT {path}/scale"), scale.clone()).await.ok()["spec"]["replicas"], 3);
-    refused(api.json(&format!("PUT {path}/scale"), scale).await, 409, "Conflict", "the object has been modified");
+    refused(
+        api.json(&format!("PUT {path}/scale"), scale).await,
+        409,
+        "Conflict",
+        "the object has been modified",
+    );
     let patched = api.json(&format!("PATCH {path}/scale"), json!({"spec": {"replicas": 5}})).await.ok();
     assert_eq!(patched["spec"]["replicas"], 5);
     assert_eq!(api.get(path).await.ok()["spec"]["replicas"], 5);
@@ -327,7 +424,12 @@ async fn pods_are_bound_once() {
         async move { api.json(&line, body).await }
     };
     let binding = json!({"metadata": {"name": "p"}, "target": {"kind": "Node", "name": "n1"}});
-    refused(bind(json!({"target": {"kind": "Node", "name": ""}})).await, 422, "Invalid", "target.name: Required value");
+    refused(
+        bind(json!({"target": {"kind": "Node", "name": ""}})).await,
+        422,
+        "Invalid",
+        "target.name: Required value",
+    );
     let answer = bind(binding.clone()).await;
     assert_eq!(answer.code, 201);
     assert_eq!(answer.ok()["status"], "Success");
@@ -350,7 +452,9 @@ async fn ephemeral_containers_are_only_added() {
     let path = format!("{PODS}/p/ephemeralcontainers");
     let patch = |body: Value| {
         let (api, line) = (&api, format!("PATCH {path}"));
-        async move { api.send(&line, &["content-type: application/strategic-merge-patch+json"], body.to_string()).await }
+        async move {
+            api.send(&line, &["content-type: application/strategic-merge-patch+json"], body.to_string()).await
+        }
     };
     let debug = json!({"spec": {"ephemeralContainers": [{"name": "debug", "image": "busybox"}]}});
     let patched = patch(debug.clone()).await.ok();
@@ -375,7 +479,8 @@ async fn services_get_addresses_and_give_them_back() {
     let api = api().await;
     let services = "/api/v1/namespaces/default/services";
     let service = |name: &str, ip: Option<&str>| {
-        let mut service = json!({"metadata": {"name": name}, "spec": {"ports": [{"port": 80}], "type": "NodePort"}});
+        let mut service =
+            json!({"metadata": {"name": name}, "spec": {"ports": [{"port": 80}], "type": "NodePort"}});
         if let Some(ip) = ip {
             service["spec"]["clusterIP"] = ip.into();
         }
@@ -393,8 +498,12 @@ async fn services_get_addresses_and_give_them_back() {
     // A dry run takes nothing, an update keeps what there is.
     api.json(&format!("POST {services}?dryRun=All"), service("c", Some("10.96.0.98"))).await.ok();
     api.json(&format!("POST {services}"), service("c", Some("10.96.0.98"))).await.ok();
-    let patched = api.json(&format!("PATCH {services}/a"), json!({"metadata": {"labels": {"x": "y"}}})).await.ok();
-    assert_eq!((&patched["spec"]["clusterIP"], &patched["spec"]["ports"][0]["nodePort"]), (&json!("10.96.0.99"), &port));
+    let patched =
+        api.json(&format!("PATCH {services}/a"), json!({"metadata": {"labels": {"x": "y"}}})).await.ok();
+    assert_eq!(
+        (&patched["spec"]["clusterIP"], &patched["spec"]["ports"][0]["nodePort"]),
+        (&json!("10.96.0.99"), &port)
+    );
     api.send(&format!("DELETE {services}/a"), &[], "").await.ok();
     api.json(&format!("POST {services}"), service("b", Some("10.96.0.99"))).await.ok();
 }
