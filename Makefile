@@ -40,9 +40,9 @@ crash: test-needs
 	$(CARGO) build --locked -p minke -p minke-scenarios
 	target/debug/crash --rounds 50
 
-bench: build
-	$(CARGO) build --release --locked -p minke-scenarios
-	target/release/bench
+# The budgets, measured. ARGS are passed on: make bench ARGS=--help
+bench: needs
+	@CARGO="$(CARGO)" bench/run $(ARGS)
 
 clean:
 	$(CARGO) clean

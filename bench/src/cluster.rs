@@ -1,11 +1,13 @@
 //! Clusters to measure: started cold, watched while idle.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use minke_client::https::{HttpsClient, Identity};
+use minke_scenarios::cluster::TestCluster;
+use minke_scenarios::process::{cpu_time, memory_kib};
+use rustix::process::Pid;
 use tempfile::TempDir;
 use tokio::time::Instant;
 
@@ -13,11 +15,11 @@ use crate::{Args, Table, median};
 
 /// A running cluster in a directory of its own; purged when dropped.
 pub struct Cluster {
-    minke: PathBuf,
-    dir: TempDir,
+    cluster: TestCluster,
+    _dir: TempDir,
     pub identity: Identity,
-    /// Process id of the server.
-    pub pid: u32,
+    /// The server.
+    pub pid: Pid,
     /// How long `minke up` took.
     pub took: Duration,
 }
@@ -25,68 +27,32 @@ pub struct Cluster {
 impl Cluster {
     pub fn up(minke: &Path) -> Result<Cluster> {
         let dir = TempDir::with_prefix("minke-bench-")?;
-        let kubeconfig = dir.path().join("admin.kubeconfig");
+        let cluster = TestCluster::new(minke, &dir.path().join("data"))?;
         let start = Instant::now();
-        let up = Command::new(minke)
-            .args(["up", "--data-dir"])
-            .arg(dir.path().join("data"))
-            .arg("--kubeconfig")
-            .arg(&kubeconfig)
-            .output()?;
+        cluster.up()?;
         let took = start.elapsed();
-        if !up.status.success() {
-            bail!("minke up failed: {}{}", String::from_utf8_lossy(&up.stdout), String::from_utf8_lossy(&up.stderr));
-        }
-        let mut cluster = Cluster {
-            minke: minke.to_owned(),
-            identity: minke_cluster::kubeconfig::identity(&kubeconfig)?,
-            dir,
-            pid: 0,
-            took,
-        };
-        let status = cluster.minke(&["status", "-o", "json"])?;
-        let status: serde_json::Value = serde_json::from_str(&status)?;
-        cluster.pid = status["pid"].as_u64().context("status has a pid")? as u32;
-        Ok(cluster)
-    }
-
-    /// Runs a command of this cluster; returns what it printed.
-    pub fn minke(&self, args: &[&str]) -> Result<String> {
-        let output =
-            Command::new(&self.minke).args(args).arg("--data-dir").arg(self.dir.path().join("data")).output()?;
-        Ok(String::from_utf8(output.stdout)?)
+        let identity = minke_cluster::kubeconfig::identity(&cluster.kubeconfig())?;
+        Ok(Cluster { identity, pid: cluster.server_pid()?, cluster, _dir: dir, took })
     }
 
     pub fn client(&self) -> Result<HttpsClient> {
         Ok(HttpsClient::new(&self.identity)?)
     }
+
+    /// CPU time that the server has used, in seconds.
+    pub fn cpu_seconds(&self) -> Result<f64> {
+        Ok(cpu_time(self.pid)?.as_secs_f64())
+    }
 }
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        if let Err(error) = self.minke(&["down", "--purge"]) {
-            eprintln!("minke down failed: {error}");
+        match self.cluster.down() {
+            Ok(left) if left.is_empty() => (),
+            Ok(left) => eprintln!("left behind: {left:?}"),
+            Err(error) => eprintln!("minke down failed: {error}"),
         }
     }
-}
-
-/// CPU time that a process has used, in seconds.
-pub fn cpu_seconds(pid: u32) -> Result<f64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The name in parentheses may hold spaces; utime and stime are fields 14 and 15 of the line.
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    let ticks = |at: usize| fields.get(at).and_then(|field| field.parse::<f64>().ok());
-    let (user, system) = (ticks(11).context("utime")?, ticks(12).context("stime")?);
-    // USER_HZ is 100 on every Linux that Rust runs on.
-    Ok((user + system) / 100.0)
-}
-
-/// A figure of /proc/PID/`file` in kB, such as VmRSS of `status` or Pss of `smaps_rollup`.
-pub fn memory_kb(pid: u32, file: &str, field: &str) -> Result<f64> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/{file}"))?;
-    let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
-    let number = line.and_then(|line| line.split_whitespace().next()).context("no such field")?;
-    Ok(number.parse()?)
 }
 
 pub fn cold_start(args: &Args, table: &mut Table) -> Result<()> {
@@ -107,12 +73,14 @@ pub async fn idle(args: &Args, table: &mut Table) -> Result<()> {
     let cluster = Cluster::up(&args.minke)?;
     // What starting left to do is not idling.
     tokio::time::sleep(Duration::from_secs(args.seconds)).await;
-    let window = Duration::from_secs(args.seconds * 3);
-    let before = cpu_seconds(cluster.pid)?;
+    let window = Duration::from_secs(args.seconds * 6);
+    let before = cluster.cpu_seconds()?;
     tokio::time::sleep(window).await;
-    let used = cpu_seconds(cluster.pid)? - before;
-    let rss = memory_kb(cluster.pid, "status", "VmRSS")?;
-    table.add(memory, format!("{:.1} MB RSS", rss / 1024.0), "64 MB RSS");
-    table.add(cpu, format!("{:.2} % of a core", used * 100.0 / window.as_secs_f64()), "0.5 % of one core");
+    let used = cluster.cpu_seconds()? - before;
+    let figure = |name| memory_kib(cluster.pid.as_raw_pid(), "status", name).context("no such line");
+    let (rss, anonymous) = (figure("VmRSS")? as f64 / 1024.0, figure("RssAnon")? as f64 / 1024.0);
+    table.add(memory, format!("{rss:.1} MB RSS, {anonymous:.1} MB of it anonymous"), "64 MB RSS");
+    let text = format!("{:.2} % of a core over {} s", used * 100.0 / window.as_secs_f64(), window.as_secs());
+    table.add(cpu, text, "0.5 % of one core");
     Ok(())
 }

@@ -13,11 +13,12 @@ use http::{Method, Request};
 use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http2::SendRequest;
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use minke_scenarios::process::cpu_time;
+use rustix::process::Pid;
 use tempfile::TempDir;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
-use crate::cluster::cpu_seconds;
 use crate::{Args, Table};
 
 struct Etcd {
@@ -90,7 +91,8 @@ async fn put(sender: &SendRequest<Full<Bytes>>, address: &str, key: &str, value:
     sender.ready().await?;
     let answer = sender.send_request(request).await?;
     let body = answer.into_body().collect().await?;
-    let status = body.trailers().and_then(|trailers| trailers.get("grpc-status")).context("no gRPC status")?;
+    let status =
+        body.trailers().and_then(|trailers| trailers.get("grpc-status")).context("no gRPC status")?;
     ensure!(status == "0", "etcd refused a put: {status:?}");
     Ok(())
 }
@@ -115,8 +117,8 @@ pub async fn all(args: &Args, table: &mut Table) -> Result<()> {
         senders.push(sender);
     }
     let numbers = Arc::new(AtomicU64::new(0));
-    let pid = etcd.child.id();
-    let (cpu, start) = (cpu_seconds(pid)?, Instant::now());
+    let pid = Pid::from_child(&etcd.child);
+    let (cpu, start) = (cpu_time(pid)?, Instant::now());
     let end = start + Duration::from_secs(args.seconds);
     let tasks: Vec<_> = (0..64)
         .map(|client| {
@@ -136,7 +138,7 @@ pub async fn all(args: &Args, table: &mut Table) -> Result<()> {
         task.await??;
     }
     let done = numbers.load(Ordering::Relaxed) as f64;
-    let (took, cpu) = (start.elapsed().as_secs_f64(), cpu_seconds(pid)? - cpu);
+    let (took, cpu) = (start.elapsed().as_secs_f64(), (cpu_time(pid)? - cpu).as_secs_f64());
     table.add(what, format!("{:.0}/s, {:.0} per CPU-second", done / took, done / cpu.max(0.01)), "-");
     Ok(())
 }

@@ -18,7 +18,7 @@ use serde_json::json;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
-use crate::cluster::{Cluster, cpu_seconds};
+use crate::cluster::Cluster;
 use crate::{Args, Table};
 
 /// One HTTP/2 connection, over which requests go at once.
@@ -104,7 +104,7 @@ where
         connections.push(Connection::new(&cluster.identity).await?);
     }
     let numbers = Arc::new(AtomicU64::new(0));
-    let (cpu, start) = (cpu_seconds(cluster.pid)?, Instant::now());
+    let (cpu, start) = (cluster.cpu_seconds()?, Instant::now());
     let end = start + Duration::from_secs(seconds);
     let tasks: Vec<_> = (0..clients)
         .map(|client| {
@@ -123,19 +123,24 @@ where
     for task in tasks {
         done += task.await??;
     }
-    let (took, cpu) = (start.elapsed().as_secs_f64(), cpu_seconds(cluster.pid)? - cpu);
+    let (took, cpu) = (start.elapsed().as_secs_f64(), cluster.cpu_seconds()? - cpu);
     Ok(Rate { per_second: done as f64 / took, per_cpu_second: done as f64 / cpu.max(0.01) })
 }
 
 /// A ConfigMap of about a kilobyte that does not compress to nothing.
 fn config_map(name: &str) -> Bytes {
-    let data: String = (0..900u32).map(|n| char::from(b'a' + (n.wrapping_mul(2_654_435_761) >> 27) as u8 % 26)).collect();
-    Bytes::from(json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {"k": data}}).to_string())
+    let data: String =
+        (0..900u32).map(|n| char::from(b'a' + (n.wrapping_mul(2_654_435_761) >> 27) as u8 % 26)).collect();
+    Bytes::from(
+        json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {"k": data}})
+            .to_string(),
+    )
 }
 
 /// A pod that no scheduler takes, with as much in it as pods usually have.
 fn pod(name: &str) -> Bytes {
-    let env: Vec<_> = (0..10).map(|n| json!({"name": format!("VARIABLE_{n}"), "value": "some value"})).collect();
+    let env: Vec<_> =
+        (0..10).map(|n| json!({"name": format!("VARIABLE_{n}"), "value": "some value"})).collect();
     let pod = json!({
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {"name": name, "labels": {"app": "bench", "tier": "none"}},
@@ -173,7 +178,12 @@ pub async fn all(args: &Args, table: &mut Table) -> Result<()> {
                 connection.drained(Method::GET, PODS, Bytes::new()).await.map(|_| 1)
             };
             let rate = measure(&cluster, 4, args.seconds, one).await?;
-            let text = format!("{:.1}/s, {:.1} per CPU-second, {:.1} MB each", rate.per_second, rate.per_cpu_second, bytes as f64 / 1e6);
+            let text = format!(
+                "{:.1}/s, {:.1} per CPU-second, {:.1} MB each",
+                rate.per_second,
+                rate.per_cpu_second,
+                bytes as f64 / 1e6
+            );
             table.add(list, text, "20 x kube-apiserver's");
         }
     }
@@ -212,10 +222,11 @@ async fn fan_out(cluster: &Cluster, seconds: u64) -> Result<Rate> {
         }));
     }
     let writer = Connection::new(&cluster.identity).await?;
-    let (cpu, start, before) = (cpu_seconds(cluster.pid)?, Instant::now(), delivered.load(Ordering::Relaxed));
+    let (cpu, start, before) = (cluster.cpu_seconds()?, Instant::now(), delivered.load(Ordering::Relaxed));
     let mut written = 0;
     while start.elapsed() < Duration::from_secs(seconds) {
-        let batch = (0..8).map(|n| writer.drained(Method::POST, path, config_map(&format!("fan-{}", written + n))));
+        let batch =
+            (0..8).map(|n| writer.drained(Method::POST, path, config_map(&format!("fan-{}", written + n))));
         futures_util::future::try_join_all(batch).await?;
         written += 8;
         // What has been written must arrive before more is: a rate that watchers can't follow is no rate.
@@ -227,7 +238,7 @@ async fn fan_out(cluster: &Cluster, seconds: u64) -> Result<Rate> {
         }
     }
     let events = (delivered.load(Ordering::Relaxed) - before) as f64;
-    let (took, cpu) = (start.elapsed().as_secs_f64(), cpu_seconds(cluster.pid)? - cpu);
+    let (took, cpu) = (start.elapsed().as_secs_f64(), cluster.cpu_seconds()? - cpu);
     for watcher in watchers {
         watcher.abort();
     }

@@ -5,11 +5,12 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use futures_util::StreamExt;
 use minke_api::{FieldSelector, Kind, Object, Revision};
-use minke_client::{Client, DeleteOptions, Target, WatchEvent, WatchOptions};
+use minke_client::{Client, DeleteOptions, Propagation, Target, WatchEvent, WatchOptions};
+use minke_scenarios::process::{find, memory_kib};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::cluster::{Cluster, memory_kb};
+use crate::cluster::Cluster;
 use crate::{Args, Table, median};
 
 const IMAGE: &str = "minke.local/hello:v1";
@@ -43,7 +44,9 @@ async fn until(
         }
         anyhow::bail!("the watch ended")
     };
-    tokio::time::timeout(LIMIT, follow).await.with_context(|| format!("{} {name} took too long", kind.kind))?
+    tokio::time::timeout(LIMIT, follow)
+        .await
+        .with_context(|| format!("{} {name} took too long", kind.kind))?
 }
 
 fn template(labels: Value) -> Value {
@@ -81,15 +84,8 @@ async fn replicas(client: &dyn Client, name: &str, count: i64) -> Result<Duratio
 }
 
 /// Process ids of the shims of pods, by the name they are started under.
-fn shims() -> Vec<u32> {
-    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    processes
-        .filter_map(|entry| {
-            let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
-            let command = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-            (command.split(|byte| *byte == 0).next()? == b"minke-shim").then_some(pid)
-        })
-        .collect()
+fn shims() -> Vec<i32> {
+    find(|line| line.starts_with("minke-shim "))
 }
 
 pub async fn all(args: &Args, table: &mut Table) -> Result<()> {
@@ -108,12 +104,19 @@ pub async fn all(args: &Args, table: &mut Table) -> Result<()> {
         }
         table.add(run, format!("{:.0} ms p50", median(took)), "150 ms p50");
         let ours = shims().into_iter().filter(|pid| !before.contains(pid));
-        let sizes: Vec<f64> = ours.filter_map(|pid| memory_kb(pid, "smaps_rollup", "Pss").ok()).collect();
-        table.add(pss, format!("{:.2} MB PSS (of {} shims)", median(sizes.clone()) / 1024.0, sizes.len()), "2 MB PSS");
+        let sizes: Vec<f64> =
+            ours.filter_map(|pid| memory_kib(pid, "smaps_rollup", "Pss")).map(|kib| kib as f64).collect();
+        table.add(
+            pss,
+            format!("{:.2} MB PSS (of {} shims)", median(sizes.clone()) / 1024.0, sizes.len()),
+            "2 MB PSS",
+        );
         for n in 0..args.rounds * 4 {
             let name = format!("run-{n}");
             let target = Target::object(kind("", "pods"), "default", &name);
-            client.delete(target, DeleteOptions { grace_period: Some(0), ..DeleteOptions::default() }).await?;
+            client
+                .delete(target, DeleteOptions { grace_period: Some(0), ..DeleteOptions::default() })
+                .await?;
         }
     }
     if table.wants(hundred) {
@@ -121,10 +124,8 @@ pub async fn all(args: &Args, table: &mut Table) -> Result<()> {
         for round in 0..args.rounds.min(3) {
             let name = format!("hundred-{round}");
             took.push(replicas(&client, &name, 100).await?.as_secs_f64());
-            let options = DeleteOptions {
-                propagation: Some(minke_client::Propagation::Foreground),
-                ..DeleteOptions::default()
-            };
+            let options =
+                DeleteOptions { propagation: Some(Propagation::Foreground), ..DeleteOptions::default() };
             let target = Target::object(kind("apps", "deployments"), "default", &name);
             let from = client.get(target).await?.revision();
             client.delete(target, options).await?;

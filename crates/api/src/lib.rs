@@ -19,7 +19,7 @@ pub mod time;
 
 pub use field_errors::FieldErrors;
 pub use kind::{KINDS, Kind, Subresource};
-pub use quantity::Quantity;
 pub use object::{Draft, EncodeError, Key, Labels, Object, OwnerReference, Revision};
+pub use quantity::Quantity;
 pub use selector::{FieldSelector, LabelSelector, SelectorError};
 pub use status::{Cause, Details, ListMeta, Status};

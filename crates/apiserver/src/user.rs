@@ -54,7 +54,13 @@ pub enum Attributes<'a> {
 }
 
 impl<'a> Attributes<'a> {
-    pub fn of(verb: &'a str, kind: &'static Kind, subresource: &'a str, namespace: &'a str, name: &'a str) -> Self {
+    pub fn of(
+        verb: &'a str,
+        kind: &'static Kind,
+        subresource: &'a str,
+        namespace: &'a str,
+        name: &'a str,
+    ) -> Self {
         Attributes::Resource {
             verb,
             group: kind.group,

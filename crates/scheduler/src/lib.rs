@@ -80,7 +80,7 @@ pub async fn run(informers: Arc<Informers>, config: Config, stop: CancellationTo
     let client = informers.client().clone();
     let source = EventSource { component: NAME.to_owned(), host: String::new(), series: true };
     let mut scheduler = Scheduler {
-        events: EventRecorder::new(client.clone(), source, config.clock.clone(), stop.clone()),
+        events: EventRecorder::new(client.clone(), source, config.clock, stop.clone()),
         client,
         clock: config.clock,
         picture: Picture::default(),
