@@ -110,11 +110,11 @@ pub(crate) struct Shared {
     pub events: EventRecorder,
     pub clock: Clock,
     watches: Vec<&'static Kind>,
-    adopts: Option<&'static Kind>,
+    adopts: Vec<&'static Kind>,
     /// Uids of watched objects whose deletion was asked for, until the cache shows it.
     deleting: Mutex<HashSet<Arc<str>>>,
-    /// Objects of the kind that is adopted, without a controller. There are few of them.
-    orphans: Mutex<BTreeSet<Key>>,
+    /// Objects of the kinds that are adopted, without a controller. There are few of them.
+    orphans: Mutex<HashMap<&'static Kind, BTreeSet<Key>>>,
 }
 
 impl Shared {
@@ -124,7 +124,7 @@ impl Shared {
         events: EventRecorder,
         clock: Clock,
         watches: Vec<&'static Kind>,
-        adopts: Option<&'static Kind>,
+        adopts: Vec<&'static Kind>,
     ) -> Shared {
         let (deleting, orphans) = Default::default();
         Shared { client, informers, events, clock, watches, adopts, deleting, orphans }
@@ -137,10 +137,12 @@ impl Shared {
         if gone {
             lock(&self.deleting).remove(object.uid());
         }
-        if self.adopts == Some(object.kind()) {
+        if self.adopts.contains(&object.kind()) {
+            let mut orphans = lock(&self.orphans);
+            let orphans = orphans.entry(object.kind()).or_default();
             match &change.new {
-                Some(new) if new.controller().is_none() => lock(&self.orphans).insert(new.key().clone()),
-                _ => lock(&self.orphans).remove(object.key()),
+                Some(new) if new.controller().is_none() => orphans.insert(new.key().clone()),
+                _ => orphans.remove(object.key()),
             };
         }
     }
@@ -259,8 +261,8 @@ impl Ctx {
         }
     }
 
-    /// The children of `kind` (which the controller adopts) that are the owner's: those it controls and that match its selector. One that
-    /// no longer matches is released, and a matching orphan is adopted.
+    /// The children of `kind` (which the controller adopts) that are the owner's: those it controls and that
+    /// match its selector. One that no longer matches is released, and a matching orphan is adopted.
     pub async fn claim(
         &self,
         owner: &Object,
@@ -281,7 +283,8 @@ impl Ctx {
         let orphans: Vec<Key> = {
             let orphans = lock(&self.shared.orphans);
             let from = Key::new(owner.namespace(), "");
-            orphans.range(from.clone()..).take_while(|key| key.namespace == from.namespace).cloned().collect()
+            let known = orphans.get(kind).into_iter().flat_map(|orphans| orphans.range(from.clone()..));
+            known.take_while(|key| key.namespace == from.namespace).cloned().collect()
         };
         let informer = self.shared.informers.of(kind);
         let mut may_adopt = false;

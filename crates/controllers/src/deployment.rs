@@ -24,8 +24,8 @@ impl Controller for Deployments {
         vec![Kind::of::<Deployment>(), Kind::of::<ReplicaSet>(), Kind::of::<Pod>()]
     }
 
-    fn adopts(&self) -> Option<&'static Kind> {
-        Some(Kind::of::<ReplicaSet>())
+    fn adopts(&self) -> Vec<&'static Kind> {
+        vec![Kind::of::<ReplicaSet>()]
     }
 
     fn items(&self, ctx: &Shared, change: &Change) -> Vec<Item> {

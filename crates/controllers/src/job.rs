@@ -387,8 +387,8 @@ impl Controller for Jobs {
         vec![Kind::of::<Job>(), Kind::of::<Pod>()]
     }
 
-    fn adopts(&self) -> Option<&'static Kind> {
-        Some(Kind::of::<Pod>())
+    fn adopts(&self) -> Vec<&'static Kind> {
+        vec![Kind::of::<Pod>()]
     }
 
     fn items(&self, ctx: &Shared, change: &Change) -> Vec<Item> {

@@ -153,8 +153,8 @@ impl Controller for Sets {
         vec![(self.0.kind)(), Kind::of::<Pod>()]
     }
 
-    fn adopts(&self) -> Option<&'static Kind> {
-        Some(Kind::of::<Pod>())
+    fn adopts(&self) -> Vec<&'static Kind> {
+        vec![Kind::of::<Pod>()]
     }
 
     fn items(&self, ctx: &Shared, change: &Change) -> Vec<Item> {

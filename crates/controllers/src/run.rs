@@ -31,9 +31,9 @@ pub(crate) trait Controller: Send + Sync + 'static {
     /// The kinds whose changes matter. All are in the cache before the first item is worked on.
     fn watches(&self) -> Vec<&'static Kind>;
 
-    /// The watched kind whose ownerless objects this controller takes over.
-    fn adopts(&self) -> Option<&'static Kind> {
-        None
+    /// The watched kinds whose ownerless objects this controller takes over.
+    fn adopts(&self) -> Vec<&'static Kind> {
+        Vec::new()
     }
 
     /// The items that a change of a watched object may concern.
