@@ -11,6 +11,8 @@ mod decide;
 mod picture;
 mod plugins;
 mod queue;
+#[expect(dead_code, reason = "the loop that calls them is being written")]
+mod reserve;
 mod resources;
 
 use std::collections::{BTreeMap, HashSet};
