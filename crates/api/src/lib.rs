@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod codec;
+pub mod cron;
 mod field_errors;
 pub mod intstr;
 mod kind;
