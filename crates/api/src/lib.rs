@@ -16,6 +16,7 @@ pub mod schema;
 mod selector;
 mod status;
 pub mod table;
+pub mod storage;
 pub mod time;
 
 pub use field_errors::FieldErrors;

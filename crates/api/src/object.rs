@@ -263,6 +263,9 @@ fn field_text(kind: &Kind, value: &Value, path: &str) -> Option<Box<str>> {
         return component.or(reporting).map(Into::into);
     }
     if path == "status.podIPs" {
+    if let Some(name) = path.strip_prefix("metadata.annotations.") {
+        return value.get("metadata")?.get("annotations")?.get(name)?.as_str().map(Into::into);
+    }
         let ips = value.pointer("/status/podIPs").and_then(Value::as_array)?;
         let ips: Vec<&str> = ips.iter().filter_map(|ip| ip.get("ip")?.as_str()).collect();
         return Some(ips.join(",").into());
