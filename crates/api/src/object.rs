@@ -119,7 +119,7 @@ struct Header {
 #[derive(Debug, Clone)]
 pub struct Draft {
     header: Header,
-    /// Everything after the digits of the resourceVersion, from its closing quote on.
+    /// Everything after the resourceVersion, which is the first member of the metadata.
     tail: Bytes,
 }
 
@@ -128,7 +128,7 @@ pub struct Object {
     header: Header,
     revision: Revision,
     json: Bytes,
-    /// Length of `json` before the digits of the resourceVersion, and after them.
+    /// Length of `json` up to and with the resourceVersion.
     tail_at: usize,
     view: OnceLock<Arc<dyn Any + Send + Sync>>,
 }
@@ -153,7 +153,6 @@ impl Draft {
         let metadata = top.get("metadata").and_then(Value::as_object).ok_or(EncodeError::NotAnObject)?;
         let header = Header::read(kind, value, metadata)?;
         let mut tail = Vec::with_capacity(1024);
-        tail.push(b'"');
         for (name, value) in metadata.iter().filter(|(name, _)| *name != "resourceVersion") {
             write_member(&mut tail, name, value)?;
         }
@@ -164,7 +163,8 @@ impl Draft {
             write_member(&mut tail, name, value)?;
         }
         tail.push(b'}');
-        Ok(Draft { header, tail: tail.into() })
+        // The name is there, so something follows the first comma.
+        Ok(Draft { header, tail: Bytes::from(tail).slice(1..) })
     }
 
     pub fn kind(&self) -> &'static Kind {
@@ -199,11 +199,7 @@ fn write_member(out: &mut Vec<u8>, name: &str, value: &Value) -> Result<(), serd
 }
 
 fn prefix(kind: &Kind) -> String {
-    format!(
-        r#"{{"kind":"{}","apiVersion":"{}","metadata":{{"resourceVersion":""#,
-        kind.kind,
-        kind.api_version()
-    )
+    format!(r#"{{"kind":"{}","apiVersion":"{}","metadata":{{"#, kind.kind, kind.api_version())
 }
 
 impl Header {
@@ -263,12 +259,12 @@ fn field_text(kind: &Kind, value: &Value, path: &str) -> Option<Box<str>> {
         return component.or(reporting).map(Into::into);
     }
     if path == "status.podIPs" {
-    if let Some(name) = path.strip_prefix("metadata.annotations.") {
-        return value.get("metadata")?.get("annotations")?.get(name)?.as_str().map(Into::into);
-    }
         let ips = value.pointer("/status/podIPs").and_then(Value::as_array)?;
         let ips: Vec<&str> = ips.iter().filter_map(|ip| ip.get("ip")?.as_str()).collect();
         return Some(ips.join(",").into());
+    }
+    if let Some(name) = path.strip_prefix("metadata.annotations.") {
+        return value.get("metadata")?.get("annotations")?.get(name)?.as_str().map(Into::into);
     }
     let found = path.split('.').try_fold(value, |at, name| at.get(name));
     match found {
@@ -286,8 +282,13 @@ fn field_text(kind: &Kind, value: &Value, path: &str) -> Option<Box<str>> {
 impl Object {
     fn assemble(header: Header, tail: &[u8], revision: Revision) -> Object {
         let mut json = prefix(header.kind).into_bytes();
-        json.reserve_exact(tail.len() + 20);
-        json.extend_from_slice(itoa::Buffer::new().format(revision.0).as_bytes());
+        json.reserve_exact(tail.len() + 42);
+        // What was never stored has no revision.
+        if revision != Revision(0) {
+            json.extend_from_slice(br#""resourceVersion":""#);
+            json.extend_from_slice(itoa::Buffer::new().format(revision.0).as_bytes());
+            json.extend_from_slice(br#"","#);
+        }
         let tail_at = json.len();
         json.extend_from_slice(tail);
         Object { header, revision, json: json.into(), tail_at, view: OnceLock::new() }

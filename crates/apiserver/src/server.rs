@@ -12,6 +12,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::admission::quota;
 use crate::allocate::Allocator;
 use crate::authn::Authenticator;
 use crate::authz::Authorizer;
@@ -118,6 +119,7 @@ impl ApiServer {
         let informers = Informers::new(client, stop.clone());
         tasks.spawn(bootstrap::keep(informers, config.clone(), stop.clone()));
         tasks.spawn(expiry::run(config.store.clone(), config.clock, expiry::TTL, stop.clone()));
+        tasks.spawn(quota::keeper::run(config.store.clone(), config.clock, stop.clone()));
         for listener in listeners {
             tasks.spawn(http::listen(server.clone(), listener, tls.clone(), stop.clone()));
         }

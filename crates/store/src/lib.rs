@@ -58,9 +58,38 @@ pub enum Op {
         key: Key,
         expect: Expect,
     },
+    /// Replaces an object by what is made of it as it will be by then. A conflict when that is nothing; an object
+    /// that is not there is left so. It happens on the writer's thread, which others wait for: it must be quick.
+    Amend {
+        kind: &'static Kind,
+        key: Key,
+        amend: Amend,
+    },
+}
+
+/// Makes an object's next state of its last, or finds that it may not be changed.
+#[derive(Clone)]
+pub struct Amend(Arc<AmendFn>);
+
+type AmendFn = dyn Fn(&Object) -> Option<Draft> + Send + Sync;
+
+impl std::fmt::Debug for Amend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Amend")
+    }
 }
 
 impl Op {
+    /// A change that depends on what it changes, and on nothing else, so that it need not be tried again when
+    /// someone else was faster.
+    pub fn amend(
+        kind: &'static Kind,
+        key: Key,
+        amend: impl Fn(&Object) -> Option<Draft> + Send + Sync + 'static,
+    ) -> Op {
+        Op::Amend { kind, key, amend: Amend(Arc::new(amend)) }
+    }
+
     pub fn create(draft: Draft) -> Op {
         Op::Put { draft, expect: Expect::Absent }
     }
@@ -158,7 +187,7 @@ impl Store {
 
     /// Carries out all of `ops` or none, and returns once that is durable: the object as it was written,
     /// or, for a deletion, its last state at the revision of the deletion. Operations that did nothing
-    /// (a deletion of nothing under [`Expect::Any`]) have no result.
+    /// (a deletion of nothing under [`Expect::Any`], a change of what is not there) have no result.
     pub async fn commit(&self, ops: Vec<Op>) -> Result<Vec<Arc<Object>>, Error> {
         let (answer, answered) = oneshot::channel();
         self.queue.send(Message::Commit { ops, answer }).await.map_err(|_| Error::Closed)?;

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock};
 
-use minke_api::{Key, Kind, Object, Revision};
+use minke_api::{Draft, Key, Kind, Object, Revision};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::engine::{Batch, Engine, EngineError, Write};
@@ -46,6 +46,13 @@ struct Pending {
     /// Objects as they are after `writes`.
     overlay: HashMap<Place, Option<Arc<Object>>>,
     answers: Vec<(Answer, Vec<Arc<Object>>)>,
+}
+
+/// What an operation comes to, once it is known what it finds.
+enum Step {
+    Put(Box<Draft>),
+    Delete,
+    Nothing,
 }
 
 impl Writer {
@@ -105,21 +112,31 @@ impl Writer {
         let mut undo: Vec<(Place, Option<Option<Arc<Object>>>)> = Vec::new();
         let state = self.read();
         for (n, op) in ops.into_iter().enumerate() {
-            let (kind, key, expect) = match &op {
-                Op::Put { draft, expect } => (draft.kind(), draft.key().clone(), *expect),
-                Op::Delete { kind, key, expect } => (*kind, key.clone(), *expect),
+            let place = match &op {
+                Op::Put { draft, .. } => (draft.kind(), draft.key().clone()),
+                Op::Delete { kind, key, .. } | Op::Amend { kind, key, .. } => (*kind, key.clone()),
             };
-            let place = (kind, key);
+            let kind = place.0;
             let current = match pending.overlay.get(&place) {
                 Some(current) => current.clone(),
                 None => state.get(kind, &place.1).cloned(),
             };
-            let holds = match expect {
+            let is_at = |revision| current.as_ref().is_some_and(|object| object.revision() == revision);
+            let holds = |expect| match expect {
                 Expect::Any => true,
-                Expect::Absent => current.is_none() && matches!(op, Op::Put { .. }),
-                Expect::Revision(revision) => current.as_ref().is_some_and(|o| o.revision() == revision),
+                Expect::Absent => current.is_none(),
+                Expect::Revision(revision) => is_at(revision),
             };
-            if !holds {
+            let step = match op {
+                Op::Put { draft, expect } => holds(expect).then(|| Step::Put(Box::new(draft))),
+                Op::Delete { expect: Expect::Absent, .. } => None,
+                Op::Delete { expect, .. } => holds(expect).then_some(Step::Delete),
+                Op::Amend { amend, .. } => match &current {
+                    Some(old) => (amend.0)(old).map(|draft| Step::Put(Box::new(draft))),
+                    None => Some(Step::Nothing),
+                },
+            };
+            let Some(step) = step else {
                 for (place, before) in undo.into_iter().rev() {
                     match before {
                         Some(before) => pending.overlay.insert(place, before),
@@ -130,13 +147,13 @@ impl Writer {
                 pending.revision = start.1;
                 let _ = answer.send(Err(Error::Conflict { op: n, current }));
                 return;
-            }
+            };
             let revision = Revision(pending.revision.0 + 1);
-            let (change, object) = match (op, &current) {
-                (Op::Put { draft, .. }, None) => (Change::Added, draft.seal(revision)),
-                (Op::Put { draft, .. }, Some(_)) => (Change::Modified, draft.seal(revision)),
-                (Op::Delete { .. }, Some(old)) => (Change::Deleted, old.at_revision(revision)),
-                (Op::Delete { .. }, None) => continue,
+            let (change, object) = match (step, &current) {
+                (Step::Put(draft), None) => (Change::Added, draft.seal(revision)),
+                (Step::Put(draft), Some(_)) => (Change::Modified, draft.seal(revision)),
+                (Step::Delete, Some(old)) => (Change::Deleted, old.at_revision(revision)),
+                (Step::Delete, None) | (Step::Nothing, _) => continue,
             };
             let object = Arc::new(object);
             pending.revision = revision;

@@ -8,6 +8,7 @@ mod defaults;
 mod limits;
 mod namespace;
 mod pods;
+pub mod quota;
 mod service_account;
 #[cfg(test)]
 mod testing;

@@ -94,9 +94,6 @@ pub static ENDPOINTS: Strategy = Strategy {
         }
     },
     validate: validate_endpoints,
-    warnings: |_| {
-        vec!["v1 Endpoints is deprecated in v1.33+; use discovery.k8s.io/v1 EndpointSlice".to_owned()]
-    },
     create_on_update: true,
     ..Strategy::PLAIN
 };
@@ -166,28 +163,6 @@ pub static LIMIT_RANGE: Strategy = Strategy {
     },
     validate: validate_limit_range,
     create_on_update: true,
-    ..Strategy::PLAIN
-};
-
-pub static RESOURCE_QUOTA: Strategy = Strategy {
-    set_defaults: |quota| {
-        round_quantities(quota.object("spec").sub("hard"));
-        if let Some(status) = quota.sub("status") {
-            round_quantities(status.sub("hard"));
-            round_quantities(status.sub("used"));
-        }
-    },
-    validate: |quota, errors| {
-        for (name, value) in quota.at("spec").members("hard") {
-            let path = format!("spec.hard[{name}]");
-            check::name(name, &path, names::qualified_name, errors);
-            check::quantity(value, &path, errors);
-        }
-    },
-    validate_update: |new, old, errors| {
-        check::immutable(new.at("spec"), old.at("spec"), "spec", "scopes", errors)
-    },
-    returns_deleted: true,
     ..Strategy::PLAIN
 };
 

@@ -12,6 +12,7 @@ mod pod_spec;
 mod pod_validation;
 mod pod_warnings;
 mod policy;
+mod quota;
 pub mod resources;
 mod service;
 mod storage;
@@ -44,7 +45,7 @@ pub fn strategy(kind: &'static Kind) -> &'static Strategy {
         ("", "Pod") => &pod::POD,
         ("", "PodTemplate") => &pod::POD_TEMPLATE,
         ("", "ReplicationController") => &workloads::REPLICATION_CONTROLLER,
-        ("", "ResourceQuota") => &core::RESOURCE_QUOTA,
+        ("", "ResourceQuota") => &quota::RESOURCE_QUOTA,
         ("", "Secret") => &core::SECRET,
         ("", "Service") => &service::SERVICE,
         ("", "ServiceAccount") => &core::SERVICE_ACCOUNT,

@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::write::{Failure, encode};
 use super::{Call, ListQuery, Page, Registry, convert, meta};
-use crate::admission::{self, Operation};
+use crate::admission::{self, Operation, quota};
 use crate::kinds::tree::Tree;
 
 const ORPHAN: &str = "orphan";
@@ -68,6 +68,7 @@ impl Registry {
         admission::validate(&self.admission(), &request, &value)?;
         let kind = old.kind();
         let shown = |object: &Arc<Object>, gone| Deleted { object: convert::view(call.kind, object), gone };
+        let charges = quota::charges(&*self.snapshots, &request, Some(&value), None, self.now())?;
         match plan(kind, value, options, self.now()) {
             Plan::Nothing => Ok(shown(old, false)),
             Plan::Mark(mut value) => {
@@ -83,7 +84,7 @@ impl Registry {
             }
             Plan::Remove if call.dry_run => Ok(shown(old, true)),
             Plan::Remove => {
-                let object = self.commit_one(kind, old.name(), Op::delete(old)).await?;
+                let object = self.commit_charged(kind, old, Op::delete(old), &charges).await?;
                 self.release(old);
                 Ok(shown(&object, true))
             }

@@ -4,13 +4,16 @@
 //! what the store then expects to find, so that two writers never overwrite each other unseen.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use minke_api::{Draft, FieldErrors, Kind, Object, Status, schema};
-use minke_store::{Error, Op};
+use k8s_openapi::api::core::v1::{Namespace, Pod, ServiceAccount};
+use minke_api::{Draft, FieldErrors, Key, Kind, Object, Status, schema};
+use minke_store::{Change, Error, Op};
 use serde_json::Value;
 
 use super::body::{self, Body, Expected};
 use super::{Call, Registry, Written, convert, meta, store_status};
+use crate::admission::quota::{self, Charges};
 use crate::admission::{self, Operation};
 use crate::allocate::Allocation;
 use crate::kinds::tree::Tree;
@@ -19,6 +22,9 @@ use crate::validation;
 
 /// How often a generated name is tried, and a write whose object was changed meanwhile.
 const TRIES: usize = 8;
+/// The longest that a new pod waits for its service account: in a new namespace it is just being made.
+const ACCOUNT_PATIENCE: Duration = Duration::from_secs(1);
+const MIRROR: &str = "kubernetes.io/config.mirror";
 
 /// What of an object an update is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,6 +73,7 @@ impl Registry {
                 "resourceVersion should not be set on objects to be created",
             ));
         }
+        self.await_account(call, &body).await;
         let generated = !body.at("metadata").has("name") && body.at("metadata").has("generateName");
         for attempt in 0.. {
             let mut value = body.clone();
@@ -74,7 +81,7 @@ impl Registry {
                 let name = meta::generate_name(body.at("metadata").text("generateName"));
                 value.object("metadata").set("name", name);
             }
-            let (draft, allocation) = self.prepare_create(call, kind, value, &mut warnings)?;
+            let (draft, allocation, charges) = self.prepare_create(call, kind, value, &mut warnings)?;
             let name = draft.key().name.clone();
             if call.dry_run {
                 if self.store.get(kind, draft.key()).is_some() {
@@ -83,13 +90,18 @@ impl Registry {
                 let object = convert::view(call.kind, &Arc::new(draft.seal(minke_api::Revision(0))));
                 return Ok(Written { object, created: true, warnings });
             }
-            match self.store.commit(vec![Op::create(draft)]).await {
+            let ops = std::iter::once(Op::create(draft)).chain(charges.ops()).collect();
+            match self.store.commit(ops).await {
                 Ok(written) => {
+                    self.recount_missed(&charges, kind, call.namespace).await;
                     if let Some(allocation) = allocation {
                         allocation.commit();
                     }
                     let object = convert::view(call.kind, &written[0]);
                     return Ok(Written { object, created: true, warnings });
+                }
+                Err(Error::Conflict { op, current }) if op > 0 => {
+                    return Err(charges.refusal(op - 1, current.as_ref(), call.kind, &name));
                 }
                 Err(Error::Conflict { .. }) if generated && attempt < TRIES => {}
                 Err(Error::Conflict { .. }) => {
@@ -113,7 +125,7 @@ impl Registry {
         kind: &'static Kind,
         mut value: Value,
         warnings: &mut Vec<String>,
-    ) -> Result<(Draft, Option<Allocation>), Status> {
+    ) -> Result<(Draft, Option<Allocation>, Charges), Status> {
         let strategy = strategy(kind);
         let given_uid = call.dry_run.then(|| value.at("metadata").text("uid").to_owned());
         let uid = given_uid.filter(|uid| !uid.is_empty()).unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
@@ -138,7 +150,47 @@ impl Registry {
         errors.into_result(kind, &name)?;
         warnings.extend((strategy.warnings)(&value));
         warnings.extend(admission::validate(&admission, &request, &value)?);
-        Ok((encode(kind, &mut value)?, allocation))
+        let charges = quota::charges(&*self.snapshots, &request, None, Some(&value), self.now())?;
+        Ok((encode(kind, &mut value)?, allocation, charges))
+    }
+
+    /// Waits a little for the service account of a new pod, if its namespace is there and it is not.
+    async fn await_account(&self, call: &Call<'_>, pod: &Value) {
+        if call.kind != Kind::of::<Pod>() || pod.at("metadata").at("annotations").has(MIRROR) {
+            return;
+        }
+        let spec = pod.at("spec");
+        let given = [spec.text("serviceAccountName"), spec.text("serviceAccount"), "default"];
+        let name = given.into_iter().find(|name| !name.is_empty()).unwrap_or_default();
+        let (accounts, key) = (Kind::of::<ServiceAccount>(), Key::new(call.namespace, name));
+        if self.store.get(accounts, &key).is_some() {
+            return;
+        }
+        let namespace = self.store.get(Kind::of::<Namespace>(), &Key::new("", call.namespace));
+        if namespace.is_none_or(|namespace| namespace.deleted().is_some()) {
+            return;
+        }
+        let (found, mut changes) = self.store.snapshot_and_watch(accounts);
+        let made = async {
+            let mut there = found.objects.contains_key(&key);
+            while !there && let Ok(events) = changes.next().await {
+                there =
+                    events.iter().any(|event| event.change == Change::Added && *event.object.key() == key);
+            }
+        };
+        // Admission says what is missing.
+        let _ = tokio::time::timeout(ACCOUNT_PATIENCE, made).await;
+    }
+
+    /// Has the quotas counted anew that a write went past.
+    pub(super) async fn recount_missed(&self, charges: &Charges, kind: &'static Kind, namespace: &str) {
+        let missed = charges.missed(&*self.snapshots, kind, namespace);
+        // Should this fail, the next count puts it right.
+        if !missed.is_empty()
+            && let Err(error) = self.store.commit(missed).await
+        {
+            tracing::warn!(namespace, %error, "A quota is not counted anew");
+        }
     }
 
     /// Gives a Service the addresses and ports that it needs; they go back unless the allocation is committed.
@@ -211,11 +263,12 @@ impl Registry {
         }
         let admission = self.admission();
         let request = call.admission(Operation::Update, old.name(), Some(&old_value));
-        if part == Part::Status {
-            warnings.extend(admission::mutate(&admission, &request, &mut new)?);
-        } else {
+        // Nothing in the status of a Pod has a default, and no part of any object is written as often.
+        if part != Part::Status || kind.kind != "Pod" {
             (strategy.set_defaults)(&mut new);
-            warnings.extend(admission::mutate(&admission, &request, &mut new)?);
+        }
+        warnings.extend(admission::mutate(&admission, &request, &mut new)?);
+        if part != Part::Status {
             if part == Part::Main {
                 (strategy.prepare_update)(&mut new, &old_value);
             }
@@ -242,6 +295,8 @@ impl Registry {
         }
         warnings.extend(admission::validate(&admission, &request, &new)?);
         let gone = meta::is_finished(kind, &new);
+        let left = (!gone).then_some(&new);
+        let charges = quota::charges(&*self.snapshots, &request, Some(&old_value), left, self.now())?;
         let draft = encode(kind, &mut new)?;
         if !gone && draft.same_as(old) {
             return Ok(old.clone());
@@ -250,7 +305,7 @@ impl Registry {
             return Ok(Arc::new(draft.seal(old.revision())));
         }
         let op = if gone { Op::delete(old) } else { Op::replace(draft, old) };
-        let object = self.commit_one(kind, old.name(), op).await?;
+        let object = self.commit_charged(kind, old, op, &charges).await?;
         if let Some(allocation) = allocation {
             allocation.commit();
         }
@@ -264,6 +319,28 @@ impl Registry {
     pub(super) fn release(&self, gone: &Object) {
         if (gone.kind().group, gone.kind().kind) == ("", "Service") {
             self.allocator.release(&gone.value());
+        }
+    }
+
+    /// Commits one operation on what was read as `old`, and what it changes in quotas.
+    pub(super) async fn commit_charged(
+        &self,
+        kind: &'static Kind,
+        old: &Object,
+        op: Op,
+        charges: &Charges,
+    ) -> Result<Arc<Object>, Failure> {
+        let ops = std::iter::once(op).chain(charges.ops()).collect();
+        match self.store.commit(ops).await {
+            Ok(mut written) => {
+                self.recount_missed(charges, kind, old.namespace()).await;
+                Ok(written.remove(0))
+            }
+            Err(Error::Conflict { op: 0, .. }) => Err(Failure::Raced),
+            Err(Error::Conflict { op, current }) => {
+                Err(charges.refusal(op - 1, current.as_ref(), kind, old.name()).into())
+            }
+            Err(error) => Err(store_status(error, kind, old.name()).into()),
         }
     }
 

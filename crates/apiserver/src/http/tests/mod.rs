@@ -3,6 +3,7 @@
 mod deletion;
 mod https;
 mod lists;
+mod pods;
 mod reading;
 mod watches;
 mod writing;
