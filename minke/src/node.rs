@@ -59,7 +59,7 @@ pub async fn start(
         mtu: setting.mtu,
     });
     let pods = async {
-        let images = ImageStore::open(data.path(), RegistryConfig::load(&data.join("registries.json"))?)?;
+        let images = ImageStore::open(data.path(), RegistryConfig::in_dir(&data.join("registries")))?;
         if let Some(archive) = hello::missing(&images).await? {
             images.load(std::io::Cursor::new(archive), None, None).await?;
         }

@@ -79,7 +79,7 @@ impl ImageArgs {
     pub fn run(self, data: &DataDir, io: &mut Io) -> Result<()> {
         crate::up::require_root(data)?;
         data.create()?;
-        let store = ImageStore::open(data.path(), RegistryConfig::load(&data.join("registries.json"))?)?;
+        let store = ImageStore::open(data.path(), RegistryConfig::in_dir(&data.join("registries")))?;
         // Transfers are spread over a few threads by the store; this one only waits for them.
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(self.command.run(&store, io))

@@ -8,6 +8,8 @@ mod api;
 pub mod cgroup;
 mod device;
 mod files;
+#[doc(hidden)]
+pub mod fuzzing;
 mod image;
 mod local;
 mod seccomp;
@@ -17,6 +19,7 @@ mod sys;
 mod users;
 
 pub use api::*;
+pub use files::disk_use;
 pub use image::reference::Reference;
-pub use image::{ImageStore, Limits, Mirror, Prepared, RegistryConfig, unpack_layer};
+pub use image::{ImageStore, Limits, Prepared, RegistryConfig, unpack_layer};
 pub use local::{LocalRuntime, RuntimeConfig};

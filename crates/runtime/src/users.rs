@@ -27,7 +27,12 @@ pub fn resolve(rootfs: &Path, wanted: &User, image_user: &str) -> Result<Resolve
     resolve_with(&passwd, &group, wanted, image_user)
 }
 
-fn resolve_with(passwd: &str, group: &str, wanted: &User, image_user: &str) -> Result<Resolved, String> {
+pub(crate) fn resolve_with(
+    passwd: &str,
+    group: &str,
+    wanted: &User,
+    image_user: &str,
+) -> Result<Resolved, String> {
     let (image_name, image_group) = image_user.split_once(':').unwrap_or((image_user, ""));
     let name = wanted.user.as_deref().unwrap_or(image_name);
     let name = if name.is_empty() { "0" } else { name };

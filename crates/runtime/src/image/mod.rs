@@ -10,8 +10,10 @@
 
 mod archive;
 mod blobs;
+pub(crate) mod hosts;
 pub mod reference;
 mod registry;
+pub(crate) mod remote;
 mod unpack;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,7 +28,7 @@ use oci_spec::image::ImageConfiguration;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-pub use self::registry::{Mirror, RegistryConfig};
+pub use self::hosts::RegistryConfig;
 pub use self::unpack::Limits;
 
 use self::blobs::Blobs;
@@ -40,6 +42,9 @@ const LAYERS_MAX: usize = 127;
 /// Names of snapshots are this many hexadecimal digits of the chain's digest, so that 127 of them fit into
 /// the page that `mount` takes. The index knows the whole digest, and a clash is an error.
 const SNAPSHOT_NAME: usize = 24;
+
+/// Layers fetched at the same time, whatever number of pulls there is.
+const DOWNLOADS_MAX: usize = 8;
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 struct Index {
@@ -110,6 +115,8 @@ struct Inner {
     cached: Mutex<Option<(Stamp, Arc<Index>)>>,
     /// Pulls under way, so that the same one is not made twice.
     pulls: tokio::sync::Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    /// Layers that are being fetched, of all pulls together.
+    downloads: tokio::sync::Semaphore,
     /// One unpacking at a time for each snapshot.
     unpacking: Mutex<BTreeMap<String, Arc<Mutex<()>>>>,
 }
@@ -134,6 +141,7 @@ impl ImageStore {
                 registries,
                 cached: Mutex::new(None),
                 pulls: Default::default(),
+                downloads: tokio::sync::Semaphore::new(DOWNLOADS_MAX),
                 unpacking: Default::default(),
             }),
         };
@@ -391,7 +399,9 @@ impl ImageStore {
                 &container.path().join("container.json"),
             );
             match record {
-                Ok(Some(record)) => snapshots.extend(record.layers),
+                Ok(Some(record)) => {
+                    snapshots.extend(record.layers.into_iter().chain(record.mounted.into_iter().flatten()));
+                }
                 Ok(None) => {}
                 // What cannot be read may need anything.
                 Err(_) => return,
@@ -403,6 +413,17 @@ impl ImageStore {
                 let _ = fs::remove_dir_all(entry.path());
             }
         }
+    }
+}
+
+/// An index as another process may have left it: whatever is in it, looking into it is safe.
+pub(crate) fn fuzz_index(data: &[u8]) {
+    let Ok(index) = serde_json::from_slice::<Index>(data) else { return };
+    for (id, record) in &index.images {
+        let _ = (ImageStore::image(&index, id), record.layers.iter().map(Layer::snapshot).count());
+    }
+    for name in index.tags.keys().chain(index.digests.keys()) {
+        let _ = ImageStore::find(&index, name);
     }
 }
 

@@ -194,9 +194,9 @@ impl Unpacker {
             return Err(invalid(format!("{}: two sizes are given", path.display())));
         }
         let meta = Meta {
-            mode: header.mode()? & 0o7777,
-            uid: small_id(extended.uid.map_or_else(|| header.uid(), Ok)?)?,
-            gid: small_id(extended.gid.map_or_else(|| header.gid(), Ok)?)?,
+            mode: or_blank(&header.as_old().mode, header.mode().map(u64::from))? as u32 & 0o7777,
+            uid: small_id(extended.uid.map_or_else(|| or_blank(&header.as_old().uid, header.uid()), Ok)?)?,
+            gid: small_id(extended.gid.map_or_else(|| or_blank(&header.as_old().gid, header.gid()), Ok)?)?,
             times: times(extended.mtime.unwrap_or((header.mtime().unwrap_or(0) as i64, 0))),
         };
         let Some(name) = path.file_name().map(OsStr::to_owned) else {
@@ -492,6 +492,11 @@ struct Meta {
 fn times((seconds, nanos): (i64, i64)) -> Timestamps {
     let time = Timespec { tv_sec: seconds, tv_nsec: nanos };
     Timestamps { last_access: time, last_modification: time }
+}
+
+/// A field of a header that says nothing is zero, as Go reads it, and so every other tool for images.
+fn or_blank(field: &[u8], number: io::Result<u64>) -> io::Result<u64> {
+    if field.iter().all(|byte| matches!(byte, 0 | b' ')) { Ok(0) } else { number }
 }
 
 fn small_id(id: u64) -> io::Result<u32> {
