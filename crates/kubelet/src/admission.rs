@@ -1,6 +1,7 @@
 //! Whether this node can run a pod that was bound to it. Upstream: pkg/kubelet/lifecycle/predicate.go. Pure.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use k8s_openapi::api::core::v1 as core;
 use minke_api::Quantity;
@@ -15,6 +16,9 @@ pub fn check<'a>(
     node: Option<&core::Node>,
     allocatable: &BTreeMap<String, Quantity>,
 ) -> Option<(&'static str, String)> {
+    if let Some(refusal) = forbidden_sysctl(pod).or_else(|| confinement(pod)) {
+        return Some(refusal);
+    }
     let mut used: BTreeMap<&str, i64> = BTreeMap::new();
     let mut count = 0;
     for other in others {
@@ -50,6 +54,74 @@ pub fn check<'a>(
     if !fits(pod, node) {
         let message = "Predicate NodeAffinity failed: node(s) didn't match Pod's node affinity/selector";
         return Some(("NodeAffinity", message.to_owned()));
+    }
+    None
+}
+
+/// Kernel parameters that each pod has its own of, and that hurt nobody else.
+const SAFE_SYSCTLS: [&str; 12] = [
+    "kernel.shm_rmid_forced",
+    "net.ipv4.ip_local_port_range",
+    "net.ipv4.ip_local_reserved_ports",
+    "net.ipv4.ip_unprivileged_port_start",
+    "net.ipv4.ping_group_range",
+    "net.ipv4.tcp_fin_timeout",
+    "net.ipv4.tcp_keepalive_intvl",
+    "net.ipv4.tcp_keepalive_probes",
+    "net.ipv4.tcp_keepalive_time",
+    "net.ipv4.tcp_rmem",
+    "net.ipv4.tcp_syncookies",
+    "net.ipv4.tcp_wmem",
+];
+
+fn forbidden_sysctl(pod: &Pod) -> Option<(&'static str, String)> {
+    let spec = pod.spec();
+    let sysctls = spec.security_context.as_ref().and_then(|context| context.sysctls.as_ref());
+    for sysctl in sysctls.into_iter().flatten() {
+        let name = sysctl.name.replace('/', ".");
+        let (space, shared) = match name.starts_with("net.") {
+            true => ("net", spec.host_network == Some(true)),
+            false => ("ipc", spec.host_ipc == Some(true)),
+        };
+        let why = if !SAFE_SYSCTLS.contains(&name.as_str()) {
+            format!("\"{name}\" not allowlisted")
+        } else if shared {
+            format!("\"{name}\" not allowed with host {space} enabled")
+        } else {
+            continue;
+        };
+        return Some(("SysctlForbidden", format!("forbidden sysctl: {why}")));
+    }
+    None
+}
+
+/// Confinement that nobody would enforce is refused, instead of running the pod without it.
+fn confinement(pod: &Pod) -> Option<(&'static str, String)> {
+    let of_pod = pod.spec().security_context.as_ref();
+    let armored = |profile: &core::AppArmorProfile| profile.type_ != "Unconfined";
+    let labelled = |options: &core::SELinuxOptions| *options != core::SELinuxOptions::default();
+    let of_containers = || pod.containers().filter_map(|(_, c)| c.security_context.as_ref());
+    let annotated = pod.typed().metadata.annotations.iter().flatten().any(|(key, value)| {
+        key.starts_with("container.apparmor.security.beta.kubernetes.io/") && value != "unconfined"
+    });
+    if annotated
+        || of_pod.and_then(|c| c.app_armor_profile.as_ref()).is_some_and(armored)
+        || of_containers().any(|c| c.app_armor_profile.as_ref().is_some_and(armored))
+    {
+        let why = match Path::new("/sys/module/apparmor/parameters/enabled").exists() {
+            true => "AppArmor is not supported by the container runtime",
+            false => "AppArmor is not enabled on the host",
+        };
+        return Some(("AppArmor", format!("Cannot enforce AppArmor: {why}")));
+    }
+    if of_pod.and_then(|c| c.se_linux_options.as_ref()).is_some_and(labelled)
+        || of_containers().any(|c| c.se_linux_options.as_ref().is_some_and(labelled))
+    {
+        let why = match Path::new("/sys/fs/selinux/enforce").exists() {
+            true => "SELinux is not supported by the container runtime",
+            false => "SELinux is not enabled on the host",
+        };
+        return Some(("SELinux", format!("Cannot enforce SELinux: {why}")));
     }
     None
 }
@@ -133,6 +205,31 @@ mod tests {
             &many,
             Some("Node didn't have enough resource: pods, requested: 1, used: 3, capacity: 3"),
         );
+    }
+
+    #[test]
+    fn what_cannot_be_kept_is_refused() {
+        let sysctl = |name: &str, host: bool| json!({"hostNetwork": host, "securityContext": {"sysctls": [{"name": name, "value": "1"}]}});
+        refused(sysctl("net.ipv4.tcp_syncookies", false), &[], None);
+        refused(sysctl("net/ipv4/tcp_syncookies", false), &[], None);
+        let not_here =
+            Some("forbidden sysctl: \"net.ipv4.tcp_syncookies\" not allowed with host net enabled");
+        refused(sysctl("net.ipv4.tcp_syncookies", true), &[], not_here);
+        refused(
+            sysctl("kernel.msgmax", false),
+            &[],
+            Some("forbidden sysctl: \"kernel.msgmax\" not allowlisted"),
+        );
+        refused(json!({"securityContext": {"appArmorProfile": {"type": "Unconfined"}}}), &[], None);
+        refused(json!({"securityContext": {"seLinuxOptions": {}}}), &[], None);
+        let (armored, labelled) = (
+            json!({"securityContext": {"appArmorProfile": {"type": "RuntimeDefault"}}}),
+            json!({"containers": [{"name": "c", "securityContext": {"seLinuxOptions": {"level": "s0"}}}]}),
+        );
+        for (spec, reason) in [(armored, "AppArmor"), (labelled, "SELinux")] {
+            let got = check(&pod(json!({"spec": spec})), std::iter::empty(), None, &BTreeMap::new());
+            assert_eq!(got.map(|(reason, _)| reason), Some(reason));
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use k8s_openapi::api::core::v1 as core;
 use minke_runtime::{Capabilities, ContainerSpec, Image, Mount, SandboxSpec, Seccomp, User};
 
 use crate::env::expand;
-use crate::observed::{BACKOFF_ANNOTATION, IMAGE_ANNOTATION, IMAGE_ID_ANNOTATION};
+use crate::observed::{ASKED_IMAGE_ANNOTATION, BACKOFF_ANNOTATION, IMAGE_ANNOTATION, IMAGE_ID_ANNOTATION};
 use crate::pod::{Class, Pod};
 use crate::resources;
 
@@ -105,6 +105,8 @@ pub struct Inputs<'a> {
     pub seccomp_default: bool,
     /// Directory of localhost seccomp profiles.
     pub seccomp_dir: &'a Path,
+    /// Id of the container whose processes it sees.
+    pub pid_target: Option<String>,
 }
 
 /// The container for the runtime; the error is the message of `CreateContainerConfigError`.
@@ -188,9 +190,11 @@ pub fn container(
         stdin_once: container.stdin_once == Some(true),
         log_path: paths.log(pod, &container.name, inputs.attempt),
         oom_score_adj: Some(resources::oom_score_adj(pod, container, inputs.node_memory)),
+        pid_target: inputs.pid_target,
         labels: BTreeMap::from([(POD_UID_LABEL.to_owned(), pod.uid().to_owned())]),
         annotations: BTreeMap::from([
             (BACKOFF_ANNOTATION.to_owned(), inputs.backoff.as_millis().to_string()),
+            (ASKED_IMAGE_ANNOTATION.to_owned(), container.image.clone().unwrap_or_default()),
             (IMAGE_ANNOTATION.to_owned(), shown_image(container.image.as_deref(), inputs.image)),
             (
                 IMAGE_ID_ANNOTATION.to_owned(),
@@ -289,6 +293,7 @@ mod tests {
             cluster_domain: "cluster.local",
             seccomp_default: true,
             seccomp_dir: Path::new("/data/seccomp"),
+            pid_target: None,
         };
         container(&pod, Class::Main, &pod.spec().containers[0], &paths, inputs)
     }

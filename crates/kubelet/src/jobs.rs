@@ -1,6 +1,7 @@
 //! The work that a pod's worker gives out: each job acts on the runtime, the network or the API server,
 //! tells of it in events, and comes back with a [`Done`]. Nothing here decides what to do next.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Seek, SeekFrom};
 use std::net::IpAddr;
@@ -12,7 +13,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1 as core;
 use minke_client::Target;
-use minke_runtime::{ContainerStatus, SandboxSpec, SandboxState, SandboxStatus};
+use minke_runtime::{ContainerStatus, Resources, SandboxSpec, SandboxState, SandboxStatus};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -45,6 +46,10 @@ pub enum Done {
     NotStarted(StartFailure),
     TornDown {
         removed: bool,
+    },
+    Resized {
+        containers: Vec<(String, Resources)>,
+        pod: Option<Resources>,
     },
     Ok,
     /// To be tried again, later or when an object that the pod refers to changes.
@@ -99,6 +104,10 @@ pub async fn create_sandbox(context: Arc<Context>, pod: Pod, attempt: u32, old: 
         if let Err(why) = stop_sandbox(&context, &old).await {
             return failed(why);
         }
+    }
+    if pod.spec().host_users == Some(false) {
+        let why = "can't set `spec.hostUsers: false`, the runtime does not support user namespaces";
+        return failed(why.to_owned());
     }
     let mut spec =
         container::sandbox(&pod, &context.paths, &context.cgroup_root, &context.dns.domain, attempt);
@@ -184,6 +193,8 @@ pub struct Start {
     pub attempt: u32,
     pub backoff: SignedDuration,
     pub address: Option<IpAddr>,
+    /// Of an ephemeral container: the running container it looks at.
+    pub target: Option<String>,
     pub cancel: CancellationToken,
     pub worker: mpsc::UnboundedSender<Message>,
 }
@@ -231,7 +242,8 @@ async fn try_start(context: &Context, pod: &Pod, held: &Held, start: &Start) -> 
     let services = services(context, pod).await;
     let facts = context.facts(start.address);
     let env = env::build(pod, container, &services, &referenced, &facts).map_err(unfit)?;
-    let mounts = context.volumes.container_mounts(pod, container, &env).await.map_err(unfit)?;
+    let volumes = image_volumes(context, pod, container, held, start).await?;
+    let mounts = context.volumes.container_mounts(pod, container, &env, &volumes).await.map_err(unfit)?;
     let inputs = Inputs {
         attempt: start.attempt,
         backoff: start.backoff,
@@ -242,6 +254,7 @@ async fn try_start(context: &Context, pod: &Pod, held: &Held, start: &Start) -> 
         cluster_domain: &context.dns.domain,
         seccomp_default: context.seccomp_default,
         seccomp_dir: &context.seccomp_dir,
+        pid_target: pid_target(pod, start).map_err(unfit)?,
     };
     let spec = container::container(pod, class, container, &context.paths, inputs).map_err(unfit)?;
     if start.cancel.is_cancelled() {
@@ -263,6 +276,49 @@ async fn try_start(context: &Context, pod: &Pod, held: &Held, start: &Start) -> 
     started.map_err(|error| failed("RunContainerError", error.to_string()))?;
     context.events.normal(pod, Some(&start.name), "Started", "Container started");
     post_start(context, pod, container, &id, start).await
+}
+
+/// Has the images that the container mounts; their ids by the volumes' names.
+async fn image_volumes(
+    context: &Context,
+    pod: &Pod,
+    container: &core::Container,
+    held: &Held,
+    start: &Start,
+) -> Result<BTreeMap<String, String>, StartFailure> {
+    let mut ids = BTreeMap::new();
+    let mounted =
+        |volume: &&core::Volume| container.volume_mounts.iter().flatten().any(|m| m.name == volume.name);
+    for volume in pod.spec().volumes.iter().flatten().filter(mounted) {
+        let Some(source) = &volume.image else { continue };
+        let as_container = core::Container {
+            name: container.name.clone(),
+            image: source.reference.clone(),
+            image_pull_policy: source.pull_policy.clone(),
+            ..core::Container::default()
+        };
+        let image = tokio::select! {
+            image = context.images.ensure(pod, &as_container, held) => image,
+            () = start.cancel.cancelled() => return Err(StartFailure::default()),
+        };
+        let image = image.map_err(|failure| StartFailure {
+            reason: failure.reason,
+            message: failure.message,
+            pulled: failure.pulled,
+            on_change: false,
+        })?;
+        ids.insert(volume.name.clone(), image.id);
+    }
+    Ok(ids)
+}
+
+/// The id of the container whose processes an ephemeral one is to see.
+fn pid_target(pod: &Pod, start: &Start) -> Result<Option<String>, String> {
+    match (pod.target_of(&start.name), &start.target) {
+        (None, _) => Ok(None),
+        (Some(_), Some(id)) => Ok(Some(id.clone())),
+        (Some(name), None) => Err(format!("unable to find target container {name:?}")),
+    }
 }
 
 async fn tell_worker(context: &Context, id: &str, worker: &mpsc::UnboundedSender<Message>) {
@@ -357,6 +413,7 @@ pub struct Kill {
     pub deadline: Timestamp,
     /// The container was not asked to stop before.
     pub first: bool,
+    pub restart: bool,
     pub address: Option<IpAddr>,
     /// The address that must get no new connections before anything else happens.
     pub drain: Option<IpAddr>,
@@ -370,11 +427,12 @@ pub async fn kill(context: Arc<Context>, pod: Pod, kill: Kill) -> Done {
     if kill.first {
         let message = match kill.why {
             plan::Kill::Ending => format!("Stopping container {}", kill.name),
-            plan::Kill::Liveness => {
-                format!("Container {} failed liveness probe, will be restarted", kill.name)
-            }
-            plan::Kill::Startup => format!("Container {} failed startup probe, will be restarted", kill.name),
+            plan::Kill::Liveness => format!("Container {} failed liveness probe", kill.name),
+            plan::Kill::Startup => format!("Container {} failed startup probe", kill.name),
+            plan::Kill::Changed => format!("Container {} definition changed", kill.name),
+            plan::Kill::Resize => format!("Container {} resize requires restart", kill.name),
         };
+        let message = if kill.restart { format!("{message}, will be restarted") } else { message };
         context.events.normal(&pod, name, "Killing", message);
         if let Some((_, container)) = pod.container(&kill.name) {
             pre_stop(&context, &pod, container, &kill).await;
@@ -408,6 +466,38 @@ async fn pre_stop(context: &Context, pod: &Pod, container: &core::Container, kil
     if let Ok(Err(why)) = tokio::time::timeout(left, run_hook(&target, hook)).await {
         tracing::debug!(pod = %pod.long_name(), container = container.name, why, "PreStop hook failed");
         context.events.warning(pod, Some(&container.name), "FailedPreStopHook", "PreStopHook failed");
+    }
+}
+
+/// Sets new limits. What a pod may have grows before its containers' share, and shrinks after it.
+pub async fn resize(
+    context: Arc<Context>,
+    sandbox: Option<String>,
+    pod: Option<Resources>,
+    containers: Vec<(String, Resources)>,
+) -> Done {
+    let whole = sandbox.zip(pod);
+    let mut failure = None;
+    let mut done = vec![];
+    // Whether it grows is the kernel's to say: what it does not take now it takes when the parts are smaller.
+    let mut settled = whole.is_none();
+    if let Some((id, limits)) = &whole {
+        settled = context.runtime.update_sandbox(id, limits.clone()).await.is_ok();
+    }
+    for (id, limits) in containers {
+        match context.runtime.update_container(&id, limits.clone()).await {
+            Ok(()) => done.push((id, limits)),
+            Err(error) => failure = Some(error.to_string()),
+        }
+    }
+    if let (Some((id, limits)), false) = (&whole, settled)
+        && let Err(error) = context.runtime.update_sandbox(id, limits.clone()).await
+    {
+        failure = Some(error.to_string());
+    }
+    match failure {
+        None => Done::Resized { containers: done, pod: whole.map(|(_, limits)| limits) },
+        Some(why) => Done::Failed { why, on_change: true },
     }
 }
 

@@ -28,6 +28,7 @@ mod references;
 mod resources;
 mod server;
 mod status;
+mod resize;
 #[cfg(test)]
 mod testing;
 mod volumes;
@@ -145,6 +146,7 @@ impl Kubelet {
             paths,
             owners: worker::Owners::default(),
             node_name: config.node_name,
+            grants: resize::Grants::default(),
         });
         let pods =
             informers.selected(worker::pods(), FieldSelector::equal("spec.nodeName", &context.node_name));

@@ -12,6 +12,8 @@ pub const BACKOFF_ANNOTATION: &str = "minke.io/restart-backoff-ms";
 /// Annotation of a container: what the pod's status shows as `image` and `imageID`.
 pub const IMAGE_ANNOTATION: &str = "minke.io/image";
 pub const IMAGE_ID_ANNOTATION: &str = "minke.io/image-id";
+/// Annotation of a container: its image as the pod named it, to see when that changes.
+pub const ASKED_IMAGE_ANNOTATION: &str = "minke.io/asked-image";
 /// Annotation of a sandbox: its address, which so outlives the agent.
 pub const ADDRESS_ANNOTATION: &str = "minke.io/address";
 
@@ -26,6 +28,7 @@ pub enum Job {
     Kill(String, u32),
     RemoveContainer(String),
     RemoveSandbox(String),
+    Resize,
     Teardown,
     Delete,
 }
@@ -134,6 +137,12 @@ pub struct Observed {
     pub probes: BTreeMap<String, Probes>,
     /// Deadlines of the kills under way, by container id, and how many were asked for.
     pub kills: BTreeMap<String, (Timestamp, u32)>,
+    /// Containers that were killed so that they run again, by id; true when at once.
+    pub restarting: BTreeMap<String, bool>,
+    /// A resize that the node has no room for.
+    pub resize_pending: Option<crate::resize::Pending>,
+    /// Why the last attempt at a resize failed.
+    pub resize_error: Option<String>,
     /// What containers left as their last words, by container id.
     pub messages: BTreeMap<String, String>,
     /// Back-offs that an event told of, by container id or name.
@@ -210,6 +219,7 @@ impl Observed {
         self.messages.remove(id);
         self.probes.remove(id);
         self.kills.remove(id);
+        self.restarting.remove(id);
         self.announced.remove(id);
     }
 }

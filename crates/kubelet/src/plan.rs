@@ -6,10 +6,11 @@
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1 as core;
-use minke_runtime::{ContainerState, ContainerStatus, SandboxState};
+use minke_runtime::{ContainerState, ContainerStatus, Resources, SandboxState};
 
-use crate::observed::{Cause, Cleanup, Ending, Job, Observed, ProbeState, backoff};
+use crate::observed::{ASKED_IMAGE_ANNOTATION, Cause, Cleanup, Ending, Job, Observed, ProbeState, backoff};
 use crate::pod::{Class, Pod};
+use crate::resources;
 
 /// What is left to a sidecar when the others have used up the grace period.
 const LEAST_GRACE: SignedDuration = SignedDuration::from_secs(2);
@@ -33,6 +34,13 @@ pub enum Action {
         name: String,
         why: Kill,
         deadline: Timestamp,
+        /// It runs again afterwards, whatever it ends with.
+        restart: bool,
+    },
+    /// Gives running containers, by id, and the pod's cgroup new limits.
+    Resize {
+        containers: Vec<(String, Resources)>,
+        pod: Option<Resources>,
     },
     RemoveContainer(String),
     RemoveSandbox(String),
@@ -55,6 +63,10 @@ pub enum Kill {
     Ending,
     Liveness,
     Startup,
+    /// The container's image is another now.
+    Changed,
+    /// Its new resources hold only for a new container.
+    Resize,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -79,6 +91,7 @@ pub fn plan(pod: &Pod, o: &Observed, now: Timestamp) -> Plan {
     match &o.ending {
         None => {
             plan_probes(pod, o, now, &mut plan);
+            plan_changes(pod, o, now, &mut plan);
             plan_run(pod, o, now, &mut plan);
             plan_garbage(o, &mut plan);
         }
@@ -159,13 +172,21 @@ pub fn fate(pod: &Pod, class: Class, container: &core::Container, o: &Observed) 
             if class == Class::Init && stale && !main_has_run(pod, o) {
                 return Fate::Start;
             }
-            if !restarts(pod, class, container, code) {
+            let killed_for_it = o.restarting.get(&latest.id);
+            if killed_for_it.is_none() && !restarts(pod, class, container, code) {
                 return Fate::Done { ok: code == 0 };
             }
-            let (delay, _) = backoff(latest);
+            // Another image may do better, and is tried at once.
+            let at_once = killed_for_it == Some(&true) || is_changed(container, latest);
+            let delay = if at_once { SignedDuration::ZERO } else { backoff(latest).0 };
             Fate::Restart { at: latest.finished_at.unwrap_or(latest.created_at) + delay, delay }
         }
     }
+}
+
+/// Whether the pod names another image than the one `made` was made from.
+fn is_changed(container: &core::Container, made: &ContainerStatus) -> bool {
+    made.annotations.get(ASKED_IMAGE_ANNOTATION).is_some_and(|asked| Some(asked) != container.image.as_ref())
 }
 
 /// Whether a container that ended with `code` is to run again.
@@ -238,12 +259,52 @@ fn plan_probes(pod: &Pod, o: &Observed, now: Timestamp, plan: &mut Plan) {
         }
         let grace = probe.as_ref().and_then(|probe| probe.termination_grace_period_seconds);
         let grace = grace.or(pod.spec().termination_grace_period_seconds).unwrap_or(30).max(1);
+        let policy = container.restart_policy.as_deref().unwrap_or(pod.restart_policy());
         plan.actions.push(Action::Kill {
             id: running.id.clone(),
             name: running.name.clone(),
             why,
             deadline: now + SignedDuration::from_secs(grace),
+            restart: policy != "Never",
         });
+    }
+}
+
+/// What of the specification changed since the containers were started: an image means another container,
+/// resources mean other limits, of the container that runs or of another one, as its `resizePolicy` says.
+fn plan_changes(pod: &Pod, o: &Observed, now: Timestamp, plan: &mut Plan) {
+    let grace = SignedDuration::from_secs(pod.spec().termination_grace_period_seconds.unwrap_or(30).max(1));
+    let mut resized = vec![];
+    for running in o.all_containers().filter(|c| c.state == ContainerState::Running) {
+        let Some((class, container)) = pod.container(&running.name) else { continue };
+        if !matches!(class, Class::Main | Class::Sidecar) || o.kills.contains_key(&running.id) {
+            continue;
+        }
+        let wanted = resources::of_container(container);
+        let why = if is_changed(container, running) {
+            Kill::Changed
+        } else if resources::same(&wanted, &running.resources) {
+            continue;
+        } else if resources::resize_restarts(container, &wanted, &running.resources) {
+            Kill::Resize
+        } else {
+            resized.push((running.id.clone(), resources::explicit(wanted)));
+            continue;
+        };
+        plan.actions.push(Action::Kill {
+            id: running.id.clone(),
+            name: running.name.clone(),
+            why,
+            deadline: now + grace,
+            restart: true,
+        });
+    }
+    let wanted = resources::of_pod(pod);
+    let known = o.ready_sandbox().map(|sandbox| &sandbox.spec.resources);
+    let whole = known.is_some_and(|known| !resources::same(&wanted, known));
+    if (whole || !resized.is_empty()) && can(o, &Job::Resize, now, plan) {
+        let pod = whole.then(|| resources::explicit(wanted));
+        plan.actions.push(Action::Resize { containers: resized, pod });
     }
 }
 
@@ -379,6 +440,7 @@ fn plan_end(pod: &Pod, o: &Observed, ending: &Ending, now: Timestamp, plan: &mut
                 name: victim.name.clone(),
                 why: Kill::Ending,
                 deadline,
+                restart: false,
             });
         }
     }

@@ -51,6 +51,19 @@ impl Pod {
         Some(Pod { object, typed, ephemeral })
     }
 
+    /// The same pod with other resources for the containers that `of` knows by name.
+    pub fn with_resources(&self, of: impl Fn(&str) -> Option<core::ResourceRequirements>) -> Pod {
+        let mut typed = (*self.typed).clone();
+        if let Some(spec) = &mut typed.spec {
+            for container in spec.containers.iter_mut().chain(spec.init_containers.iter_mut().flatten()) {
+                if let Some(resources) = of(&container.name) {
+                    container.resources = Some(resources);
+                }
+            }
+        }
+        Pod { typed: Arc::new(typed), ..self.clone() }
+    }
+
     pub fn object(&self) -> &Arc<Object> {
         &self.object
     }
@@ -121,6 +134,13 @@ impl Pod {
         let main = self.spec().containers.iter().map(|container| (Class::Main, container));
         let ephemeral = self.ephemeral.iter().map(|container| (Class::Ephemeral, container));
         init.chain(main).chain(ephemeral)
+    }
+
+    /// The container that an ephemeral one, by name, is to look at.
+    pub fn target_of(&self, name: &str) -> Option<&str> {
+        let mut ephemeral = self.spec().ephemeral_containers.iter().flatten();
+        let found = ephemeral.find(|container| container.name == name)?;
+        found.target_container_name.as_deref().filter(|target| !target.is_empty())
     }
 
     pub fn container(&self, name: &str) -> Option<(Class, &core::Container)> {

@@ -3,6 +3,8 @@
 //! The arithmetic is upstream's (pkg/kubelet/cm/helpers_linux.go, pkg/kubelet/qos/policy.go), in cgroup v1's
 //! units, which is what the runtime takes.
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::api::core::v1 as core;
 use minke_api::Quantity;
 use minke_runtime::Resources;
@@ -79,8 +81,53 @@ pub fn of_container(container: &core::Container) -> Resources {
         cpu_quota_us: cpu_limit.map(quota),
         cpu_period_us: cpu_limit.map(|_| QUOTA_PERIOD_US),
         memory_limit: limit(resources, "memory").map(Quantity::value).filter(|bytes| *bytes > 0),
+        hugepages: hugepages(resources),
+        oom_group: true,
         ..Resources::default()
     }
+}
+
+/// Limits in bytes by page size, as the kernel names it: `hugepages-2Mi` is `2MB`.
+fn hugepages(resources: Option<&core::ResourceRequirements>) -> BTreeMap<String, u64> {
+    let limits = resources.and_then(|resources| resources.limits.as_ref()).into_iter().flatten();
+    let pages = limits.filter_map(|(name, limit)| {
+        let size = Quantity::parse(name.strip_prefix("hugepages-")?).ok()?.value();
+        let name = match size {
+            size if size >= 1 << 30 => format!("{}GB", size >> 30),
+            size if size >= 1 << 20 => format!("{}MB", size >> 20),
+            size => format!("{}KB", size >> 10),
+        };
+        Some((name, u64::try_from(Quantity::try_from(limit).ok()?.value()).ok()?))
+    });
+    pages.collect()
+}
+
+/// Whether two sets of values limit cpu and memory alike; -1 and nothing are the same.
+pub fn same(one: &Resources, other: &Resources) -> bool {
+    let values = |r: &Resources| {
+        let limited = |value: Option<i64>| value.filter(|value| *value > 0);
+        (r.cpu_shares, limited(r.cpu_quota_us), limited(r.memory_limit))
+    };
+    values(one) == values(other)
+}
+
+/// The same values with what is not limited said, so that they lift older limits.
+pub fn explicit(mut resources: Resources) -> Resources {
+    resources.cpu_period_us.get_or_insert(QUOTA_PERIOD_US);
+    resources.cpu_quota_us.get_or_insert(-1);
+    resources.memory_limit.get_or_insert(-1);
+    resources
+}
+
+/// Whether what changed from `old` to `new` holds only for a new container, as `resizePolicy` has it.
+pub fn resize_restarts(container: &core::Container, new: &Resources, old: &Resources) -> bool {
+    let restarts = |name: &str| {
+        let policies = container.resize_policy.iter().flatten();
+        policies.filter(|p| p.resource_name == name).any(|p| p.restart_policy == "RestartContainer")
+    };
+    let memory = Resources { memory_limit: old.memory_limit, ..new.clone() };
+    let (memory_changed, cpu_changed) = (!same(&memory, new), !same(&memory, old));
+    (memory_changed && restarts("memory")) || (cpu_changed && restarts("cpu"))
 }
 
 /// What containers need together: those that run side by side summed up, or one init container with the
@@ -175,7 +222,15 @@ mod tests {
 
     #[test]
     fn limits_become_cgroup_values() {
-        let shares = |n| Resources { cpu_shares: Some(n), ..Resources::default() };
+        let shares = |n| Resources { cpu_shares: Some(n), oom_group: true, ..Resources::default() };
+        check(
+            json!({"limits": {"hugepages-2Mi": "4Mi", "hugepages-1Gi": "1Gi"}}),
+            "BestEffort",
+            Resources {
+                hugepages: [("2MB".to_owned(), 4 << 20), ("1GB".to_owned(), 1 << 30)].into(),
+                ..shares(2)
+            },
+        );
         check(json!({}), "BestEffort", shares(2));
         check(json!({"requests": {"cpu": "500m"}}), "Burstable", shares(512));
         check(

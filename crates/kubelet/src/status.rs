@@ -14,9 +14,16 @@ use serde_json::{Map, Value, json};
 use crate::observed::{Cause, IMAGE_ANNOTATION, IMAGE_ID_ANNOTATION, Observed};
 use crate::plan::{self, Fate};
 use crate::pod::{Class, Pod, go_duration};
+use crate::{resize, resources};
 
 /// Scheme of container ids.
 pub const ID_PREFIX: &str = "minke://";
+
+/// Conditions of ours that come and go.
+pub const PASSING: [&str; 2] = [resize::PENDING, resize::IN_PROGRESS];
+
+/// Bytes of all last words of a pod together.
+const WORDS_MAX: usize = 12 << 10;
 
 /// The keys of `status` that the agent writes; the rest is others'.
 const KEYS: [&str; 12] = [
@@ -78,6 +85,7 @@ pub fn status(
         }
         _ => phase(pod, &inits, &containers, false),
     };
+    cut_words(&mut [&mut inits, &mut containers]);
     let rejected = o.rejected.is_some();
     let address = if pod.host_network() { Some(host_ip) } else { o.address() };
     let pod_ip = address.map(|ip| ip.to_string()).or_else(|| previous.pod_ip.clone());
@@ -98,6 +106,20 @@ pub fn status(
         ephemeral_container_statuses: statuses(|class| class == Class::Ephemeral),
         observed_generation: Some(pod.object().generation()).filter(|generation| *generation > 0),
         ..core::PodStatus::default()
+    }
+}
+
+/// All last words of a pod together are limited; each container gets its part of that.
+fn cut_words(lists: &mut [&mut Vec<core::ContainerStatus>]) {
+    let count: usize = lists.iter().map(|list| list.len()).sum();
+    let most = WORDS_MAX / count.max(1);
+    for status in lists.iter_mut().flat_map(|list| list.iter_mut()) {
+        for state in [&mut status.state, &mut status.last_state].into_iter().flatten() {
+            let words = state.terminated.as_mut().and_then(|terminated| terminated.message.as_mut());
+            if let Some(words) = words.filter(|words| words.len() > most) {
+                words.truncate(words.floor_char_boundary(most));
+            }
+        }
     }
 }
 
@@ -231,10 +253,27 @@ fn container_status(
             .as_ref()
             .and_then(|r| r.requests.clone())
             .filter(|_| running),
-        resources: container.resources.clone().filter(|_| running),
+        // Until new limits hold, the old ones are what there is.
+        resources: match latest {
+            Some(latest)
+                if running && !resources::same(&resources::of_container(container), &latest.resources) =>
+            {
+                known.and_then(|known| known.resources.clone())
+            }
+            _ => container.resources.clone().filter(|_| running),
+        },
         state: Some(state),
         ..core::ContainerStatus::default()
     }
+}
+
+/// Whether a container runs under other limits than it was granted.
+pub fn is_resizing(pod: &Pod, o: &Observed) -> bool {
+    o.all_containers().filter(|c| c.state == ContainerState::Running).any(|c| {
+        let found = pod.container(&c.name).filter(|(class, _)| matches!(class, Class::Main | Class::Sidecar));
+        found
+            .is_some_and(|(_, container)| !resources::same(&resources::of_container(container), &c.resources))
+    })
 }
 
 fn known_status<'a>(status: &'a core::PodStatus, name: &str) -> Option<&'a core::ContainerStatus> {
@@ -435,13 +474,23 @@ fn conditions(
         return previous.conditions.clone().unwrap_or_default();
     }
     let scheduled = Verdict::yes("");
-    for (kind, verdict) in [
+    let mut all = vec![
         ("PodReadyToStartContainers", Verdict { ok: connected, ..Verdict::default() }),
         ("Initialized", initialized(pod, phase, inits, mains)),
         ("Ready", ready),
         ("ContainersReady", containers),
         ("PodScheduled", scheduled),
-    ] {
+    ];
+    if let Some(pending) = &o.resize_pending {
+        let (reason, message) = (pending.reason, pending.message.clone());
+        all.push((resize::PENDING, Verdict { ok: true, reason, message }));
+    }
+    if o.ending.is_none() && is_resizing(pod, o) {
+        let reason = if o.resize_error.is_some() { "Error" } else { "" };
+        let message = o.resize_error.clone().unwrap_or_default();
+        all.push((resize::IN_PROGRESS, Verdict { ok: true, reason, message }));
+    }
+    for (kind, verdict) in all {
         let status = if verdict.ok { "True" } else { "False" };
         let known = previous.conditions.iter().flatten().find(|c| c.type_ == kind);
         let since = known.filter(|c| c.status == status).and_then(|c| c.last_transition_time.clone());
@@ -576,6 +625,12 @@ fn changed_conditions(before: Option<&Value>, after: &Value) -> Option<Value> {
         }
         changed.push(condition);
     }
+    let is_gone = |kind: &str| {
+        let has = |list: &[Value]| list.iter().any(|condition| condition["type"] == kind);
+        has(before) && !has(after.as_array().map_or(&[][..], Vec::as_slice))
+    };
+    let gone = PASSING.into_iter().filter(|kind| is_gone(kind));
+    changed.extend(gone.map(|kind| json!({"type": kind, "$patch": "delete"})));
     Some(Value::Array(changed))
 }
 

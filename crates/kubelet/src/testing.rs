@@ -92,6 +92,7 @@ impl World {
             seccomp_dir: self.dir.join("seccomp"),
             paths,
             owners: Owners::default(),
+            grants: crate::resize::Grants::default(),
         });
         let pods = informers.selected(crate::worker::pods(), FieldSelector::equal("spec.nodeName", "n"));
         let nodes = informers.of_type::<core::Node>();
@@ -416,6 +417,11 @@ impl Runtime for FakeRuntime {
     }
 
     async fn update_container(&self, _: &str, _: Resources) -> Result<()> {
+    async fn update_sandbox(&self, id: &str, _: Resources) -> Result<()> {
+        self.note("limit", id);
+        Ok(())
+    }
+
         Ok(())
     }
 

@@ -15,9 +15,11 @@ use k8s_openapi::api::core::v1 as core;
 use minke_api::{Kind, Object, Quantity, Status};
 use minke_client::{Client, DeleteOptions, Informer, Patch, Target};
 use minke_network::EndpointDrain;
-use minke_runtime::{ContainerState, ContainerStatus, Event, Runtime, SandboxState, SandboxStatus};
+use minke_runtime::{
+    ContainerState, ContainerStatus, Event, Resources, Runtime, SandboxState, SandboxStatus,
+};
 use serde_json::Value;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
@@ -34,6 +36,7 @@ use crate::pod::{Class, Pod};
 use crate::probes;
 use crate::references::{Held, References};
 use crate::status;
+use crate::resize;
 use crate::volumes::{self, Tokens, Volumes};
 
 /// What all workers of a node share.
@@ -61,6 +64,7 @@ pub struct Context {
     pub seccomp_dir: PathBuf,
     pub owners: Owners,
 }
+    pub grants: resize::Grants,
 
 /// Which pod a sandbox is of, for events of the runtime that name only the sandbox.
 #[derive(Default)]
@@ -119,7 +123,13 @@ pub struct Worker {
     context: Arc<Context>,
     pod: Pod,
     o: Observed,
+    /// With the resources that were granted.
     held: Held,
+    /// As the API server has it.
+    asked: Pod,
+    /// A resize was granted and is not told of as done.
+    resizing: bool,
+    freed: watch::Receiver<()>,
     tokens: Tokens,
     /// When the contents of volumes must be looked at again.
     volumes_due: Option<Timestamp>,
@@ -159,9 +169,17 @@ impl Worker {
         let told = Told { last, written, writing: JoinSet::new(), retry: None };
         let mut worker = Worker {
             context,
+        let (asked, pod) = (pod.clone(), resize::resumed(pod));
+        if rejected.is_none() {
+            context.grants.grant(&pod);
+        }
+        let freed = context.grants.subscribe();
             pod,
             o: Observed { rejected, ..Observed::default() },
             held: Held::default(),
+            asked,
+            resizing: false,
+            freed,
             tokens: Tokens::default(),
             volumes_due: None,
             image_failures: HashMap::new(),
@@ -229,6 +247,9 @@ impl Worker {
                 Some(written) = self.told.writing.join_next() => self.take_written(written),
                 () = sleep => {}
             }
+                Ok(()) = self.freed.changed(), if self.o.resize_pending.is_some() => {
+                    self.take_pod(self.asked.clone());
+                }
         }
     }
 
@@ -301,12 +322,14 @@ impl Worker {
         };
         let relabelled = metadata(&pod) != metadata(&self.pod);
         let respecified = pod.spec() != self.pod.spec();
+        self.asked = pod.clone();
+        let pod = self.grant(pod);
         self.pod = pod;
         if respecified {
             let (context, me) = (self.context.clone(), self.me.clone());
             self.hold(&context, &me);
         }
-        if relabelled && volumes::are_live(&self.pod) {
+        if (relabelled || respecified) && volumes::are_live(&self.pod) {
             self.volumes_due = Some(Timestamp::now());
         }
         // Readiness gates are conditions that others write.
@@ -318,10 +341,68 @@ impl Worker {
                 .filter(|theirs| !ours.iter().any(|ours| ours.type_ == theirs.type_))
                 .collect::<Vec<_>>(),
         );
+                .filter(|theirs| !status::PASSING.contains(&theirs.type_.as_str()))
     }
 
     fn take_container(&mut self, status: ContainerStatus) {
         let id = status.id.clone();
+    /// The pod with the resources it gets: those it asks for if there is room, else those it has.
+    fn grant(&mut self, pod: Pod) -> Pod {
+        if resize::same(&pod, &self.pod) {
+            self.o.resize_pending = None;
+            return pod;
+        }
+        let (events, told) = (&self.context.events, resize::told(&pod));
+        match self.context.grants.try_grant(&pod, &self.context.allocatable) {
+            Ok(()) => {
+                events.normal(&pod, None, "ResizeStarted", format!("Pod resize started: {told}"));
+                self.resizing = true;
+                (self.o.resize_pending, self.o.resize_error) = (None, None);
+                pod
+            }
+            Err(pending) => {
+                if self.o.resize_pending.as_ref() != Some(&pending) {
+                    let (reason, word) = match pending.reason {
+                        "Infeasible" => ("ResizeInfeasible", "Infeasible"),
+                        _ => ("ResizeDeferred", "Deferred"),
+                    };
+                    let message = format!("Pod resize {word}: {told}: {}", pending.message);
+                    events.warning(&pod, None, reason, message);
+                }
+                self.o.resize_pending = Some(pending);
+                pod.with_resources(|name| self.pod.container(name)?.1.resources.clone())
+            }
+        }
+    }
+
+    /// Tells when every container has the limits that were granted.
+    fn finish_resize(&mut self) {
+        if self.resizing && !status::is_resizing(&self.pod, &self.o) {
+            self.resizing = false;
+            let told = resize::told(&self.pod);
+            self.context.events.normal(
+                &self.pod,
+                None,
+                "ResizeCompleted",
+                format!("Pod resize completed: {told}"),
+            );
+        }
+    }
+
+    fn take_resized(&mut self, containers: Vec<(String, Resources)>, pod: Option<Resources>) {
+        self.o.resize_error = None;
+        let sandboxes = &mut self.o.sandboxes;
+        if let (Some(sandbox), Some(limits)) = (sandboxes.last_mut(), pod) {
+            sandbox.spec.resources = limits;
+        }
+        for (id, limits) in containers {
+            let mut all = sandboxes.iter_mut().flat_map(|sandbox| &mut sandbox.containers);
+            if let Some(container) = all.find(|c| c.id == id) {
+                container.resources = limits;
+            }
+        }
+    }
+
         self.o.put_container(status);
         if let Some(status) = self.o.by_id(&id).cloned() {
             self.observe(&status);
@@ -377,6 +458,7 @@ impl Worker {
             self.keep_probes();
             let settled = self.tell(now);
             if delete && settled {
+            self.finish_resize();
                 self.spawn(Job::Delete, jobs::delete(self.context.clone(), self.pod.clone()));
             }
             return false;
@@ -433,14 +515,19 @@ impl Worker {
                     address: self.address(),
                     cancel: self.cancel.clone(),
                     worker: self.me.clone(),
+                    target: self.target_of(&name),
                 };
                 let job = jobs::start(context, pod, self.held.share(), start);
                 self.spawn(Job::Start(name), job);
             }
-            Action::Kill { id, name, why, deadline } => {
+            Action::Kill { id, name, why, deadline, restart } => {
                 let count = self.o.kills.get(&id).map_or(0, |(_, count)| count + 1);
                 self.o.kills.insert(id.clone(), (deadline, count));
                 let kill = jobs::Kill {
+                if restart {
+                    let at_once = matches!(why, Kill::Changed | Kill::Resize);
+                    self.o.restarting.insert(id.clone(), at_once);
+                }
                     id: id.clone(),
                     name,
                     why,
@@ -448,11 +535,16 @@ impl Worker {
                     first: count == 0,
                     address: self.address(),
                     drain: self.o.address().filter(|_| why == Kill::Ending),
+                    restart,
                 };
                 self.spawn(Job::Kill(id, count), jobs::kill(context, pod, kill));
             }
             Action::RemoveContainer(id) => {
                 let name = self.o.by_id(&id).map(|c| c.name.clone()).unwrap_or_default();
+            Action::Resize { containers, pod: whole } => {
+                let sandbox = self.o.ready_sandbox().map(|sandbox| sandbox.spec.id.clone());
+                self.spawn(Job::Resize, jobs::resize(context, sandbox, whole, containers));
+            }
                 let job = jobs::remove_container(context, pod, name, id.clone());
                 self.spawn(Job::RemoveContainer(id), job);
             }
@@ -486,6 +578,12 @@ impl Worker {
 
     fn announce(&self, name: &str) {
         let (events, pod) = (&self.context.events, &self.pod);
+    /// The running container that an ephemeral one is to look at.
+    fn target_of(&self, name: &str) -> Option<String> {
+        let target = self.o.latest(self.pod.target_of(name)?)?;
+        (target.state == ContainerState::Running).then(|| target.id.clone())
+    }
+
         match self.o.waiting.get(name) {
             Some(Waiting { later: Some((reason, _)), .. }) => {
                 let image = pod.container(name).and_then(|(_, c)| c.image.clone()).unwrap_or_default();
@@ -571,6 +669,7 @@ impl Worker {
                 .filter(|known| !ours.iter().any(|ours| ours.type_ == known.type_))
                 .collect::<Vec<_>>(),
         );
+                .filter(|known| !status::PASSING.contains(&known.type_.as_str()))
         self.told.last = last;
         if !self.told.writing.is_empty() {
             return false;
@@ -647,11 +746,13 @@ impl Worker {
             (Job::Start(name), Done::NotStarted(failure)) => self.wait(&name, failure),
             (Job::RemoveContainer(id), _) => self.o.forget_container(&id),
             (Job::RemoveSandbox(id), _) => self.o.sandboxes.retain(|sandbox| sandbox.spec.id != id),
+            (_, Done::Resized { containers, pod }) => self.take_resized(containers, pod),
             (_, Done::TornDown { removed }) => {
                 self.o.cleanup = if removed { Cleanup::Removed } else { Cleanup::Stopped };
                 self.o.volumes = false;
                 for sandbox in &mut self.o.sandboxes {
                     sandbox.state = SandboxState::NotReady;
+                self.context.grants.release(self.pod.uid());
                 }
             }
             // Nothing more to do for this pod but to see the watch tell that it is gone.
@@ -672,6 +773,10 @@ impl Worker {
         let at = Timestamp::now() + SignedDuration::try_from(delay).unwrap_or(SignedDuration::from_secs(10));
         if job == Job::Volumes && self.o.volumes {
             self.volumes_due = Some(at);
+        if job == Job::Resize && self.o.resize_error.as_deref() != Some(why) {
+            self.o.resize_error = Some(why.to_owned());
+            self.context.events.warning(&self.pod, None, "ResizeError", format!("Pod resize error: {why}"));
+        }
         }
         self.o.retries.insert(job, Retry { at, failures: failures + 1, on_change });
     }
@@ -712,6 +817,7 @@ impl Drop for Worker {
     fn drop(&mut self) {
         for task in self.probes.values() {
             task.abort();
+        self.context.grants.release(self.pod.uid());
         }
     }
 }

@@ -119,6 +119,8 @@ pub struct ContainerSpec {
     /// Absolute path of the log file, in the CRI format. Its directory is made when missing.
     pub log_path: PathBuf,
     pub oom_score_adj: Option<i32>,
+    /// Id of a container of the sandbox whose process namespace this one joins (CRI's `target_id`).
+    pub pid_target: Option<String>,
     pub labels: Labels,
     pub annotations: Labels,
 }
@@ -142,6 +144,10 @@ pub struct User {
 #[serde(default)]
 pub struct Mount {
     pub host_path: PathBuf,
+    /// Instead of `host_path`: an image (id or reference) that the store holds, mounted read-only and without
+    /// execution; and a path in it, which may not lead out of it.
+    pub image: Option<String>,
+    pub image_sub_path: String,
     pub container_path: PathBuf,
     pub readonly: bool,
     /// Read-only for the mounts below it as well.
@@ -181,6 +187,10 @@ pub struct Resources {
     pub pids_limit: Option<i64>,
     pub cpuset_cpus: String,
     pub cpuset_mems: String,
+    /// Bytes by page size, named as the kernel does in its files (`2MB`).
+    pub hugepages: BTreeMap<String, u64>,
+    /// Where the kernel can (v2): when memory runs out, all processes go together.
+    pub oom_group: bool,
 }
 
 /// Changes to the field's default set of 14. Names with or without `CAP_`; `ALL` is every one.
@@ -397,6 +407,9 @@ pub trait Runtime: Send + Sync {
 
     /// Makes the container's log file anew at its path after the caller renamed the old one.
     async fn reopen_log(&self, container_id: &str) -> Result<()>;
+
+    /// Sets new limits on a sandbox's own cgroup; what is `None` stays as it is.
+    async fn update_sandbox(&self, id: &str, resources: Resources) -> Result<()>;
 
     async fn container_stats(&self, id: &str) -> Result<Stats>;
 

@@ -121,7 +121,7 @@ impl Cgroups {
                 false => v1_settings(resources, &h.controllers),
             };
             for (file, value, required) in settings {
-                match write(&dir.join(file), &value) {
+                match write(&dir.join(&*file), &value) {
                     Ok(()) => {}
                     // On a hybrid host v2 has no controllers, and so none of these files.
                     Err(e) if !required || (e.kind() == ErrorKind::NotFound && !self.is_v2()) => {}
@@ -274,27 +274,27 @@ impl Cgroups {
 }
 
 /// `(file, value, whether failing to write it is an error)`
-type Setting = (&'static str, String, bool);
+type Setting = (std::borrow::Cow<'static, str>, String, bool);
 
 fn v1_settings(r: &Resources, controllers: &[String]) -> Vec<Setting> {
     let mut out: Vec<Setting> = Vec::new();
     let has = |name: &str| controllers.iter().any(|c| c == name);
     if has("cpu") {
         // The period first: a quota is checked against it.
-        out.extend(r.cpu_shares.map(|v| ("cpu.shares", v.max(2).to_string(), true)));
-        out.extend(r.cpu_period_us.map(|v| ("cpu.cfs_period_us", v.to_string(), true)));
-        out.extend(r.cpu_quota_us.map(|v| ("cpu.cfs_quota_us", v.to_string(), true)));
+        out.extend(r.cpu_shares.map(|v| ("cpu.shares".into(), v.max(2).to_string(), true)));
+        out.extend(r.cpu_period_us.map(|v| ("cpu.cfs_period_us".into(), v.to_string(), true)));
+        out.extend(r.cpu_quota_us.map(|v| ("cpu.cfs_quota_us".into(), v.to_string(), true)));
     }
     if has("memory") {
         // The sum with swap may never be below the limit itself: going up it must rise first, going down it
         // must fall last. Not there when swap accounting is off.
-        let swap = r.memory_limit.map(|v| ("memory.memsw.limit_in_bytes", v.to_string(), false));
+        let swap = r.memory_limit.map(|v| ("memory.memsw.limit_in_bytes".into(), v.to_string(), false));
         out.extend(swap.clone());
-        out.extend(r.memory_limit.map(|v| ("memory.limit_in_bytes", v.to_string(), true)));
+        out.extend(r.memory_limit.map(|v| ("memory.limit_in_bytes".into(), v.to_string(), true)));
         out.extend(swap);
     }
     if has("pids") {
-        out.extend(r.pids_limit.map(|v| ("pids.max", max_or(v), true)));
+        out.extend(r.pids_limit.map(|v| ("pids.max".into(), max_or(v), true)));
     }
     if has("cpuset") {
         out.extend(cpuset(r));
@@ -306,14 +306,20 @@ fn v2_settings(r: &Resources) -> Vec<Setting> {
     let mut out: Vec<Setting> = Vec::new();
     // The field's mapping of shares 2..262144 to weights 1..10000.
     let weight = |shares: u64| 1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142;
-    out.extend(r.cpu_shares.map(|v| ("cpu.weight", weight(v).to_string(), true)));
+    out.extend(r.cpu_shares.map(|v| ("cpu.weight".into(), weight(v).to_string(), true)));
     if r.cpu_quota_us.is_some() || r.cpu_period_us.is_some() {
         let quota = max_or(r.cpu_quota_us.unwrap_or(-1));
-        out.push(("cpu.max", format!("{quota} {}", r.cpu_period_us.unwrap_or(100_000)), true));
+        out.push(("cpu.max".into(), format!("{quota} {}", r.cpu_period_us.unwrap_or(100_000)), true));
     }
     if let Some(limit) = r.memory_limit {
-        out.push(("memory.max", max_or(limit), true));
-        out.push(("memory.swap.max", if limit > 0 { "0".into() } else { "max".into() }, false));
+        out.push(("memory.max".into(), max_or(limit), true));
+        out.push(("memory.swap.max".into(), if limit > 0 { "0".into() } else { "max".into() }, false));
+    }
+    out.extend(r.pids_limit.map(|v| ("pids.max".into(), max_or(v), true)));
+    let file = |size: &str| format!("hugetlb.{size}.max").into();
+    out.extend(r.hugepages.iter().map(|(size, v)| (file(size), v.to_string(), false)));
+    if r.oom_group {
+        out.push(("memory.oom.group".into(), "1".into(), false));
     }
     out.extend(r.pids_limit.map(|v| ("pids.max", max_or(v), true)));
     out.extend(cpuset(r));
@@ -322,9 +328,13 @@ fn v2_settings(r: &Resources) -> Vec<Setting> {
 
 fn cpuset(r: &Resources) -> Vec<Setting> {
     [("cpuset.cpus", &r.cpuset_cpus), ("cpuset.mems", &r.cpuset_mems)]
+    if has("hugetlb") {
+        let file = |size: &str| format!("hugetlb.{size}.limit_in_bytes").into();
+        out.extend(r.hugepages.iter().map(|(size, v)| (file(size), v.to_string(), true)));
+    }
         .into_iter()
         .filter(|(_, v)| !v.is_empty())
-        .map(|(file, v)| (file, v.clone(), true))
+        .map(|(file, v)| (file.into(), v.clone(), true))
         .collect()
 }
 

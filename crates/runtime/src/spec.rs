@@ -129,7 +129,7 @@ pub fn oci_spec(
         None => json!(default),
     };
     let mut linux = json!({
-        "namespaces": namespaces(sandbox, shim, record.cgroup_namespace()),
+        "namespaces": namespaces(sandbox, shim, target_pid(spec, dir)?, record.cgroup_namespace()),
         "cgroupsPath": format!("/{}", record.cgroup.trim_start_matches('/')),
         "maskedPaths": paths(&spec.masked_paths, &MASKED_PATHS),
         "readonlyPaths": paths(&spec.readonly_paths, &READONLY_PATHS),
@@ -230,11 +230,21 @@ fn own_bounding_set() -> Vec<String> {
     (0..).zip(ALL_CAPABILITIES).filter(|(n, _)| bits >> n & 1 == 1).map(|(_, c)| c.to_owned()).collect()
 }
 
-fn namespaces(sandbox: &SandboxRecord, shim: i32, cgroup: bool) -> Value {
+/// The first process of the container whose processes are to be seen.
+fn target_pid(spec: &ContainerSpec, dir: &Path) -> io::Result<Option<i32>> {
+    let Some(target) = &spec.pid_target else { return Ok(None) };
+    let file = dir.with_file_name(target).join("started.json");
+    let started: Option<crate::shim::proto::Started> = crate::files::read_json(&file)?;
+    started
+        .map(|started| Some(started.pid))
+        .ok_or_else(|| io::Error::other(format!("target container {target:?} is not running")))
+}
+
+fn namespaces(sandbox: &SandboxRecord, shim: i32, target: Option<i32>, cgroup: bool) -> Value {
     let joined = |kind: &str, file: &str| json!({ "type": kind, "path": format!("/proc/{shim}/ns/{file}") });
     let mut list = vec![json!({ "type": "mount" })];
     let spec = &sandbox.spec;
-    match (spec.host_pid, sandbox.pause_pid) {
+    match (spec.host_pid, target.or(sandbox.pause_pid)) {
         (true, _) => {}
         (false, Some(pause)) => list.push(json!({ "type": "pid", "path": format!("/proc/{pause}/ns/pid") })),
         (false, None) => list.push(json!({ "type": "pid" })),
@@ -267,8 +277,8 @@ fn mounts(record: &ContainerRecord, sandbox: &SandboxRecord, dir: &Path) -> Valu
         ),
         mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
         mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", kernel]),
-        mount("/sys/fs/cgroup", "cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", kernel]),
     ];
+    list.extend(cgroup_mounts(record, kernel));
     let shims = dir.parent().and_then(Path::parent).map(|root| root.join("shims").join(&sandbox.spec.id));
     let taken = |path: &str| spec.mounts.iter().any(|m| m.container_path == Path::new(path));
     match shims {
@@ -290,7 +300,16 @@ fn mounts(record: &ContainerRecord, sandbox: &SandboxRecord, dir: &Path) -> Valu
     // A mount may lie below another: parents first.
     let mut given: Vec<&Mount> = spec.mounts.iter().collect();
     given.sort_by_key(|m| m.container_path.components().count());
+    let images: Vec<&Mount> = spec.mounts.iter().filter(|m| m.image.is_some()).collect();
     for m in given {
+        if let Some(n) = images.iter().position(|image| std::ptr::eq(*image, m)) {
+            let part = if m.image_sub_path.is_empty() { "" } else { "-part" };
+            list.push(json!({
+                "destination": m.container_path, "type": "bind", "source": dir.join(format!("image-{n}{part}")),
+                "options": ["rbind", "rprivate", "ro", "noexec", "nosuid", "nodev"],
+            }));
+            continue;
+        }
         let propagation = match m.propagation {
             Propagation::Private => "rprivate",
             Propagation::HostToContainer => "rslave",
@@ -307,6 +326,32 @@ fn mounts(record: &ContainerRecord, sandbox: &SandboxRecord, dir: &Path) -> Valu
         }));
     }
     json!(list)
+}
+
+/// The container's own cgroup in every hierarchy. `access` is `ro` unless it is privileged: on v1 root in the
+/// container could else raise its own limits (libcontainer's own `cgroup` mount is writable there).
+fn cgroup_mounts(record: &ContainerRecord, access: &str) -> Vec<Value> {
+    const OPTIONS: [&str; 4] = ["nosuid", "noexec", "nodev", "relatime"];
+    let mount = |target: &Path, kind: &str, source: &Path, more: &[&str]| {
+        let options = [&OPTIONS[..], more].concat();
+        json!({ "destination": target, "type": kind, "source": source, "options": options })
+    };
+    let base = Path::new("/sys/fs/cgroup");
+    if let [_] = &record.cgroup_dirs[..] {
+        return vec![mount(base, "cgroup", Path::new("cgroup"), &[access])];
+    }
+    let mut list = vec![mount(base, "tmpfs", Path::new("tmpfs"), &["mode=755", "size=64k"])];
+    let levels = Path::new(record.cgroup.trim_start_matches('/')).components().count();
+    for dir in &record.cgroup_dirs {
+        let root = dir.ancestors().nth(levels).and_then(Path::file_name);
+        let Some(name) = root.and_then(|name| name.to_str()) else { continue };
+        // Controllers that are mounted together are found under each one's name as well.
+        let single = name.split(',').filter(|single| *single != name);
+        for name in std::iter::once(name).chain(single) {
+            list.push(mount(&base.join(name), "bind", dir, &["bind", access]));
+        }
+    }
+    list
 }
 
 /// The devices asked for; for a privileged container those of the node.

@@ -32,11 +32,15 @@ const TESTS: &[(&str, TestFn)] = tests![
     stopping_asks_first_and_then_insists,
     limits_hold,
     restrictions_hold,
+    limits_cannot_be_lifted_from_inside,
+    images_are_volumes,
+    an_old_sandbox_leaves_the_new_one_alone,
     users_and_groups_are_resolved,
     mounts_are_there,
     a_new_agent_adopts_what_runs,
     a_killed_agent_leaves_all_as_it_is,
     a_dead_shim_takes_its_containers_along,
+    a_container_joins_the_processes_of_another,
     one_process_namespace_for_all,
     the_nodes_own_namespaces,
     many_at_once,
@@ -415,6 +419,81 @@ async fn restrictions_hold() {
     node.close().await;
 }
 
+/// Root in a container sees its own cgroup and can change nothing about it.
+async fn limits_cannot_be_lifted_from_inside() {
+    let node = Node::new().await;
+    node.sandbox("pod").await;
+    let script = "for d in /sys/fs/cgroup /sys/fs/cgroup/*; do mkdir $d/x 2>/dev/null && [ $d != /sys/fs/cgroup ] && echo made $d; \
+                  for f in memory.limit_in_bytes memory.max pids.max cpu.max cpu.cfs_quota_us cgroup.procs; do \
+                  [ -e $d/$f ] && echo 4096 2>/dev/null > $d/$f && echo wrote $d/$f; done; done; \
+                  cat /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/memory.max 2>/dev/null; echo over";
+    let resources = Resources { memory_limit: Some(32 << 20), ..Default::default() };
+    let spec = ContainerSpec { resources, ..node.spec("c", script) };
+    node.runtime.create_container("pod", spec).await.unwrap();
+    node.runtime.start_container("c").await.unwrap();
+    node.wait_exit("c").await;
+    let text: String =
+        node.text("c").lines().filter(|l| !l.contains("Read-only")).map(|l| format!("{l}\n")).collect();
+    assert_eq!(text, format!("{}\nover\n", 32 << 20));
+    node.close().await;
+}
+
+/// Images as volumes: read-only, no execution, and no way out through their links.
+async fn images_are_volumes() {
+    let node = Node::new().await;
+    node.sandbox("pod").await;
+    let image = |at: &str, part: &str| Mount {
+        image: Some(IMAGE.into()),
+        image_sub_path: part.into(),
+        container_path: at.into(),
+        ..Default::default()
+    };
+    let spec = ContainerSpec {
+        mounts: vec![image("/v", ""), image("/part", "etc"), image("/file", "etc/passwd")],
+        ..node.spec(
+            "c",
+            "ls /v/bin/busybox; ls /part/passwd; cmp /file /v/etc/passwd && echo same; echo x > /v/new; \
+             /v/bin/busybox true || echo refused",
+        )
+    };
+    node.runtime.create_container("pod", spec).await.unwrap();
+    node.runtime.start_container("c").await.unwrap();
+    node.wait_exit("c").await;
+    let text = node.text("c");
+    for want in ["/v/bin/busybox\n", "/part/passwd\n", "same\n", "Read-only file system", "refused\n"] {
+        assert!(text.contains(want), "{want}: {text}");
+    }
+    let spec = ContainerSpec { mounts: vec![image("/v", "../../etc")], ..node.spec("out", "ls /v") };
+    node.runtime.create_container("pod", spec).await.unwrap();
+    node.runtime.start_container("out").await.unwrap();
+    node.wait_exit("out").await;
+    // With the image as its root, `..` ends there.
+    assert_eq!(node.text("out"), "group\npasswd\n");
+    let spec = ContainerSpec { mounts: vec![image("/v", "nosuch")], ..node.spec("none", "true") };
+    node.runtime.create_container("pod", spec).await.unwrap();
+    let error = node.runtime.start_container("none").await.unwrap_err().to_string();
+    assert!(error.contains("image volume subpath \"nosuch\""), "{error}");
+    node.close().await;
+}
+
+/// A pod whose sandbox was replaced goes on when the old one is removed.
+async fn an_old_sandbox_leaves_the_new_one_alone() {
+    let node = Node::new().await;
+    node.sandbox("old").await;
+    let spec =
+        SandboxSpec { cgroup_parent: node.sandbox_spec("old").cgroup_parent, ..node.sandbox_spec("new") };
+    node.runtime.stop_sandbox("old").await.unwrap();
+    node.runtime.run_sandbox(spec).await.unwrap();
+    node.runtime.create_container("new", node.spec("c", "sleep 100")).await.unwrap();
+    node.runtime.start_container("c").await.unwrap();
+    node.runtime.remove_sandbox("old").await.unwrap();
+    assert_eq!(node.runtime.container_status("c").await.unwrap().state, ContainerState::Running);
+    let half = Resources { cpu_shares: Some(512), ..Default::default() };
+    node.runtime.update_sandbox("new", half.clone()).await.unwrap();
+    assert_eq!(node.runtime.list().await.unwrap()[0].spec.resources, half);
+    node.close().await;
+}
+
 async fn users_and_groups_are_resolved() {
     let node = Node::new().await;
     node.sandbox("pod").await;
@@ -585,6 +664,20 @@ async fn a_dead_shim_takes_its_containers_along() {
     assert!(!std::path::Path::new(&format!("/proc/{pid}/exe")).exists(), "the container lives on");
     let node = node.restart().await;
     assert_eq!(node.runtime.container_status("c").await.unwrap(), status);
+    node.close().await;
+}
+
+/// A container that is added to look at another sees its processes.
+async fn a_container_joins_the_processes_of_another() {
+    let node = Node::new().await;
+    node.sandbox("pod").await;
+    node.start("target", "exec sleep 1234").await;
+    let spec =
+        ContainerSpec { pid_target: Some("target".into()), ..node.spec("debug", "cat /proc/1/cmdline") };
+    node.runtime.create_container("pod", spec).await.unwrap();
+    node.runtime.start_container("debug").await.unwrap();
+    node.wait_exit("debug").await;
+    assert_eq!(node.text("debug").trim_end_matches(['\n', '\0']), "sleep\u{0}1234");
     node.close().await;
 }
 

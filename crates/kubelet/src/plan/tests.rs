@@ -13,7 +13,7 @@ pub fn container(name: &str, attempt: u32, state: ContainerState) -> ContainerSt
         "image": "i", "image_id": "sha256:1", "state": state, "pid": null, "created_at": at(0), "started_at": null,
         "finished_at": null, "exit_code": null, "oom_killed": false, "reason": "", "message": "",
         "log_path": "/l", "tty": false, "stdin": false, "uid": 0, "gid": 0, "supplementary_groups": [],
-        "resources": {}, "labels": {}, "annotations": {}});
+        "resources": {"cpu_shares": 2}, "labels": {}, "annotations": {}});
     let mut status: ContainerStatus = serde_json::from_value(value).expect("a status");
     status.started_at = (state != ContainerState::Created).then(|| at(0));
     status
@@ -31,6 +31,7 @@ pub fn sandbox(attempt: u32, state: SandboxState) -> SandboxStatus {
     let mut spec =
         SandboxSpec { id: format!("s-{attempt}"), attempt, uid: "u-1".into(), ..SandboxSpec::default() };
     spec.annotations.insert(ADDRESS_ANNOTATION.into(), "10.1.0.9".into());
+    spec.resources.cpu_shares = Some(2);
     SandboxStatus { spec, state, created_at: at(0), pid: None, containers: vec![] }
 }
 
@@ -55,6 +56,10 @@ fn short(action: &Action) -> String {
         Action::CreateSandbox { attempt } => format!("sandbox {attempt}"),
         Action::Start { name, attempt, backoff } => format!("start {name} {attempt} {}s", backoff.as_secs()),
         Action::Kill { id, why, .. } => format!("kill {id} {why:?}"),
+        Action::Resize { containers, pod } => {
+            let ids: Vec<&str> = containers.iter().map(|(id, _)| id.as_str()).collect();
+            format!("resize {ids:?} pod={}", pod.is_some())
+        }
         Action::RemoveContainer(id) => format!("remove {id}"),
         Action::RemoveSandbox(id) => format!("remove {id}"),
         Action::AnnounceBackoff { name, .. } => format!("announce {name}"),
@@ -334,6 +339,37 @@ fn sidecars_go_last_and_in_reverse() {
 }
 
 #[test]
+fn changes_of_the_specification_reach_what_runs() {
+    let made_from = |image: &'static str| {
+        move |o: &mut Observed| {
+            let c = &mut o.sandboxes[0].containers[0];
+            c.annotations.insert(ASKED_IMAGE_ANNOTATION.into(), image.into());
+        }
+    };
+    check(json!({}), made_from("i"), &[]);
+    check(json!({}), made_from("j"), &["kill c-0 Changed"]);
+    // One that was killed for it runs again whatever the policy, and at once.
+    let killed = |o: &mut Observed| {
+        *o = observed(vec![exited("c", 0, 143, 100)]);
+        o.restarting.insert("c-0".into(), true);
+    };
+    check(json!({"restartPolicy": "Never"}), killed, &["start c 1 10s"]);
+    // One that crashed has got another chance with another image.
+    let crashed = |o: &mut Observed| {
+        *o = observed(vec![exited("c", 3, 1, 99)]);
+        made_from("broken")(o);
+        o.sandboxes[0].containers[0].annotations.insert(BACKOFF_ANNOTATION.into(), "80000".into());
+    };
+    check(json!({}), crashed, &["start c 4 160s"]);
+    let sized = |resources: Value, policy: Value| json!({"containers": [{"name": "c", "image": "i", "resources": resources, "resizePolicy": policy}]});
+    let more = json!({"requests": {"cpu": "1"}, "limits": {"memory": "9Mi"}});
+    check(sized(more.clone(), json!([])), |_| {}, &["resize [\"c-0\"] pod=true"]);
+    let memory = json!([{"resourceName": "memory", "restartPolicy": "RestartContainer"}]);
+    check(sized(more, memory.clone()), |_| {}, &["kill c-0 Resize", "resize [] pod=true"]);
+    check(sized(json!({"requests": {"cpu": "1"}}), memory), |_| {}, &["resize [\"c-0\"] pod=true"]);
+}
+
+#[test]
 fn the_node_may_refuse_and_time_may_run_out() {
     let refused = |o: &mut Observed| {
         *o = Observed { rejected: Some(("OutOfcpu".into(), "m".into())), ..Observed::default() };
@@ -349,7 +385,13 @@ fn the_node_may_refuse_and_time_may_run_out() {
 }
 
 /// A world where every action works at once; containers end as `exits` says when they are reached.
-fn apply(o: &mut Observed, action: Action, now: Timestamp, exits: &dyn Fn(&str, u32) -> Option<i32>) {
+fn apply(
+    pod: &Pod,
+    o: &mut Observed,
+    action: Action,
+    now: Timestamp,
+    exits: &dyn Fn(&str, u32) -> Option<i32>,
+) {
     match action {
         Action::End(ending) => o.ending = Some(ending),
         Action::MountVolumes => o.volumes = true,
@@ -358,6 +400,11 @@ fn apply(o: &mut Observed, action: Action, now: Timestamp, exits: &dyn Fn(&str, 
             let mut status = container(&name, attempt, Running);
             status.created_at = now;
             status.annotations.insert(BACKOFF_ANNOTATION.into(), backoff.as_millis().to_string());
+            let (_, wanted) = pod.container(&name).expect("only what is there is started");
+            status.resources = resources::of_container(wanted);
+            status
+                .annotations
+                .insert(ASKED_IMAGE_ANNOTATION.into(), wanted.image.clone().unwrap_or_default());
             if let Some(code) = exits(&name, attempt) {
                 (status.state, status.exit_code, status.finished_at) =
                     (ContainerState::Exited, Some(code), Some(now));
@@ -367,8 +414,19 @@ fn apply(o: &mut Observed, action: Action, now: Timestamp, exits: &dyn Fn(&str, 
             o.probes.insert(status.id.clone(), Probes::default());
             sandbox.containers.push(status);
         }
-        Action::Kill { id, deadline, .. } => {
-            o.kills.insert(id.clone(), (deadline, 0));
+        Action::Resize { containers, pod } => {
+            for (id, limits) in containers {
+                let mut all = o.sandboxes.iter_mut().flat_map(|s| &mut s.containers);
+                all.find(|c| c.id == id).expect("it runs").resources = limits;
+            }
+            if let (Some(limits), Some(sandbox)) = (pod, o.sandboxes.last_mut()) {
+                sandbox.spec.resources = limits;
+            }
+        }
+        Action::Kill { id, restart, .. } => {
+            if restart {
+                o.restarting.insert(id.clone(), true);
+            }
             for c in o.sandboxes.iter_mut().flat_map(|s| &mut s.containers).filter(|c| c.id == id) {
                 (c.state, c.exit_code, c.finished_at) = (ContainerState::Exited, Some(143), Some(now));
             }
@@ -395,7 +453,9 @@ fn every_plan_settles() {
         for shape in &shapes {
             for code in [None, Some(0), Some(1)] {
                 for delete_after in [0, 1, 2, 3, 5, 8, 40] {
-                    settle(policy, shape.clone(), code, delete_after);
+                    for change_after in [2, 6, 100] {
+                        settle(policy, shape.clone(), code, change_after, delete_after);
+                    }
                 }
             }
         }
@@ -403,7 +463,7 @@ fn every_plan_settles() {
 }
 
 #[track_caller]
-fn settle(policy: &str, shape: Value, code: Option<i32>, delete_after: usize) {
+fn settle(policy: &str, shape: Value, code: Option<i32>, change_after: usize, delete_after: usize) {
     let mut spec = shape;
     spec["restartPolicy"] = json!(policy);
     let mut patch = json!({"spec": spec});
@@ -415,6 +475,10 @@ fn settle(policy: &str, shape: Value, code: Option<i32>, delete_after: usize) {
     };
     let (mut o, mut now) = (Observed::default(), at(0));
     for step in 0..200 {
+        if step == change_after {
+            patch["spec"]["containers"] = json!([
+                {"name": "c", "image": "j"}, {"name": "d", "resources": {"limits": {"memory": "9Mi"}}}]);
+        }
         if step == delete_after {
             crate::pod::tests::merge(&mut patch, deleted(30));
         }
@@ -430,7 +494,7 @@ fn settle(policy: &str, shape: Value, code: Option<i32>, delete_after: usize) {
             _ => {}
         }
         for action in plan.actions {
-            apply(&mut o, action, now, &exits);
+            apply(&pod(patch.clone()), &mut o, action, now, &exits);
         }
     }
     panic!("{policy} {code:?} {delete_after}: not gone after 200 steps");

@@ -136,12 +136,13 @@ impl Volumes {
         Ok(Token { text: token.to_owned(), renew_at: renew_at.min(now + SignedDuration::from_hours(24)) })
     }
 
-    /// The mounts of one container. The error is the message of `CreateContainerConfigError`.
+    /// The mounts of one container. `images` are the ids of those that volumes are. The error is the message of `CreateContainerConfigError`.
     pub async fn container_mounts(
         &self,
         pod: &Pod,
         container: &core::Container,
         env: &[(String, String)],
+        images: &BTreeMap<String, String>,
     ) -> Result<Vec<Mount>, String> {
         let mut mounts = vec![];
         for (index, mount) in container.volume_mounts.iter().flatten().enumerate() {
@@ -160,6 +161,16 @@ impl Volumes {
                 (_, Some(expr)) if !expr.is_empty() => Some(expand(expr, lookup)),
                 _ => None,
             };
+            if let Some(image) = images.get(&volume.name) {
+                mounts.push(Mount {
+                    image: Some(image.clone()),
+                    image_sub_path: sub.unwrap_or_default(),
+                    container_path: absolute(&mount.mount_path),
+                    readonly: true,
+                    ..Mount::default()
+                });
+                continue;
+            }
             if let Some(sub) = sub {
                 let target = self
                     .paths
@@ -190,6 +201,7 @@ impl Volumes {
                     Some("Bidirectional") => Propagation::Bidirectional,
                     _ => Propagation::Private,
                 },
+                ..Mount::default()
             });
         }
         Ok(mounts)
@@ -225,6 +237,10 @@ fn set_up(paths: &Paths, pod: &Pod, volume: &core::Volume, content: Option<Conte
     let dir = dir(paths, pod, volume);
     if let Some(host) = &volume.host_path {
         return host_path(Path::new(&host.path), host.type_.as_deref().unwrap_or_default());
+    }
+    if volume.image.is_some() {
+        // The runtime mounts it where the container wants it.
+        return Ok(());
     }
     let group = pod.spec().security_context.as_ref().and_then(|context| context.fs_group);
     let group = group.and_then(|group| u32::try_from(group).ok());

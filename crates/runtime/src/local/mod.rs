@@ -342,8 +342,11 @@ impl LocalRuntime {
     /// Removes what a sandbox leaves: its directory and its pod's cgroup.
     async fn clear_sandbox(&self, spec: SandboxSpec) -> Result<()> {
         let (cgroups, dir) = (self.inner.cgroups.clone(), self.shim_dir(&spec.id));
+        // A pod whose sandbox was replaced goes on in the same cgroup.
+        let mut others = self.state().sandboxes.values().map(|s| s.record.spec.clone()).collect::<Vec<_>>();
+        others.retain(|other| other.id != spec.id && other.cgroup_parent == spec.cgroup_parent);
         blocking(move || {
-            let cgroup = cgroups.remove(&spec.cgroup_parent);
+            let cgroup = if others.is_empty() { cgroups.remove(&spec.cgroup_parent) } else { Ok(()) };
             let removed = remove_dir(&dir);
             cgroup.and(removed).map_err(failed)
         })
@@ -481,6 +484,9 @@ impl Runtime for LocalRuntime {
             if crate::spec::arguments(&spec, &prepared.config.entrypoint, &prepared.config.cmd).is_empty() {
                 return Err(Error::Invalid("no command specified".to_owned()));
             }
+            let images = spec.mounts.iter().filter_map(|m| m.image.as_ref());
+            let mounted = images.map(|image| runtime.inner.images.prepare(image).map(|p| p.layers));
+            let mounted = mounted.collect::<Result<Vec<_>>>()?;
             let cgroup = format!("{cgroup_parent}/{}", spec.id);
             let cgroups = &runtime.inner.cgroups;
             let record = ContainerRecord {
@@ -489,6 +495,7 @@ impl Runtime for LocalRuntime {
                 image_id: prepared.id,
                 image: prepared.config,
                 layers: prepared.layers,
+                mounted,
                 cgroup_dirs: cgroups.dirs(&cgroup),
                 cgroup_dirs_beside: cgroups.dirs_beside_controllers(&cgroup),
                 cgroup,
@@ -584,7 +591,9 @@ impl Runtime for LocalRuntime {
         let (dir, cgroups) = (self.container_dir(id), self.inner.cgroups.clone());
         blocking(move || {
             if record.shares_mounts() {
-                let _ = nix::mount::umount2(&dir.join("rootfs"), nix::mount::MntFlags::MNT_DETACH);
+                for name in ["rootfs".to_owned()].into_iter().chain(record.image_dirs()) {
+                    let _ = nix::mount::umount2(&dir.join(name), nix::mount::MntFlags::MNT_DETACH);
+                }
             }
             let cgroup = cgroups.remove(&record.cgroup);
             cgroup.and(remove_dir(&dir)).map_err(failed)
@@ -597,6 +606,21 @@ impl Runtime for LocalRuntime {
     async fn signal_container(&self, id: &str, signal: i32) -> Result<()> {
         let link = self.link_of(id)?;
         link.request(Op::Kill { id: id.to_owned(), signal, all: false }, Vec::new()).await.map(drop)
+    }
+
+    async fn update_sandbox(&self, id: &str, resources: Resources) -> Result<()> {
+        let mut record = {
+            let state = self.state();
+            state.sandboxes.get(id).ok_or_else(|| no_sandbox(id))?.record.clone()
+        };
+        let (cgroups, cgroup) = (self.inner.cgroups.clone(), record.spec.cgroup_parent.clone());
+        record.spec.resources = resources.clone();
+        blocking(move || cgroups.update(&cgroup, &resources).map_err(failed)).await?;
+        files::write_json(&self.shim_dir(id).join("sandbox.json"), &record).map_err(failed)?;
+        if let Some(sandbox) = self.state().sandboxes.get_mut(id) {
+            sandbox.record.spec.resources = record.spec.resources;
+        }
+        Ok(())
     }
 
     async fn update_container(&self, id: &str, resources: Resources) -> Result<()> {

@@ -136,6 +136,8 @@ pub struct ContainerRecord {
     pub image: ImageConfig,
     /// Layers, topmost first, as names below `<root>/snapshots`.
     pub layers: Vec<String>,
+    /// The same of the images that are mounted, in the order of such mounts.
+    pub mounted: Vec<Vec<String>>,
     /// The cgroup in every hierarchy; in those libcontainer does not know; and its path in them.
     pub cgroup_dirs: Vec<PathBuf>,
     pub cgroup_dirs_beside: Vec<PathBuf>,
@@ -146,6 +148,11 @@ impl ContainerRecord {
     /// v2 alone hides the node's cgroups from the container, as upstream does there.
     pub fn cgroup_namespace(&self) -> bool {
         self.cgroup_dirs.len() == 1 && !self.spec.privileged
+    }
+
+    /// Names, in the container's directory, at which the images it mounts lie.
+    pub fn image_dirs(&self) -> impl Iterator<Item = String> + use<> {
+        (0..self.mounted.len()).flat_map(|n| [format!("image-{n}-part"), format!("image-{n}")])
     }
 
     /// A mount that must reach the node's mount namespace forbids giving the container's own a private copy.

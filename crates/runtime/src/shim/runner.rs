@@ -72,7 +72,11 @@ impl Run {
             let slave = MsFlags::MS_SLAVE | MsFlags::MS_REC;
             mount(None::<&str>, "/", None::<&str>, slave, None::<&str>).map_err(at("make mounts private"))?;
         }
-        self.mount_rootfs(&dir, &record)?;
+        let snapshots = self.root.join("snapshots");
+        std::env::set_current_dir(&snapshots).map_err(|e| format!("{}: {e}", snapshots.display()))?;
+        let mounted = self.mount_rootfs(&dir, &record).and_then(|()| self.mount_images(&dir, &record));
+        std::env::set_current_dir("/").map_err(|e| e.to_string())?;
+        mounted?;
         let rootfs = dir.join("rootfs");
         let user = users::resolve(&rootfs, &record.spec.user, &record.image.user)?;
         let config = spec::oci_spec(&record, &sandbox, &dir, self.shim, &user).map_err(|e| e.to_string())?;
@@ -86,11 +90,9 @@ impl Run {
         Ok((Started { pid, at: log::now_ns(), uid: user.uid, gid: user.gid, groups }, master))
     }
 
-    /// The image's layers with a writable one on top. Layers are named relative to the working directory so
-    /// that 127 of them fit the page that `mount` takes.
+    /// The image's layers with a writable one on top. Layers are named relative to the working directory, which
+    /// holds them, so that 127 of them fit the page that `mount` takes.
     fn mount_rootfs(&self, dir: &Path, record: &ContainerRecord) -> Result<(), String> {
-        let snapshots = self.root.join("snapshots");
-        std::env::set_current_dir(&snapshots).map_err(|e| format!("{}: {e}", snapshots.display()))?;
         let up = Path::new("../containers").join(&self.id);
         let options = format!(
             "lowerdir={},upperdir={},workdir={}",
@@ -101,8 +103,43 @@ impl Run {
         let rootfs = dir.join("rootfs");
         let mounted =
             mount(Some("overlay"), &rootfs, Some("overlay"), MsFlags::empty(), Some(options.as_str()));
-        std::env::set_current_dir("/").map_err(|e| e.to_string())?;
         mounted.map_err(|e| format!("mount overlay ({} layers): {e}", record.layers.len()))
+    }
+
+    /// Image volumes, read-only. The part of an image that is asked for is found with the image as its root, so
+    /// that no link in it leads out of it.
+    fn mount_images(&self, dir: &Path, record: &ContainerRecord) -> Result<(), String> {
+        let empty = Path::new("../containers").join(&self.id).join("empty");
+        let wanted = record.spec.mounts.iter().filter(|m| m.image.is_some());
+        for (n, (layers, wanted)) in record.mounted.iter().zip(wanted).enumerate() {
+            let failed = |e: &dyn std::fmt::Display| format!("mount image volume: {e}");
+            let target = dir.join(format!("image-{n}"));
+            fs::create_dir_all(&target).map_err(|e| failed(&e))?;
+            // An overlay that is only read needs two layers at least.
+            fs::create_dir_all(dir.join("empty")).map_err(|e| failed(&e))?;
+            let options = format!("lowerdir={}:{}", layers.join(":"), empty.display());
+            let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOEXEC | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+            mount(Some("overlay"), &target, Some("overlay"), flags, Some(options.as_str()))
+                .map_err(|e| failed(&e))?;
+            if wanted.image_sub_path.is_empty() {
+                continue;
+            }
+            let root = fs::File::open(&target).map_err(|e| failed(&e))?;
+            let (mode, stay) = (rustix::fs::Mode::empty(), rustix::fs::ResolveFlags::IN_ROOT);
+            let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
+            let part = rustix::fs::openat2(&root, &*wanted.image_sub_path, flags, mode, stay)
+                .map_err(|e| format!("image volume subpath {:?}: {e}", wanted.image_sub_path))?;
+            let at = dir.join(format!("image-{n}-part"));
+            let is_dir = rustix::fs::fstat(&part).is_ok_and(|stat| {
+                rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Directory
+            });
+            let made = if is_dir { fs::create_dir_all(&at) } else { fs::write(&at, "") };
+            made.map_err(|e| failed(&e))?;
+            let source = format!("/proc/self/fd/{}", part.as_raw_fd());
+            mount(Some(source.as_str()), &at, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+                .map_err(|e| failed(&e))?;
+        }
+        Ok(())
     }
 
     fn create(&self, dir: &Path, record: &ContainerRecord) -> Result<(i32, Option<OwnedFd>), String> {
