@@ -25,10 +25,10 @@ mod plan;
 mod pod;
 mod probes;
 mod references;
+mod resize;
 mod resources;
 mod server;
 mod status;
-mod resize;
 #[cfg(test)]
 mod testing;
 mod volumes;
@@ -145,8 +145,8 @@ impl Kubelet {
             seccomp_dir: config.data_dir.join("seccomp"),
             paths,
             owners: worker::Owners::default(),
-            node_name: config.node_name,
             grants: resize::Grants::default(),
+            node_name: config.node_name,
         });
         let pods =
             informers.selected(worker::pods(), FieldSelector::equal("spec.nodeName", &context.node_name));

@@ -416,12 +416,12 @@ impl Runtime for FakeRuntime {
         Ok(())
     }
 
-    async fn update_container(&self, _: &str, _: Resources) -> Result<()> {
     async fn update_sandbox(&self, id: &str, _: Resources) -> Result<()> {
         self.note("limit", id);
         Ok(())
     }
 
+    async fn update_container(&self, _: &str, _: Resources) -> Result<()> {
         Ok(())
     }
 

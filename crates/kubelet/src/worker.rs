@@ -35,8 +35,8 @@ use crate::plan::{Action, Kill, plan};
 use crate::pod::{Class, Pod};
 use crate::probes;
 use crate::references::{Held, References};
-use crate::status;
 use crate::resize;
+use crate::status;
 use crate::volumes::{self, Tokens, Volumes};
 
 /// What all workers of a node share.
@@ -63,8 +63,8 @@ pub struct Context {
     pub seccomp_default: bool,
     pub seccomp_dir: PathBuf,
     pub owners: Owners,
-}
     pub grants: resize::Grants,
+}
 
 /// Which pod a sandbox is of, for events of the runtime that name only the sandbox.
 #[derive(Default)]
@@ -121,15 +121,15 @@ pub enum Message {
 
 pub struct Worker {
     context: Arc<Context>,
-    pod: Pod,
-    o: Observed,
     /// With the resources that were granted.
-    held: Held,
+    pod: Pod,
     /// As the API server has it.
     asked: Pod,
     /// A resize was granted and is not told of as done.
     resizing: bool,
     freed: watch::Receiver<()>,
+    o: Observed,
+    held: Held,
     tokens: Tokens,
     /// When the contents of volumes must be looked at again.
     volumes_due: Option<Timestamp>,
@@ -167,19 +167,19 @@ impl Worker {
         let last = pod.status().cloned().unwrap_or_default();
         let written = pod.object().value().get("status").cloned().unwrap_or_default();
         let told = Told { last, written, writing: JoinSet::new(), retry: None };
-        let mut worker = Worker {
-            context,
         let (asked, pod) = (pod.clone(), resize::resumed(pod));
         if rejected.is_none() {
             context.grants.grant(&pod);
         }
         let freed = context.grants.subscribe();
+        let mut worker = Worker {
+            context,
             pod,
-            o: Observed { rejected, ..Observed::default() },
-            held: Held::default(),
             asked,
             resizing: false,
             freed,
+            o: Observed { rejected, ..Observed::default() },
+            held: Held::default(),
             tokens: Tokens::default(),
             volumes_due: None,
             image_failures: HashMap::new(),
@@ -245,11 +245,11 @@ impl Worker {
                     self.take_done(done);
                 }
                 Some(written) = self.told.writing.join_next() => self.take_written(written),
-                () = sleep => {}
-            }
                 Ok(()) = self.freed.changed(), if self.o.resize_pending.is_some() => {
                     self.take_pod(self.asked.clone());
                 }
+                () = sleep => {}
+            }
         }
     }
 
@@ -320,10 +320,10 @@ impl Worker {
             let metadata = &pod.typed().metadata;
             (metadata.labels.clone(), metadata.annotations.clone())
         };
-        let relabelled = metadata(&pod) != metadata(&self.pod);
-        let respecified = pod.spec() != self.pod.spec();
         self.asked = pod.clone();
         let pod = self.grant(pod);
+        let relabelled = metadata(&pod) != metadata(&self.pod);
+        let respecified = pod.spec() != self.pod.spec();
         self.pod = pod;
         if respecified {
             let (context, me) = (self.context.clone(), self.me.clone());
@@ -339,13 +339,11 @@ impl Worker {
             theirs
                 .into_iter()
                 .filter(|theirs| !ours.iter().any(|ours| ours.type_ == theirs.type_))
+                .filter(|theirs| !status::PASSING.contains(&theirs.type_.as_str()))
                 .collect::<Vec<_>>(),
         );
-                .filter(|theirs| !status::PASSING.contains(&theirs.type_.as_str()))
     }
 
-    fn take_container(&mut self, status: ContainerStatus) {
-        let id = status.id.clone();
     /// The pod with the resources it gets: those it asks for if there is room, else those it has.
     fn grant(&mut self, pod: Pod) -> Pod {
         if resize::same(&pod, &self.pod) {
@@ -403,6 +401,8 @@ impl Worker {
         }
     }
 
+    fn take_container(&mut self, status: ContainerStatus) {
+        let id = status.id.clone();
         self.o.put_container(status);
         if let Some(status) = self.o.by_id(&id).cloned() {
             self.observe(&status);
@@ -456,9 +456,9 @@ impl Worker {
             }
             self.refresh_volumes(now);
             self.keep_probes();
+            self.finish_resize();
             let settled = self.tell(now);
             if delete && settled {
-            self.finish_resize();
                 self.spawn(Job::Delete, jobs::delete(self.context.clone(), self.pod.clone()));
             }
             return false;
@@ -513,38 +513,38 @@ impl Worker {
                     attempt,
                     backoff,
                     address: self.address(),
+                    target: self.target_of(&name),
                     cancel: self.cancel.clone(),
                     worker: self.me.clone(),
-                    target: self.target_of(&name),
                 };
                 let job = jobs::start(context, pod, self.held.share(), start);
                 self.spawn(Job::Start(name), job);
             }
             Action::Kill { id, name, why, deadline, restart } => {
                 let count = self.o.kills.get(&id).map_or(0, |(_, count)| count + 1);
-                self.o.kills.insert(id.clone(), (deadline, count));
-                let kill = jobs::Kill {
                 if restart {
                     let at_once = matches!(why, Kill::Changed | Kill::Resize);
                     self.o.restarting.insert(id.clone(), at_once);
                 }
+                self.o.kills.insert(id.clone(), (deadline, count));
+                let kill = jobs::Kill {
                     id: id.clone(),
                     name,
                     why,
                     deadline,
                     first: count == 0,
+                    restart,
                     address: self.address(),
                     drain: self.o.address().filter(|_| why == Kill::Ending),
-                    restart,
                 };
                 self.spawn(Job::Kill(id, count), jobs::kill(context, pod, kill));
             }
-            Action::RemoveContainer(id) => {
-                let name = self.o.by_id(&id).map(|c| c.name.clone()).unwrap_or_default();
             Action::Resize { containers, pod: whole } => {
                 let sandbox = self.o.ready_sandbox().map(|sandbox| sandbox.spec.id.clone());
                 self.spawn(Job::Resize, jobs::resize(context, sandbox, whole, containers));
             }
+            Action::RemoveContainer(id) => {
+                let name = self.o.by_id(&id).map(|c| c.name.clone()).unwrap_or_default();
                 let job = jobs::remove_container(context, pod, name, id.clone());
                 self.spawn(Job::RemoveContainer(id), job);
             }
@@ -576,14 +576,14 @@ impl Worker {
         if self.pod.host_network() { Some(self.context.node_ip) } else { self.o.address() }
     }
 
-    fn announce(&self, name: &str) {
-        let (events, pod) = (&self.context.events, &self.pod);
     /// The running container that an ephemeral one is to look at.
     fn target_of(&self, name: &str) -> Option<String> {
         let target = self.o.latest(self.pod.target_of(name)?)?;
         (target.state == ContainerState::Running).then(|| target.id.clone())
     }
 
+    fn announce(&self, name: &str) {
+        let (events, pod) = (&self.context.events, &self.pod);
         match self.o.waiting.get(name) {
             Some(Waiting { later: Some((reason, _)), .. }) => {
                 let image = pod.container(name).and_then(|(_, c)| c.image.clone()).unwrap_or_default();
@@ -667,9 +667,9 @@ impl Worker {
             known
                 .into_iter()
                 .filter(|known| !ours.iter().any(|ours| ours.type_ == known.type_))
+                .filter(|known| !status::PASSING.contains(&known.type_.as_str()))
                 .collect::<Vec<_>>(),
         );
-                .filter(|known| !status::PASSING.contains(&known.type_.as_str()))
         self.told.last = last;
         if !self.told.writing.is_empty() {
             return false;
@@ -744,15 +744,15 @@ impl Worker {
                 self.o.announced.remove(&name);
             }
             (Job::Start(name), Done::NotStarted(failure)) => self.wait(&name, failure),
+            (_, Done::Resized { containers, pod }) => self.take_resized(containers, pod),
             (Job::RemoveContainer(id), _) => self.o.forget_container(&id),
             (Job::RemoveSandbox(id), _) => self.o.sandboxes.retain(|sandbox| sandbox.spec.id != id),
-            (_, Done::Resized { containers, pod }) => self.take_resized(containers, pod),
             (_, Done::TornDown { removed }) => {
                 self.o.cleanup = if removed { Cleanup::Removed } else { Cleanup::Stopped };
                 self.o.volumes = false;
+                self.context.grants.release(self.pod.uid());
                 for sandbox in &mut self.o.sandboxes {
                     sandbox.state = SandboxState::NotReady;
-                self.context.grants.release(self.pod.uid());
                 }
             }
             // Nothing more to do for this pod but to see the watch tell that it is gone.
@@ -771,12 +771,12 @@ impl Worker {
         let delay = minke_client::backoff(first, most, failures);
         tracing::debug!(pod = %self.pod.long_name(), ?job, why, "Trying again later");
         let at = Timestamp::now() + SignedDuration::try_from(delay).unwrap_or(SignedDuration::from_secs(10));
-        if job == Job::Volumes && self.o.volumes {
-            self.volumes_due = Some(at);
         if job == Job::Resize && self.o.resize_error.as_deref() != Some(why) {
             self.o.resize_error = Some(why.to_owned());
             self.context.events.warning(&self.pod, None, "ResizeError", format!("Pod resize error: {why}"));
         }
+        if job == Job::Volumes && self.o.volumes {
+            self.volumes_due = Some(at);
         }
         self.o.retries.insert(job, Retry { at, failures: failures + 1, on_change });
     }
@@ -815,9 +815,9 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
+        self.context.grants.release(self.pod.uid());
         for task in self.probes.values() {
             task.abort();
-        self.context.grants.release(self.pod.uid());
         }
     }
 }

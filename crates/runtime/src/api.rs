@@ -390,6 +390,9 @@ pub trait Runtime: Send + Sync {
     /// Sends a signal to the container's first process.
     async fn signal_container(&self, id: &str, signal: i32) -> Result<()>;
 
+    /// Sets new limits on a sandbox's own cgroup; what is `None` stays as it is.
+    async fn update_sandbox(&self, id: &str, resources: Resources) -> Result<()>;
+
     /// Sets new limits on a running container.
     async fn update_container(&self, id: &str, resources: Resources) -> Result<()>;
 
@@ -407,9 +410,6 @@ pub trait Runtime: Send + Sync {
 
     /// Makes the container's log file anew at its path after the caller renamed the old one.
     async fn reopen_log(&self, container_id: &str) -> Result<()>;
-
-    /// Sets new limits on a sandbox's own cgroup; what is `None` stays as it is.
-    async fn update_sandbox(&self, id: &str, resources: Resources) -> Result<()>;
 
     async fn container_stats(&self, id: &str) -> Result<Stats>;
 

@@ -299,6 +299,10 @@ fn v1_settings(r: &Resources, controllers: &[String]) -> Vec<Setting> {
     if has("cpuset") {
         out.extend(cpuset(r));
     }
+    if has("hugetlb") {
+        let file = |size: &str| format!("hugetlb.{size}.limit_in_bytes").into();
+        out.extend(r.hugepages.iter().map(|(size, v)| (file(size), v.to_string(), true)));
+    }
     out
 }
 
@@ -321,17 +325,12 @@ fn v2_settings(r: &Resources) -> Vec<Setting> {
     if r.oom_group {
         out.push(("memory.oom.group".into(), "1".into(), false));
     }
-    out.extend(r.pids_limit.map(|v| ("pids.max", max_or(v), true)));
     out.extend(cpuset(r));
     out
 }
 
 fn cpuset(r: &Resources) -> Vec<Setting> {
     [("cpuset.cpus", &r.cpuset_cpus), ("cpuset.mems", &r.cpuset_mems)]
-    if has("hugetlb") {
-        let file = |size: &str| format!("hugetlb.{size}.limit_in_bytes").into();
-        out.extend(r.hugepages.iter().map(|(size, v)| (file(size), v.to_string(), true)));
-    }
         .into_iter()
         .filter(|(_, v)| !v.is_empty())
         .map(|(file, v)| (file.into(), v.clone(), true))
