@@ -1,7 +1,8 @@
 //! The scheduler: gives every pod without a node the best one.
 //!
-//! One loop. It keeps a [`Picture`](picture::Picture) of the nodes up to date from the informers, takes the
-//! pod of highest priority from the [`Queue`](queue::Queue), and [`decide`](decide::decide)s, which is pure. Binding runs beside the loop; until
+//! One loop. It keeps a [`Picture`] of the nodes up to date from the informers, takes the
+//! pod of highest priority from the [`Queue`], and [`decide`](decide::decide)s, which is pure. Binding runs beside the
+//! loop; until
 //! it is known to have worked the pod is *assumed* to be on its node. Preemption is not built yet.
 //! Upstream: pkg/scheduler.
 #![forbid(unsafe_code)]
