@@ -23,6 +23,7 @@ mod node;
 mod observed;
 mod plan;
 mod pod;
+mod probe_counts;
 mod probes;
 mod references;
 mod resize;
@@ -145,6 +146,7 @@ impl Kubelet {
             seccomp_dir: config.data_dir.join("seccomp"),
             paths,
             owners: worker::Owners::default(),
+            probe_counts: probe_counts::ProbeCounts::default(),
             grants: resize::Grants::default(),
             node_name: config.node_name,
         });
@@ -152,7 +154,7 @@ impl Kubelet {
             informers.selected(worker::pods(), FieldSelector::equal("spec.nodeName", &context.node_name));
         let nodes = informers.selected(Kind::of::<core::Node>(), FieldSelector::name(&context.node_name));
         let identity = node::Identity { labels: config.node_labels, pod_cidr: config.pod_cidr, port };
-        let api = server::Api { context: context.clone(), pods: pods.clone() };
+        let api = server::Api::new(context.clone(), pods.clone());
         let agent = agent::Agent::adopt(context.clone(), pods, nodes).await.map_err(Error::Runtime)?;
         let node = node::Node::new(context, machine, identity);
         Ok(Kubelet { agent, node, server, api, stop })

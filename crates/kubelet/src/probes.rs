@@ -90,9 +90,18 @@ pub async fn run(
     let mut ticks = tokio::time::interval(period);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let (mut verdict, mut told) = (Verdict::default(), None);
+    let id = (pod.uid().to_owned(), pod.namespace().to_owned(), pod.name().to_owned());
     loop {
         ticks.tick().await;
-        let ok = match once(&context, container, &container_id, address, probe).await {
+        let began = tokio::time::Instant::now();
+        let outcome = once(&context, container, &container_id, address, probe).await;
+        let ok = match &outcome {
+            Outcome::Success | Outcome::Warning(_) => Some(true),
+            Outcome::Failure(_) => Some(false),
+            Outcome::Error(_) => None,
+        };
+        context.probe_counts.note(&id, &name, kind.word(), ok, began.elapsed());
+        let ok = match outcome {
             Outcome::Success => true,
             Outcome::Warning(text) => {
                 let text = format!("{} probe warning: {text}", kind.word());

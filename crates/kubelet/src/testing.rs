@@ -92,6 +92,7 @@ impl World {
             seccomp_dir: self.dir.join("seccomp"),
             paths,
             owners: Owners::default(),
+            probe_counts: crate::probe_counts::ProbeCounts::default(),
             grants: crate::resize::Grants::default(),
         });
         let pods = informers.selected(crate::worker::pods(), FieldSelector::equal("spec.nodeName", "n"));

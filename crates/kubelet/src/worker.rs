@@ -33,6 +33,7 @@ use crate::network::PodNetwork;
 use crate::observed::{ADDRESS_ANNOTATION, Cleanup, Job, Observed, ProbeState, Retry, Waiting};
 use crate::plan::{Action, Kill, plan};
 use crate::pod::{Class, Pod};
+use crate::probe_counts::ProbeCounts;
 use crate::probes;
 use crate::references::{Held, References};
 use crate::resize;
@@ -63,6 +64,7 @@ pub struct Context {
     pub seccomp_default: bool,
     pub seccomp_dir: PathBuf,
     pub owners: Owners,
+    pub probe_counts: ProbeCounts,
     pub grants: resize::Grants,
 }
 

@@ -299,8 +299,26 @@ pub struct Stats {
     pub memory_working_set: u64,
     /// Bytes of anonymous memory.
     pub memory_rss: u64,
+    /// Bytes of file cache.
+    pub memory_cache: u64,
+    /// Most bytes it may use; 0 is no limit of its own.
+    pub memory_limit: u64,
+    /// Page faults since the cgroup was made, and those of them that had to read.
+    pub page_faults: u64,
+    pub major_page_faults: u64,
     /// Processes and threads.
     pub pids: u64,
+    /// Periods in which it ran under a CPU limit, those in which it was held back, and for how long.
+    pub cpu_periods: u64,
+    pub cpu_throttled_periods: u64,
+    pub cpu_throttled_ns: u64,
+}
+
+/// What files take on a disk.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DiskUse {
+    pub bytes: u64,
+    pub inodes: u64,
 }
 
 /// A process to be run in a container.
@@ -414,6 +432,16 @@ pub trait Runtime: Send + Sync {
     async fn container_stats(&self, id: &str) -> Result<Stats>;
 
     async fn sandbox_stats(&self, id: &str) -> Result<Stats>;
+
+    /// Use of a cgroup above the sandboxes', relative to the root of each hierarchy. Not every runtime knows.
+    async fn cgroup_stats(&self, path: &str) -> Result<Stats> {
+        Err(Error::NotFound(format!("cgroup {path:?} not found")))
+    }
+
+    /// What the container has written to its root filesystem; walks it. Not every runtime knows.
+    async fn container_disk_use(&self, id: &str) -> Result<DiskUse> {
+        Err(Error::NotFound(format!("the files of container {id:?} are not known")))
+    }
 
     /// Runs a command to its end. [`Error::Timeout`] after `timeout` (zero: none), and the process is killed.
     async fn exec_sync(&self, container_id: &str, argv: Vec<String>, timeout: Duration)

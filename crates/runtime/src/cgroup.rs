@@ -14,6 +14,9 @@ use crate::api::{Resources, Stats};
 /// How long [`Cgroups::remove`] waits for killed processes to leave.
 const REMOVE_WAIT: Duration = Duration::from_secs(5);
 
+/// A limit of memory from here on is none.
+const UNLIMITED: u64 = 1 << 62;
+
 /// v2 controllers handed down to our cgroups.
 const V2_CONTROLLERS: &[&str] = &["cpuset", "cpu", "io", "memory", "pids", "hugetlb"];
 
@@ -255,16 +258,36 @@ impl Cgroups {
                 false => number(&dir.join("cpuacct.usage")),
             };
         }
+        if let Some((dir, v2)) = self.accounting("cpu", path) {
+            let stat = Keys::read(&dir.join("cpu.stat"));
+            stats.cpu_periods = stat.get("nr_periods");
+            stats.cpu_throttled_periods = stat.get("nr_throttled");
+            stats.cpu_throttled_ns = match v2 {
+                true => stat.get("throttled_usec") * 1000,
+                false => stat.get("throttled_time"),
+            };
+        }
         if let Some((dir, v2)) = self.accounting("memory", path) {
             fs::metadata(&dir).map_err(|e| named(e, &dir))?;
-            let (usage, inactive, rss) = match v2 {
-                true => ("memory.current", "inactive_file", "anon"),
-                false => ("memory.usage_in_bytes", "total_inactive_file", "total_rss"),
+            let stat = Keys::read(&dir.join("memory.stat"));
+            let [usage, limit] = match v2 {
+                true => ["memory.current", "memory.max"],
+                false => ["memory.usage_in_bytes", "memory.limit_in_bytes"],
+            };
+            let [inactive, rss, cache, faults, major] = match v2 {
+                true => ["inactive_file", "anon", "file", "pgfault", "pgmajfault"],
+                false => {
+                    ["total_inactive_file", "total_rss", "total_cache", "total_pgfault", "total_pgmajfault"]
+                }
             };
             stats.memory_usage = number(&dir.join(usage));
-            let inactive = key(&dir.join("memory.stat"), inactive);
-            stats.memory_working_set = stats.memory_usage.saturating_sub(inactive);
-            stats.memory_rss = key(&dir.join("memory.stat"), rss);
+            stats.memory_working_set = stats.memory_usage.saturating_sub(stat.get(inactive));
+            stats.memory_rss = stat.get(rss);
+            stats.memory_cache = stat.get(cache);
+            stats.page_faults = stat.get(faults);
+            stats.major_page_faults = stat.get(major);
+            // v2 says `max`, and v1 as many pages as fit into a signed number.
+            stats.memory_limit = Some(number(&dir.join(limit))).filter(|l| *l < UNLIMITED).unwrap_or(0);
         }
         if let Some((dir, _)) = self.accounting("pids", path) {
             stats.pids = number(&dir.join("pids.current"));
@@ -385,11 +408,23 @@ fn number(file: &Path) -> u64 {
     fs::read_to_string(file).ok().and_then(|t| t.trim().parse().ok()).unwrap_or(0)
 }
 
+/// A file of `name value` lines.
+struct Keys(String);
+
+impl Keys {
+    fn read(file: &Path) -> Keys {
+        Keys(fs::read_to_string(file).unwrap_or_default())
+    }
+
+    fn get(&self, name: &str) -> u64 {
+        let value = self.0.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(' '));
+        value.and_then(|v| v.trim().parse().ok()).unwrap_or(0)
+    }
+}
+
 /// The number after `name` in a file of `name value` lines.
 fn key(file: &Path, name: &str) -> u64 {
-    let text = fs::read_to_string(file).unwrap_or_default();
-    let value = text.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(' '));
-    value.and_then(|v| v.trim().parse().ok()).unwrap_or(0)
+    Keys::read(file).get(name)
 }
 
 fn walk(dir: &Path, visit: &mut dyn FnMut(&Path)) {
@@ -501,9 +536,15 @@ mod tests {
         let tmp = tempfile::tempdir().unwrap();
         let dir = tmp.path().join("c");
         fs::create_dir_all(&dir).unwrap();
-        fs::write(dir.join("cpu.stat"), "usage_usec 1500\nuser_usec 7\n").unwrap();
+        let cpu = "usage_usec 1500\nuser_usec 7\nnr_periods 9\nnr_throttled 4\nthrottled_usec 3\n";
+        fs::write(dir.join("cpu.stat"), cpu).unwrap();
+        fs::write(dir.join("memory.max"), "max\n").unwrap();
         fs::write(dir.join("memory.current"), "5000\n").unwrap();
-        fs::write(dir.join("memory.stat"), "anon 1000\ninactive_file 2000\nactive_file 3\n").unwrap();
+        fs::write(
+            dir.join("memory.stat"),
+            "anon 1000\nfile 2003\ninactive_file 2000\nactive_file 3\npgfault 8\npgmajfault 1\n",
+        )
+        .unwrap();
         fs::write(dir.join("memory.events"), "low 0\noom 3\noom_kill 2\noom_group_kill 9\n").unwrap();
         fs::write(dir.join("pids.current"), "7\n").unwrap();
         let cgroups = Cgroups::fake_v2(tmp.path());
@@ -512,11 +553,64 @@ mod tests {
             memory_usage: 5000,
             memory_working_set: 3000,
             memory_rss: 1000,
+            memory_cache: 2003,
+            memory_limit: 0,
+            page_faults: 8,
+            major_page_faults: 1,
             pids: 7,
+            cpu_periods: 9,
+            cpu_throttled_periods: 4,
+            cpu_throttled_ns: 3000,
         };
         assert_eq!(cgroups.stats("c").unwrap(), want);
+        fs::write(dir.join("memory.max"), "67108864\n").unwrap();
+        assert_eq!(cgroups.stats("c").unwrap().memory_limit, 64 << 20);
         assert_eq!(cgroups.oom_kills("c"), 2);
         assert!(cgroups.stats("gone").is_err());
+    }
+
+    /// Each controller of v1 has its own hierarchy, and beside them stands a v2 without any.
+    #[test]
+    fn numbers_of_a_hybrid_host_are_read_from_its_controllers() {
+        let tmp = tempfile::tempdir().unwrap();
+        let v1 = |root: &str, controllers: &[&str]| Hierarchy {
+            root: tmp.path().join(root),
+            controllers: controllers.iter().map(|c| (*c).to_owned()).collect(),
+            v2: false,
+        };
+        let unified = Hierarchy { root: tmp.path().join("unified"), controllers: vec![], v2: true };
+        let hierarchies =
+            vec![v1("cpu", &["cpu", "cpuacct"]), v1("memory", &["memory"]), v1("pids", &["pids"]), unified];
+        let cgroups = Cgroups { hierarchies };
+        for (file, text) in [
+            ("cpu/c/cpuacct.usage", "1500000\n"),
+            ("cpu/c/cpu.stat", "nr_periods 9\nnr_throttled 4\nthrottled_time 3000\n"),
+            ("memory/c/memory.usage_in_bytes", "5000\n"),
+            ("memory/c/memory.limit_in_bytes", "9223372036854771712\n"),
+            (
+                "memory/c/memory.stat",
+                "cache 1\nrss 2\ntotal_cache 2003\ntotal_rss 1000\ntotal_inactive_file 2000\n",
+            ),
+            ("pids/c/pids.current", "7\n"),
+            ("unified/c/cgroup.procs", ""),
+        ] {
+            let path = tmp.path().join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        let want = Stats {
+            cpu_ns: 1_500_000,
+            memory_usage: 5000,
+            memory_working_set: 3000,
+            memory_rss: 1000,
+            memory_cache: 2003,
+            pids: 7,
+            cpu_periods: 9,
+            cpu_throttled_periods: 4,
+            cpu_throttled_ns: 3000,
+            ..Stats::default()
+        };
+        assert_eq!(cgroups.stats("c").unwrap(), want);
     }
 
     #[test]

@@ -1,24 +1,25 @@
 //! The kubelet's HTTPS server: logs, exec, attach, port-forward, pods, stats, metrics.
 //!
-//! Who calls must have a client certificate of the cluster, as the API server's client or an
-//! administrator: upstream asks the API server by TokenReview and SubjectAccessReview about everyone
-//! else, which is left out here, so everyone else is refused.
+//! Who calls shows a client certificate of the cluster or a token, and the API server says what it may.
 
-mod follow;
+mod auth;
+mod configz;
+pub mod follow;
+mod metrics;
 mod port_forward;
 mod remote;
-mod routes;
+pub mod routes;
 pub mod spdy;
 mod stats;
 mod streams;
 mod upgrade;
-mod websocket;
+mod usage;
+pub mod websocket;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::StatusCode;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use minke_client::Informer;
@@ -46,6 +47,23 @@ pub struct Server {
 pub struct Api {
     pub context: Arc<Context>,
     pub pods: Arc<Informer>,
+    meter: usage::Meter,
+    walks: stats::Walks,
+    requests: metrics::Requests,
+    gate: auth::Gate,
+}
+
+impl Api {
+    pub fn new(context: Arc<Context>, pods: Arc<Informer>) -> Api {
+        Api {
+            meter: usage::Meter::new(context.runtime.clone(), &context.cgroup_root),
+            walks: stats::Walks::default(),
+            requests: metrics::Requests::default(),
+            gate: auth::Gate::new(context.client.clone(), &context.node_name),
+            context,
+            pods,
+        }
+    }
 }
 
 impl Server {
@@ -64,6 +82,8 @@ impl Server {
         }
         let verifier =
             rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
+                // Who shows none may have a token.
+                .allow_unauthenticated()
                 .build();
         let verifier = verifier.map_err(|error| tls(&error))?;
         let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(cert.as_bytes()).collect();
@@ -123,17 +143,19 @@ async fn serve_connection(stream: tokio::net::TcpStream, tls: TlsAcceptor, api: 
         Err(_) => return,
     };
     let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
-    let caller = Arc::new(certificate.and_then(|der| Caller::of(der)).unwrap_or_default());
+    let caller = Arc::new(certificate.and_then(|der| Caller::of(der)));
     let service = service_fn(move |request| {
         let (api, caller) = (api.clone(), caller.clone());
         async move {
-            let response = match caller.may_call() {
-                true => routes::answer(&api, request).await,
-                false => {
-                    let text = format!("Forbidden (user={}, verb=proxy, resource=nodes)\n", caller.user);
-                    routes::text(StatusCode::FORBIDDEN, text)
-                }
+            let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+            let began = tokio::time::Instant::now();
+            api.requests.begin();
+            let passed = api.gate.pass((*caller).as_ref(), &method, &path, request.headers()).await;
+            let response = match passed {
+                Ok(()) => routes::answer(&api, request).await,
+                Err(refusal) => refusal,
             };
+            api.requests.end(method.as_str(), &path, began.elapsed());
             Ok::<_, std::convert::Infallible>(response)
         }
     });

@@ -14,10 +14,11 @@ use minke_runtime::{AttachSpec, ContainerState, ContainerStatus, Event, ExecSpec
 use tokio::sync::{broadcast, mpsc};
 use tokio_util::sync::CancellationToken;
 
+use super::metrics::{self, CONTENT_TYPE as TEXT};
 use super::remote::{self, Protocol, Wanted};
 use super::upgrade::{Upgrade, handed_over};
 use super::websocket::{Channels, Spelling, Tunnel};
-use super::{Api, follow, port_forward, spdy, stats};
+use super::{Api, configz, follow, port_forward, spdy, stats};
 use crate::pod::Pod;
 
 pub type Body = BoxBody<Bytes, io::Error>;
@@ -46,7 +47,7 @@ impl Caller {
         })
     }
 
-    /// The API server's client, and administrators.
+    /// The API server's client, and administrators: those who may do everything.
     pub fn may_call(&self) -> bool {
         self.user == "kube-apiserver-kubelet-client" || self.groups.contains("system:masters")
     }
@@ -137,14 +138,20 @@ pub async fn answer(api: &Arc<Api>, request: Request<Incoming>) -> Response<Body
     let streams = matches!(*request.method(), Method::GET | Method::POST);
     let reads = *request.method() == Method::GET;
     match parts.as_slice() {
-        ["healthz"] | ["healthz", "ping"] if reads => text(StatusCode::OK, "ok".to_owned()),
+        ["healthz"] | ["healthz", "ping" | "log" | "syncloop"] if reads => {
+            text(StatusCode::OK, "ok".to_owned())
+        }
         ["pods"] if reads => pods(api),
         ["runningpods"] if reads => running_pods(api).await,
-        ["metrics"] if reads => {
-            let metrics = stats::metrics(api).await;
-            answer_with(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", metrics)
+        ["metrics"] if reads => answer_with(StatusCode::OK, TEXT, metrics::kubelet(api).await),
+        ["metrics", "resource"] if reads => answer_with(StatusCode::OK, TEXT, metrics::resource(api).await),
+        ["metrics", "cadvisor"] if reads => answer_with(StatusCode::OK, TEXT, metrics::cadvisor(api).await),
+        ["metrics", "probes"] if reads => answer_with(StatusCode::OK, TEXT, metrics::probes(api)),
+        ["configz"] if reads => json(&configz::answer(&api.context)),
+        // Asking by POST is as old as the page.
+        ["stats", "summary"] if streams => {
+            json(&stats::summary(api, query.flag(&["only_cpu_and_memory"])).await)
         }
-        ["stats", "summary"] if reads => json(&stats::summary(api).await),
         ["containerLogs", namespace, pod, container] if reads => {
             let found = Found::new(api, namespace, pod, None);
             match found {

@@ -684,8 +684,7 @@ impl Runtime for LocalRuntime {
 
     async fn container_stats(&self, id: &str) -> Result<Stats> {
         let cgroup = self.container(id, |c| c.record.cgroup.clone())?;
-        let cgroups = self.inner.cgroups.clone();
-        blocking(move || cgroups.stats(&cgroup).map_err(failed)).await
+        self.cgroup_stats(&cgroup).await
     }
 
     async fn sandbox_stats(&self, id: &str) -> Result<Stats> {
@@ -694,8 +693,18 @@ impl Runtime for LocalRuntime {
             let sandbox = state.sandboxes.get(id).ok_or_else(|| no_sandbox(id))?;
             sandbox.record.spec.cgroup_parent.clone()
         };
-        let cgroups = self.inner.cgroups.clone();
-        blocking(move || cgroups.stats(&cgroup).map_err(failed)).await
+        self.cgroup_stats(&cgroup).await
+    }
+
+    async fn cgroup_stats(&self, path: &str) -> Result<Stats> {
+        let (cgroups, path) = (self.inner.cgroups.clone(), path.to_owned());
+        blocking(move || cgroups.stats(&path).map_err(failed)).await
+    }
+
+    async fn container_disk_use(&self, id: &str) -> Result<DiskUse> {
+        self.container(id, |_| ())?;
+        let upper = self.container_dir(id).join("upper");
+        blocking(move || Ok(files::disk_use(&upper))).await
     }
 
     async fn exec_sync(&self, id: &str, argv: Vec<String>, timeout: Duration) -> Result<ExecOutput> {

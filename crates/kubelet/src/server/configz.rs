@@ -1,0 +1,30 @@
+//! `/configz`: how this kubelet is set, under upstream's names (kubelet.config.k8s.io/v1beta1).
+//!
+//! Only what has a meaning here is told: a setting that Minke does not have is left out.
+
+use serde_json::{Value, json};
+
+use crate::worker::Context;
+
+pub fn answer(context: &Context) -> Value {
+    let addresses: Vec<String> = context.dns.servers.iter().map(ToString::to_string).collect();
+    json!({"kubeletconfig": {
+        "enableServer": true,
+        "authentication": {
+            "x509": {},
+            "webhook": {"enabled": true, "cacheTTL": "2m0s"},
+            "anonymous": {"enabled": false},
+        },
+        "authorization": {
+            "mode": "Webhook",
+            "webhook": {"cacheAuthorizedTTL": "5m0s", "cacheUnauthorizedTTL": "30s"},
+        },
+        "clusterDomain": context.dns.domain,
+        "clusterDNS": addresses,
+        "cgroupDriver": "cgroupfs",
+        "cgroupRoot": context.cgroup_root,
+        "seccompDefault": context.seccomp_default,
+        "maxPods": context.allocatable.get("pods").map(|pods| pods.value()),
+        "nodeLeaseDurationSeconds": 40,
+    }})
+}
