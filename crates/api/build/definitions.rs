@@ -10,7 +10,8 @@ pub type Gvk = (String, String, String);
 
 pub struct Collector {
     generator: SchemaGenerator,
-    lists: BTreeMap<String, Value>,
+    /// Definitions that are made here.
+    own: BTreeMap<String, Value>,
     pub roots: BTreeMap<Gvk, String>,
 }
 
@@ -19,7 +20,7 @@ impl Collector {
         let mut settings = SchemaSettings::draft2020_12();
         settings.definitions_path = "/definitions".into();
         settings.meta_schema = None;
-        Collector { generator: settings.into_generator(), lists: BTreeMap::new(), roots: BTreeMap::new() }
+        Collector { generator: settings.into_generator(), own: BTreeMap::new(), roots: BTreeMap::new() }
     }
 
     /// A type that is part of the API without being an object of a group.
@@ -31,14 +32,24 @@ impl Collector {
     /// A kind that requests or answers carry, but that is never listed.
     pub fn sent<T: JsonSchema + k8s_openapi::Resource>(&mut self) {
         let name = self.plain::<T>();
-        self.root::<T>(T::KIND.to_owned(), name);
+        self.root(T::GROUP, T::VERSION, T::KIND.to_owned(), name);
     }
 
     /// A kind with a list; the crate has one generic list type without a schema, so the schema is made here.
     pub fn stored<T: JsonSchema + k8s_openapi::Resource>(&mut self) {
         let name = self.plain::<T>();
+        self.listed(T::GROUP, T::VERSION, T::KIND, &name);
+    }
+
+    /// A definition that the crate does not have.
+    pub fn definition(&mut self, name: &str, schema: Value) {
+        self.own.insert(name.to_owned(), schema);
+    }
+
+    /// Makes the definition `name` a kind with a list.
+    pub fn listed(&mut self, group: &str, version: &str, kind: &str, name: &str) {
         let list = json!({
-            "description": format!("{}List is a collection of {} objects.", T::KIND, T::KIND),
+            "description": format!("{kind}List is a collection of {kind} objects."),
             "type": "object",
             "properties": {
                 "apiVersion": { "type": "string", "description": "The version of the schema that this list is written in." },
@@ -51,19 +62,19 @@ impl Collector {
             },
             "required": ["items"],
         });
-        self.lists.insert(format!("{name}List"), list);
-        self.root::<T>(format!("{}List", T::KIND), format!("{name}List"));
-        self.root::<T>(T::KIND.to_owned(), name);
+        self.own.insert(format!("{name}List"), list);
+        self.root(group, version, format!("{kind}List"), format!("{name}List"));
+        self.root(group, version, kind.to_owned(), name.to_owned());
     }
 
-    fn root<T: k8s_openapi::Resource>(&mut self, kind: String, name: String) {
-        self.roots.insert((T::GROUP.to_owned(), T::VERSION.to_owned(), kind), name);
+    fn root(&mut self, group: &str, version: &str, kind: String, name: String) {
+        self.roots.insert((group.to_owned(), version.to_owned(), kind), name);
     }
 
     /// Every definition reached, by name, with references of the form `#/definitions/NAME`.
     pub fn finish(mut self) -> (BTreeMap<String, Value>, BTreeMap<Gvk, String>) {
         self.plain::<k8s_openapi::apimachinery::pkg::apis::meta::v1::ListMeta>();
-        let mut all = self.lists;
+        let mut all = self.own;
         all.extend(self.generator.take_definitions(true));
         (all, self.roots)
     }

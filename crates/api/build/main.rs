@@ -3,6 +3,7 @@
 
 mod definitions;
 mod facts;
+mod metrics;
 mod openapi;
 mod roots;
 mod structure;
@@ -15,6 +16,7 @@ fn main() {
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let mut collector = definitions::Collector::new();
     roots::collect(&mut collector);
+    metrics::collect(&mut collector);
     let (definitions, roots) = collector.finish();
     let facts = facts::Facts::load(&PathBuf::from("data"));
     structure::write(&out, &definitions, &roots, &facts);

@@ -75,6 +75,7 @@ const SCALE: Subresource = Subresource {
     kind: "Scale",
     group_version: Some(("autoscaling", "v1")),
 };
+const APPROVAL: Subresource = sub("approval", READ_WRITE, "");
 const ATTACH: Subresource = sub("attach", CONNECT, "PodAttachOptions");
 const BINDING: Subresource = sub("binding", CREATE_ONLY, "Binding");
 const EPHEMERAL_CONTAINERS: Subresource = sub("ephemeralcontainers", READ_WRITE, "");
@@ -168,9 +169,10 @@ impl Kind {
         self.verbs.contains(&verb)
     }
 
-    /// Whether objects of this kind are kept in the store at all (reviews and bindings are not).
+    /// Whether objects of this kind are kept in the store at all. What is not can be sent and answered only
+    /// (reviews, bindings), or is worked out when it is read (metrics).
     pub fn is_stored(&self) -> bool {
-        self.has_verb("list") && self.kind != "ComponentStatus"
+        self.has_verb("watch")
     }
 
     /// The row under which the objects are kept: itself, except for second versions of one resource.
@@ -230,6 +232,7 @@ pub static KINDS: &[Kind] = &[
     Kind { group: "autoscaling", kind: "HorizontalPodAutoscaler", plural: "horizontalpodautoscalers", singular: "horizontalpodautoscaler", short: &["hpa"], categories: &["all"], subresources: &[STATUS], storage_version_hash: "qwQve8ut294=", stored_as: Some(("autoscaling", "v2")), ..Kind::NAMESPACED },
     Kind { group: "batch", kind: "CronJob", plural: "cronjobs", singular: "cronjob", short: &["cj"], categories: &["all"], subresources: &[STATUS], storage_version_hash: "sd5LIXh4Fjs=", ..Kind::NAMESPACED },
     Kind { group: "batch", kind: "Job", plural: "jobs", singular: "job", categories: &["all"], subresources: &[STATUS], fields: &["status.successful"], storage_version_hash: "mudhfqk/qZY=", ..Kind::NAMESPACED },
+    Kind { group: "certificates.k8s.io", kind: "CertificateSigningRequest", plural: "certificatesigningrequests", singular: "certificatesigningrequest", short: &["csr"], subresources: &[APPROVAL, STATUS], fields: &["spec.signerName"], storage_version_hash: "95fRKMXA+00=", ..Kind::CLUSTER },
     Kind { group: "networking.k8s.io", kind: "IngressClass", plural: "ingressclasses", singular: "ingressclass", storage_version_hash: "l/iqIbDgFyQ=", ..Kind::CLUSTER },
     Kind { group: "networking.k8s.io", kind: "Ingress", plural: "ingresses", singular: "ingress", short: &["ing"], subresources: &[STATUS], storage_version_hash: "39NQlfNR+bo=", ..Kind::NAMESPACED },
     Kind { group: "networking.k8s.io", kind: "IPAddress", plural: "ipaddresses", singular: "ipaddress", short: &["ip"], storage_version_hash: "3f/plJFChNE=", ..Kind::CLUSTER },
@@ -250,6 +253,9 @@ pub static KINDS: &[Kind] = &[
     Kind { group: "coordination.k8s.io", kind: "Lease", plural: "leases", singular: "lease", storage_version_hash: "gqkMMb/YqFM=", ..Kind::NAMESPACED },
     Kind { group: "node.k8s.io", kind: "RuntimeClass", plural: "runtimeclasses", singular: "runtimeclass", storage_version_hash: "WQTu1GL3T2Q=", ..Kind::CLUSTER },
     Kind { group: "discovery.k8s.io", kind: "EndpointSlice", plural: "endpointslices", singular: "endpointslice", storage_version_hash: "qgS0xkrxYAI=", ..Kind::NAMESPACED },
+    // Last, so that `pods` and `nodes` alone mean those of the core group.
+    Kind { group: "metrics.k8s.io", version: "v1beta1", kind: "NodeMetrics", plural: "nodes", singular: "node", verbs: GET_LIST, ..Kind::CLUSTER },
+    Kind { group: "metrics.k8s.io", version: "v1beta1", kind: "PodMetrics", plural: "pods", singular: "pod", verbs: GET_LIST, ..Kind::NAMESPACED },
 ];
 
 #[cfg(test)]

@@ -51,6 +51,11 @@ impl Quantity {
         Quantity { nano: milli as i128 * (NANO / 1000), format }
     }
 
+    /// Billionths, written with n, u, m and so on.
+    pub const fn from_nano(nano: i64) -> Quantity {
+        Quantity { nano: nano as i128, format: Format::DecimalSi }
+    }
+
     /// Bytes, written with Ki, Mi and so on.
     pub const fn bytes(value: i64) -> Quantity {
         Quantity::new(value, Format::BinarySi)

@@ -30,7 +30,8 @@ impl InProcess {
         let Target { kind, namespace, name, subresource } = target;
         let attributes = Attributes::of(verb, kind, subresource, namespace, name);
         self.registry.authorizer.require(&self.user, &attributes)?;
-        if !kind.is_stored() && !matches!(verb, "create") {
+        let read = kind.has_verb("list") && matches!(verb, "get" | "list");
+        if !kind.is_stored() && !matches!(verb, "create") && !read {
             return Err(Status::method_not_allowed());
         }
         Ok(Call {
@@ -48,7 +49,7 @@ impl InProcess {
 #[async_trait]
 impl Client for InProcess {
     async fn get(&self, target: Target<'_>) -> Result<Arc<Object>, Status> {
-        self.registry.get(&self.call("get", target)?)
+        self.registry.get(&self.call("get", target)?).await
     }
 
     async fn list(&self, kind: &'static Kind, namespace: &str, options: ListOptions) -> Result<List, Status> {

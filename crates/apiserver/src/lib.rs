@@ -21,6 +21,7 @@ mod strategy;
 #[cfg(test)]
 mod testing;
 mod tokens;
+mod usage;
 mod user;
 mod validation;
 mod views;

@@ -21,6 +21,7 @@ use crate::inprocess::InProcess;
 use crate::metrics::Metrics;
 use crate::registry::Registry;
 use crate::tokens::Tokens;
+use crate::usage::Usage;
 use crate::{Config, Snapshots, UserInfo, bootstrap, expiry, proxy};
 
 /// Why a server cannot be built.
@@ -59,6 +60,7 @@ impl ApiServer {
         let tls = http::tls_config(&config.serving_cert, &config.serving_key, authenticator.tls_verifier())
             .map_err(bad("serving certificate"))?;
         let proxy = proxy::new(&config).map_err(bad("kubelet client certificate"))?;
+        let usage = Some(Usage::new(proxy.clone()));
         let services: Vec<_> =
             snapshots.list(Kind::of::<Service>(), "").iter().map(|service| service.value()).collect();
         let registry = Arc::new(Registry {
@@ -69,6 +71,7 @@ impl ApiServer {
             authenticator: Arc::new(authenticator),
             tokens,
             allocator: Allocator::new(config.service_cidr, config.node_ports.clone(), &services),
+            usage,
         });
         let mut listeners = Vec::new();
         for address in &config.listen {

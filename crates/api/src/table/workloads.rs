@@ -2,6 +2,8 @@
 
 use serde_json::Value;
 
+use crate::Quantity;
+
 use super::object::{
     NONE, Printed, UNKNOWN, UNSET, at, human_duration, labels, or, quantity, selector, show, str_at,
     timestamp,
@@ -123,6 +125,18 @@ pub static VIEWS: &[View] = &[
         cells: cron_job,
     },
     View { group: "autoscaling", kind: "HorizontalPodAutoscaler", columns: AUTOSCALER, cells: autoscaler },
+    View {
+        group: "metrics.k8s.io",
+        kind: "PodMetrics",
+        columns: USAGE,
+        cells: |o| usage(o, o.list("containers").iter().map(|container| &container["usage"])),
+    },
+    View {
+        group: "metrics.k8s.io",
+        kind: "NodeMetrics",
+        columns: USAGE,
+        cells: |o| usage(o, std::iter::once(o.at("usage"))),
+    },
 ];
 
 const REPLICAS: &[super::Column] =
@@ -217,6 +231,23 @@ fn cron_job(o: &Printed) -> Vec<Value> {
         images,
         selector(o.at("spec.jobTemplate.spec.selector")),
     ]
+}
+
+const USAGE: &[super::Column] = &[
+    NAME,
+    super::Column { name: "cpu", ty: "string", format: "quantity", wide: false },
+    super::Column { name: "memory", ty: "string", format: "quantity", wide: false },
+    super::Column { name: "Window", ty: "string", format: "duration", wide: false },
+];
+
+/// What is used in all.
+fn usage<'a>(o: &Printed, parts: impl Iterator<Item = &'a Value>) -> Vec<Value> {
+    let (mut cpu, mut memory) = (Quantity::ZERO, Quantity::ZERO);
+    for part in parts {
+        let of = |name: &str| Quantity::parse(str_at(part, name)).unwrap_or_default();
+        (cpu, memory) = (cpu + of("cpu"), memory + of("memory"));
+    }
+    cells![o.name(), cpu.to_string(), memory.to_string(), o.str("window")]
 }
 
 fn autoscaler(o: &Printed) -> Vec<Value> {

@@ -61,6 +61,7 @@ fn cluster() -> Cluster {
         authenticator: Arc::new(authenticator),
         tokens,
         allocator: Allocator::new(config.service_cidr, config.node_ports.clone(), []),
+        usage: None,
     });
     let admin = UserInfo::new("system:apiserver", &["system:masters"]);
     let client: Arc<dyn Client> = Arc::new(InProcess::new(registry.clone(), admin));

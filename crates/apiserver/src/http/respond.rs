@@ -172,7 +172,8 @@ fn compressed(mut response: Response<Body>, style: &Style) -> Response<Body> {
 }
 
 fn protobuf_of(code: u16, kind: &Kind, type_name: &str, value: &Value) -> Result<Response<Body>, Status> {
-    let ty = schema::of(kind.group, kind.version, type_name).ok_or_else(not_acceptable)?;
+    let ty = schema::of(kind.group, kind.version, type_name).filter(|ty| !ty.proto().is_empty());
+    let ty = ty.ok_or_else(not_acceptable)?;
     Ok(bytes(code, "application/vnd.kubernetes.protobuf", protobuf::encode(ty, value)))
 }
 

@@ -92,10 +92,10 @@ impl Request<'_> {
         match self.verb {
             "get" => {
                 // A get is of the newest state unless it asks for a future one.
-                if let Some(revision) = self.revision()? {
+                if let Some(revision) = revision(self.query)? {
                     registry.not_older_than(revision).await?;
                 }
-                respond::object(200, &registry.get(&call)?, &style)
+                respond::object(200, &registry.get(&call).await?, &style)
             }
             "list" => {
                 let page = registry.list(&call, &self.list_query(kind)?).await?;

@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::uri::PathAndQuery;
@@ -62,6 +63,7 @@ pub struct Target {
 }
 
 /// Asks other servers.
+#[derive(Clone)]
 pub struct Proxy {
     kubelets: TlsConnector,
     unverified: TlsConnector,
@@ -119,6 +121,25 @@ impl Proxy {
         tokio::time::timeout(CONNECT, connected)
             .await
             .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
+    }
+
+    /// Asks for a page of at most `most` bytes; the error says why there is none.
+    pub async fn get(&self, target: &Target, most: usize) -> Result<Bytes, String> {
+        let stream = self.dial(target).await.map_err(|error| error.to_string())?;
+        let (mut sender, connection) =
+            http1::handshake(TokioIo::new(stream)).await.map_err(|error| error.to_string())?;
+        // Ends when it is dropped: whoever has stopped waiting leaves no connection behind.
+        let mut driven = tokio::task::JoinSet::new();
+        driven.spawn(connection);
+        let request = Request::get(&target.path)
+            .header(header::HOST, format!("{}:{}", target.host, target.port))
+            .body(Empty::<Bytes>::new())
+            .map_err(|error| error.to_string())?;
+        let answer = sender.send_request(request).await.map_err(|error| error.to_string())?;
+        let code = answer.status();
+        let body =
+            Limited::new(answer.into_body(), most).collect().await.map_err(|error| error.to_string())?;
+        if code.is_success() { Ok(body.to_bytes()) } else { Err(format!("it answers {code}")) }
     }
 
     /// Sends the request to `target`, and returns its answer. Once both sides have agreed to speak another

@@ -70,6 +70,23 @@ impl Proxy {
     }
 }
 
+/// The kubelet of a node (the object `value`, named `node`), at `path`.
+pub fn kubelet(value: &Value, node: &str, path: String) -> Result<Target, Status> {
+    let status = value.at("status");
+    let of_type = |ty: &str| status.items("addresses").iter().find(|a| a.text("type") == ty);
+    let address = ["InternalIP", "Hostname", "InternalDNS", "ExternalIP", "ExternalDNS"]
+        .into_iter()
+        .find_map(of_type)
+        .map(|address| address.text("address").to_owned())
+        .ok_or_else(|| {
+            Status::internal(format!("no preferred addresses found; known addresses: [] of node {node}"))
+        })?;
+    let port = status.at("daemonEndpoints").at("kubeletEndpoint").int("Port");
+    let port =
+        port.and_then(|port| u16::try_from(port).ok()).filter(|port| *port > 0).unwrap_or(KUBELET_PORT);
+    Ok(Target { host: address, port, path, security: Security::Kubelet })
+}
+
 /// What is asked for.
 struct Asked<'a> {
     server: &'a Server,
@@ -88,22 +105,8 @@ impl Asked<'_> {
         self.object(self.kind, &self.route.namespace, &self.route.name)
     }
 
-    /// The kubelet of a node, at `path`.
     fn kubelet(&self, node: &str, path: String) -> Result<Target, Status> {
-        let value = self.object(Kind::of::<Node>(), "", node)?;
-        let status = value.at("status");
-        let of_type = |ty: &str| status.items("addresses").iter().find(|a| a.text("type") == ty);
-        let address = ["InternalIP", "Hostname", "InternalDNS", "ExternalIP", "ExternalDNS"]
-            .into_iter()
-            .find_map(of_type)
-            .map(|address| address.text("address").to_owned())
-            .ok_or_else(|| {
-                Status::internal(format!("no preferred addresses found; known addresses: [] of node {node}"))
-            })?;
-        let port = status.at("daemonEndpoints").at("kubeletEndpoint").int("Port");
-        let port =
-            port.and_then(|port| u16::try_from(port).ok()).filter(|port| *port > 0).unwrap_or(KUBELET_PORT);
-        Ok(Target { host: address, port, path, security: Security::Kubelet })
+        kubelet(&self.object(Kind::of::<Node>(), "", node)?, node, path)
     }
 
     /// The node of a pod.

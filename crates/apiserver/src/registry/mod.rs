@@ -34,6 +34,7 @@ use crate::allocate::Allocator;
 use crate::authn::Authenticator;
 use crate::authz::Authorizer;
 use crate::tokens::Tokens;
+use crate::usage::Usage;
 use crate::{Snapshots, UserInfo, admission};
 
 /// A row for what is sent or told of, but is no resource of its own: `Scale`, options.
@@ -64,6 +65,8 @@ pub struct Registry {
     pub authenticator: Arc<Authenticator>,
     pub tokens: Arc<Tokens>,
     pub allocator: Arc<Allocator>,
+    /// None where nothing can be asked, as in tests of the registry alone.
+    pub usage: Option<Usage>,
 }
 
 /// Who wants what: the part of a request that is the same for all verbs.

@@ -9,6 +9,7 @@ use minke_store::Snapshot;
 
 use super::options::{Token, too_large};
 use super::{Call, ListQuery, Match, Page, Registry, convert, store_status};
+use crate::usage::{self, Usage};
 
 /// How long a reader may wait for a revision of the future.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -49,7 +50,11 @@ impl Registry {
         self.store.get(call.kind.storage(), &key).ok_or_else(|| Status::not_found(call.kind, call.name))
     }
 
-    pub fn get(&self, call: &Call<'_>) -> Result<Arc<Object>, Status> {
+    pub async fn get(&self, call: &Call<'_>) -> Result<Arc<Object>, Status> {
+        if call.kind.group == usage::GROUP {
+            let usage = self.usage()?;
+            return usage.get(&*self.snapshots, call, self.now()).await;
+        }
         let object = self.stored(call)?;
         match call.subresource {
             "scale" => super::scale::of(&object),
@@ -66,7 +71,14 @@ impl Registry {
         reached.map_err(|_| too_large(revision, self.store.revision()))
     }
 
+    fn usage(&self) -> Result<&Usage, Status> {
+        self.usage.as_ref().ok_or_else(|| Status::unavailable("this server asks no nodes"))
+    }
+
     pub async fn list(&self, call: &Call<'_>, query: &ListQuery) -> Result<Page, Status> {
+        if call.kind.group == usage::GROUP {
+            return Ok(self.usage()?.list(&*self.snapshots, call, query, self.now()).await);
+        }
         let kind = call.kind.storage();
         let (snapshot, after, issued) = match &query.continue_ {
             Some(token) => self.resume(kind, token)?,
