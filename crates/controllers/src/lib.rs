@@ -12,10 +12,12 @@ mod deployment;
 mod endpoints;
 mod endpointslice;
 mod garbage_collector;
+mod ephemeral_volume;
 mod job;
 mod namespace;
 mod node_lifecycle;
 mod pod_gc;
+mod persistent_volume;
 mod pods;
 mod replicaset;
 mod rollout;
@@ -29,6 +31,7 @@ mod ttl_after_finished;
 
 pub use run::run;
 
+mod volume_protection;
 use std::time::Duration;
 
 use minke_client::Clock;
@@ -92,3 +95,7 @@ static CONTROLLERS: &[Row] = &[
     Row { name: "pod-garbage-collector", account: "pod-garbage-collector", component: "pod-garbage-collector", make: |config| Box::new(pod_gc::PodGc::new(config)) },
     Row { name: "clusterrole-aggregation", account: "clusterrole-aggregation-controller", component: "clusterrole-aggregation-controller", make: |_| Box::new(clusterrole_aggregation::Aggregation) },
 ];
+    Row { name: "persistentvolume-binder", account: "persistent-volume-binder", component: "persistentvolume-controller", make: |_| Box::new(persistent_volume::Binder::default()) },
+    Row { name: "persistentvolumeclaim-protection", account: "pvc-protection-controller", component: "pvc-protection-controller", make: |_| Box::new(volume_protection::ClaimProtection) },
+    Row { name: "persistentvolume-protection", account: "pv-protection-controller", component: "pv-protection-controller", make: |_| Box::new(volume_protection::VolumeProtection) },
+    Row { name: "ephemeral-volume", account: "ephemeral-volume-controller", component: "ephemeral_volume", make: |_| Box::new(ephemeral_volume::EphemeralVolumes) },
