@@ -269,9 +269,43 @@ impl Ctx {
         selector: &LabelSelector,
         kind: &'static Kind,
     ) -> Result<Vec<Arc<Object>>, Status> {
+        self.claim_those(owner, selector, kind, |_| true).await
+    }
+
+    /// As [`Ctx::claim`], of the children that also `belong`.
+    pub async fn claim_those(
+        &self,
+        owner: &Object,
+        selector: &LabelSelector,
+        kind: &'static Kind,
+        belongs: impl Fn(&Object) -> bool + Send + Sync,
+    ) -> Result<Vec<Arc<Object>>, Status> {
+        self.claim_by(owner, selector, kind, belongs, &[]).await
+    }
+
+    /// As [`Ctx::claim`]; what is adopted gets this finalizer with it.
+    pub async fn claim_holding(
+        &self,
+        owner: &Object,
+        selector: &LabelSelector,
+        kind: &'static Kind,
+        finalizer: &str,
+    ) -> Result<Vec<Arc<Object>>, Status> {
+        self.claim_by(owner, selector, kind, |_| true, &[finalizer]).await
+    }
+
+    async fn claim_by(
+        &self,
+        owner: &Object,
+        selector: &LabelSelector,
+        kind: &'static Kind,
+        belongs: impl Fn(&Object) -> bool + Send + Sync,
+        finalizers: &[&str],
+    ) -> Result<Vec<Arc<Object>>, Status> {
+        let fits = |child: &Object| selector.matches(child.labels()) && belongs(child);
         let mut mine = Vec::new();
         for child in self.controlled_by(owner, kind) {
-            if selector.matches(child.labels()) {
+            if fits(&child) {
                 mine.push(child);
             } else if owner.deleted().is_none() {
                 self.release(owner, &child).await?;
@@ -289,7 +323,7 @@ impl Ctx {
         let informer = self.shared.informers.of(kind);
         let mut may_adopt = false;
         for orphan in orphans.iter().filter_map(|key| informer.get_key(key)) {
-            if orphan.controller().is_some() || self.is_going(&orphan) || !selector.matches(orphan.labels()) {
+            if orphan.controller().is_some() || self.is_going(&orphan) || !fits(&orphan) {
                 continue;
             }
             if !may_adopt {
@@ -300,8 +334,11 @@ impl Ctx {
                 }
                 may_adopt = true;
             }
-            let reference =
+            let mut reference =
                 json!({ "metadata": { "uid": orphan.uid(), "ownerReferences": [controller_ref(owner)] } });
+            if !finalizers.is_empty() {
+                reference["metadata"]["finalizers"] = json!(finalizers);
+            }
             match self.patch(Target::of(&orphan), Patch::Strategic(reference)).await {
                 Ok(adopted) => mine.push(adopted),
                 Err(error) if error.is_not_found() || error.code == 422 => {}

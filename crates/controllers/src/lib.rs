@@ -81,7 +81,7 @@ static CONTROLLERS: &[Row] = &[
     Row { name: "deployment", account: "deployment-controller", component: "deployment-controller", make: |_| Box::new(deployment::Deployments) },
     Row { name: "replicaset", account: "replicaset-controller", component: "replicaset-controller", make: |_| Box::new(replicaset::Sets(&replicaset::REPLICA_SETS)) },
     Row { name: "replicationcontroller", account: "replication-controller", component: "replication-controller", make: |_| Box::new(replicaset::Sets(&replicaset::REPLICATION_CONTROLLERS)) },
-    Row { name: "job", account: "job-controller", component: "job-controller", make: |_| Box::new(job::Jobs) },
+    Row { name: "job", account: "job-controller", component: "job-controller", make: |_| Box::<job::Jobs>::default() },
     Row { name: "ttl-after-finished", account: "ttl-after-finished-controller", component: "ttl-after-finished-controller", make: |_| Box::new(ttl_after_finished::TtlAfterFinished) },
     Row { name: "endpoints", account: "endpoint-controller", component: "endpoint-controller", make: |_| Box::new(endpoints::EndpointsController::default()) },
     Row { name: "endpointslice", account: "endpointslice-controller", component: "endpoint-slice-controller", make: |_| Box::new(endpointslice::EndpointSlices::default()) },

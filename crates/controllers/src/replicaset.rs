@@ -220,7 +220,8 @@ async fn carry_out(
     active: &[Typed<Pod>],
 ) -> Result<(), Status> {
     if plan.create > 0 {
-        return create_pods(ctx, object, &set.template, plan.create).await.map(drop);
+        let pod = pods::from_template(&set.template, object);
+        return create_each(ctx, object, vec![pod; plan.create]).await;
     }
     let by_uid: BTreeMap<&str, &Typed<Pod>> = active.iter().map(|pod| (pod.object.uid(), pod)).collect();
     let doomed = plan.delete.iter().filter_map(|uid| by_uid.get(uid.as_str()));
@@ -229,32 +230,35 @@ async fn carry_out(
     done.into_iter().find_map(Result::err).map_or(Ok(()), Err)
 }
 
-/// Creates pods, one at first and then twice as many each time that all went well: when something is wrong
-/// (a quota, say), it does not go wrong hundreds of times.
-pub(crate) async fn create_pods(
-    ctx: &Ctx,
-    owner: &Object,
-    template: &PodTemplateSpec,
-    count: usize,
-) -> Result<usize, Status> {
-    let pod = pods::from_template(template, owner);
-    let (mut left, mut batch) = (count, 1);
-    while left > 0 {
-        batch = batch.min(left);
-        let creations = (0..batch).map(|_| create_pod(ctx, owner, pod.clone()));
-        let done = futures_util::future::join_all(creations).await;
+/// Does something for each item, for one at first and then for twice as many each time that all went well: when
+/// something is wrong (a quota, say), it does not go wrong hundreds of times.
+pub(crate) async fn slow_start<T, F>(items: Vec<T>, act: impl Fn(T) -> F) -> Result<(), Status>
+where
+    F: Future<Output = Result<(), Status>>,
+{
+    let (mut items, mut batch) = (items.into_iter(), 1);
+    while items.len() > 0 {
+        let done = futures_util::future::join_all(items.by_ref().take(batch).map(&act)).await;
         for result in done {
             match result {
                 Ok(()) => {}
-                // Nothing can be made here any more; not a failure of the set.
-                Err(error) if error.has_cause("NamespaceTerminating") => return Ok(count - left),
+                // Nothing can be made here any more; not a failure of the owner.
+                Err(error) if error.has_cause("NamespaceTerminating") => return Ok(()),
                 Err(error) => return Err(error),
             }
         }
-        left -= batch;
         batch *= 2;
     }
-    Ok(count)
+    Ok(())
+}
+
+/// Creates these pods, by [`slow_start`].
+pub(crate) async fn create_each(
+    ctx: &Ctx,
+    owner: &Object,
+    pods: Vec<serde_json::Value>,
+) -> Result<(), Status> {
+    slow_start(pods, |pod| create_pod(ctx, owner, pod)).await
 }
 
 pub(crate) async fn create_pod(ctx: &Ctx, owner: &Object, pod: serde_json::Value) -> Result<(), Status> {
