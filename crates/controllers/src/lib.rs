@@ -11,13 +11,13 @@ mod context;
 mod deployment;
 mod endpoints;
 mod endpointslice;
-mod garbage_collector;
 mod ephemeral_volume;
+mod garbage_collector;
 mod job;
 mod namespace;
 mod node_lifecycle;
-mod pod_gc;
 mod persistent_volume;
+mod pod_gc;
 mod pods;
 mod replicaset;
 mod rollout;
@@ -28,10 +28,10 @@ mod serviceaccount;
 mod services;
 mod taint_eviction;
 mod ttl_after_finished;
+mod volume_protection;
 
 pub use run::run;
 
-mod volume_protection;
 use std::time::Duration;
 
 use minke_client::Clock;
