@@ -16,10 +16,15 @@ pub async fn ensure(client: &dyn Client, service_cidr: Ipv4Net) -> Result<()> {
         let (kind, name, namespace) = (text("/kind"), text("/metadata/name"), text("/metadata/namespace"));
         let kind =
             Kind::by_api_version(&text("/apiVersion"), &kind).with_context(|| format!("no kind {kind}"))?;
+        match client.get(Target::object(kind, &namespace, &name)).await {
+            Err(error) if error.is_not_found() => {}
+            Ok(_) => continue,
+            Err(error) => return Err(error).with_context(|| format!("read {} {name}", kind.plural)),
+        }
         match client.create(Target::collection(kind, &namespace), object).await {
             Ok(_) => {}
             Err(error) if error.is_already_exists() => {}
-            // The address belongs to the Service that is there already, under whatever name.
+            // A Service of another name took the address, as it may when nobody uses the cluster DNS.
             Err(error) if is_taken(&error) => {
                 tracing::warn!(%error, "The address of the cluster DNS is taken")
             }

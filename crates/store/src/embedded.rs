@@ -66,9 +66,9 @@ pub struct Embedded {
 pub enum OpenError {
     #[error("{} is in use by another server", .0.display())]
     InUse(PathBuf),
-    #[error("cannot open {}: {source}", path.display())]
+    #[error("cannot open {}", path.display())]
     Io { path: PathBuf, source: io::Error },
-    #[error("cannot open {}: {source}", path.display())]
+    #[error("cannot open {}", path.display())]
     Database { path: PathBuf, source: Box<redb::Error> },
     #[error("the state was written in format {0}, and this version knows only format {FORMAT}")]
     Format(u64),
