@@ -93,9 +93,9 @@ static CONTROLLERS: &[Row] = &[
     Row { name: "node-lifecycle", account: "node-controller", component: "node-controller", make: |config| Box::new(node_lifecycle::NodeLifecycle::new(config)) },
     Row { name: "taint-eviction", account: "node-controller", component: "taint-eviction-controller", make: |_| Box::new(taint_eviction::TaintEviction) },
     Row { name: "pod-garbage-collector", account: "pod-garbage-collector", component: "pod-garbage-collector", make: |config| Box::new(pod_gc::PodGc::new(config)) },
-    Row { name: "clusterrole-aggregation", account: "clusterrole-aggregation-controller", component: "clusterrole-aggregation-controller", make: |_| Box::new(clusterrole_aggregation::Aggregation) },
-];
     Row { name: "persistentvolume-binder", account: "persistent-volume-binder", component: "persistentvolume-controller", make: |_| Box::new(persistent_volume::Binder::default()) },
     Row { name: "persistentvolumeclaim-protection", account: "pvc-protection-controller", component: "pvc-protection-controller", make: |_| Box::new(volume_protection::ClaimProtection) },
     Row { name: "persistentvolume-protection", account: "pv-protection-controller", component: "pv-protection-controller", make: |_| Box::new(volume_protection::VolumeProtection) },
     Row { name: "ephemeral-volume", account: "ephemeral-volume-controller", component: "ephemeral_volume", make: |_| Box::new(ephemeral_volume::EphemeralVolumes) },
+    Row { name: "clusterrole-aggregation", account: "clusterrole-aggregation-controller", component: "clusterrole-aggregation-controller", make: |_| Box::new(clusterrole_aggregation::Aggregation) },
+];
