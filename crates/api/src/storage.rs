@@ -186,7 +186,8 @@ pub fn best_match<'a>(
         if meant {
             return reachable.then_some(volume);
         }
-        let available = volume.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Available");
+        let available =
+            volume.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Available");
         let is_free = available && !(delayed && fits_node.is_none());
         if !is_free || !reachable || class_of_volume(volume) != class || !is_selected(volume) {
             continue;

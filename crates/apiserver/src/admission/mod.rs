@@ -10,6 +10,7 @@ mod namespace;
 mod pods;
 pub mod quota;
 mod service_account;
+mod storage;
 #[cfg(test)]
 mod testing;
 
@@ -72,7 +73,8 @@ type Mutate = fn(&Context<'_>, &Request<'_>, &mut Value) -> Result<(), Status>;
 type Validate = fn(&Context<'_>, &Request<'_>, &Value) -> Result<(), Status>;
 
 /// NamespaceLifecycle, LimitRanger, ServiceAccount, TaintNodesByCondition, Priority,
-/// DefaultTolerationSeconds, DefaultStorageClass, RuntimeClass, DefaultIngressClass.
+/// DefaultTolerationSeconds, DefaultStorageClass, StorageObjectInUseProtection, RuntimeClass,
+/// DefaultIngressClass.
 const MUTATING: &[Mutate] = &[
     |context, request, _| namespace::lifecycle(context, request),
     limits::fill,
@@ -81,16 +83,18 @@ const MUTATING: &[Mutate] = &[
     pods::priority,
     pods::default_tolerations,
     defaults::storage_class,
+    storage::protect_in_use,
     pods::runtime_class,
     defaults::ingress_class,
 ];
 
-/// NamespaceLifecycle (of deletions), LimitRanger, Priority (of classes), PersistentVolumeClaimResize, and
-/// that nobody hands out rights that they have not.
+/// NamespaceLifecycle (of deletions), LimitRanger, Priority (of classes), NodeRestriction (of volumes),
+/// PersistentVolumeClaimResize, and that nobody hands out rights that they have not.
 const VALIDATING: &[Validate] = &[
     |context, request, _| namespace::lifecycle(context, request),
     limits::check,
     defaults::one_default_priority,
+    storage::node_keeps_to_its_own,
     defaults::claim_may_grow,
     roles_do_not_escalate,
 ];

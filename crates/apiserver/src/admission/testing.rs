@@ -26,6 +26,32 @@ pub fn delete(cluster: &Arc<Cluster>, mut object: Value) -> Result<(), Status> {
     run(cluster, Operation::Delete, &mut object, Some(&old))
 }
 
+/// What one validating plugin says of a user's write.
+pub fn judge(
+    cluster: &Arc<Cluster>,
+    user: &UserInfo,
+    operation: Operation,
+    object: &Value,
+    old: Option<&Value>,
+    plugin: super::Validate,
+) -> Result<(), Status> {
+    let authorizer = Authorizer::new(cluster.clone());
+    let context = Context { snapshots: &**cluster, authorizer: &authorizer };
+    let kind = Kind::by_api_version(object["apiVersion"].as_str().unwrap(), object["kind"].as_str().unwrap())
+        .unwrap();
+    let text = |name: &str| object["metadata"][name].as_str().unwrap_or_default();
+    let request = Request {
+        operation,
+        kind,
+        subresource: "",
+        namespace: text("namespace"),
+        name: text("name"),
+        user,
+        old,
+    };
+    plugin(&context, &request, object)
+}
+
 fn run(
     cluster: &Arc<Cluster>,
     operation: Operation,

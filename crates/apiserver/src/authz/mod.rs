@@ -15,6 +15,7 @@ use minke_api::{Kind, Object, Revision, Status};
 use minke_client::typed;
 
 pub use escalation::check_role_write;
+pub use node::name_of as node_of;
 use rules::Rule;
 
 use crate::{Attributes, Snapshots, UserInfo};

@@ -27,6 +27,7 @@ pub fn authorize(snapshots: &dyn Snapshots, rules: &[Rule], node: &str, attribut
         ("", "secrets" | "configmaps" | "persistentvolumeclaims", "") => {
             reads && !name.is_empty() && needed(snapshots, node, namespace, resource, name)
         }
+        // Of those that it makes and deletes, its role in RBAC and admission tell.
         ("", "persistentvolumes", "") if verb != "get" => false,
         ("", "serviceaccounts", "") => {
             verb == "get" && needed(snapshots, node, namespace, "serviceaccounts", name)
@@ -58,7 +59,13 @@ fn needed(snapshots: &dyn Snapshots, node: &str, namespace: &str, resource: &str
             .iter()
             .filter(|pod| pod.field("spec.nodeName") == Some(node))
             .filter_map(|pod| typed::<core::Pod>(pod))
-            .any(|pod| pod.spec.as_ref().is_some_and(|spec| refers(spec, resource, name)))
+            .any(|pod| {
+                let mut own = minke_api::storage::claims_of(&pod);
+                if resource == "persistentvolumeclaims" {
+                    return own.any(|(claim, _)| claim == name);
+                }
+                pod.spec.as_ref().is_some_and(|spec| refers(spec, resource, name))
+            })
 }
 
 fn refers(spec: &core::PodSpec, resource: &str, name: &str) -> bool {
@@ -82,11 +89,6 @@ fn refers(spec: &core::PodSpec, resource: &str, name: &str) -> bool {
                     || projections(volume).any(|p| p.config_map.as_ref().is_some_and(|c| c.name == name))
             })
         }
-        "persistentvolumeclaims" => spec
-            .volumes
-            .iter()
-            .flatten()
-            .any(|v| v.persistent_volume_claim.as_ref().is_some_and(|claim| claim.claim_name == name)),
         _ => false,
     }
 }
@@ -145,6 +147,8 @@ mod tests {
                 "containers": [{"name": "c", "envFrom": [{"configMapRef": {"name": "env"}}],
                     "env": [{"name": "K", "valueFrom": {"secretKeyRef": {"name": "key", "key": "k"}}}]}],
                 "volumes": [{"name": "v", "secret": {"secretName": "vol"}},
+                    {"name": "d", "persistentVolumeClaim": {"claimName": "data"}},
+                    {"name": "e", "ephemeral": {"volumeClaimTemplate": {"spec": {}}}},
                     {"name": "p", "projected": {"sources": [{"configMap": {"name": "ca"}}]}}]}})]);
         let (group, resource) = resource.split_once(':').unwrap_or(("", resource));
         let (resource, subresource) = resource.split_once('/').unwrap_or((resource, ""));
@@ -168,6 +172,9 @@ mod tests {
         check("delete", "secrets", "a", "vol", false);
         check("get", "configmaps", "a", "env", true);
         check("get", "configmaps", "a", "ca", true);
+        check("watch", "persistentvolumeclaims", "a", "data", true);
+        check("watch", "persistentvolumeclaims", "a", "web-e", true);
+        check("watch", "persistentvolumeclaims", "a", "e", false);
         check("get", "serviceaccounts", "a", "bot", true);
         check("create", "serviceaccounts/token", "a", "bot", true);
         check("create", "serviceaccounts/token", "a", "default", false);

@@ -1,5 +1,5 @@
-//! What every cluster has from the start: namespaces, default roles, priority classes, the Service
-//! `kubernetes` with its endpoints, and what clients look up in kube-system.
+//! What every cluster has from the start: namespaces, default roles, priority classes, the default storage class, the
+//! Service `kubernetes` with its endpoints, and what clients look up in kube-system.
 //!
 //! [`ensure`] makes what is missing and writes nothing when nothing is; [`keep`] puts back what goes missing
 //! while the server runs, told by watches. Aggregated roles get their rules from a controller.
@@ -17,6 +17,7 @@ use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::api::networking::v1 as networking;
 use k8s_openapi::api::rbac::v1 as rbac;
 use k8s_openapi::api::scheduling::v1 as scheduling;
+use k8s_openapi::api::storage::v1 as storage;
 use minke_api::{FieldSelector, Kind, Object, Status};
 use minke_client::{Client, DeleteOptions, Informers, Target, WorkQueue};
 use serde_json::{Value, json};
@@ -183,6 +184,12 @@ fn fixed(config: &Config) -> Vec<Value> {
     let today = minke_api::time::format_seconds(config.clock.now());
     let today = today.split('T').next().unwrap_or_default();
     objects.push(map("kube-apiserver-legacy-service-account-token-tracking", "since", today));
+    objects.push(json!({
+        "apiVersion": Kind::of::<storage::StorageClass>().api_version(), "kind": "StorageClass",
+        "metadata": {"name": "standard", "annotations": {"storageclass.kubernetes.io/is-default-class": "true"}},
+        "provisioner": minke_api::storage::LOCAL_PATH, "volumeBindingMode": "WaitForFirstConsumer",
+        "reclaimPolicy": "Delete", "allowVolumeExpansion": false,
+    }));
     objects.push(json!({
         "apiVersion": Kind::of::<networking::ServiceCIDR>().api_version(), "kind": "ServiceCIDR",
         "metadata": {"name": KUBERNETES}, "spec": {"cidrs": [config.service_cidr.to_string()]},
