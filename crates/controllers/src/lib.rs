@@ -8,6 +8,7 @@
 
 mod clusterrole_aggregation;
 mod context;
+mod daemonset;
 mod deployment;
 mod endpoints;
 mod endpointslice;
@@ -20,12 +21,14 @@ mod persistent_volume;
 mod pod_gc;
 mod pods;
 mod replicaset;
+mod revisions;
 mod rollout;
 mod root_ca;
 mod run;
 mod service_lb;
 mod serviceaccount;
 mod services;
+mod statefulset;
 mod taint_eviction;
 mod ttl_after_finished;
 mod volume_protection;
@@ -81,6 +84,8 @@ static CONTROLLERS: &[Row] = &[
     Row { name: "deployment", account: "deployment-controller", component: "deployment-controller", make: |_| Box::new(deployment::Deployments) },
     Row { name: "replicaset", account: "replicaset-controller", component: "replicaset-controller", make: |_| Box::new(replicaset::Sets(&replicaset::REPLICA_SETS)) },
     Row { name: "replicationcontroller", account: "replication-controller", component: "replication-controller", make: |_| Box::new(replicaset::Sets(&replicaset::REPLICATION_CONTROLLERS)) },
+    Row { name: "daemonset", account: "daemon-set-controller", component: "daemonset-controller", make: |_| Box::new(daemonset::DaemonSets::default()) },
+    Row { name: "statefulset", account: "statefulset-controller", component: "statefulset-controller", make: |_| Box::new(statefulset::StatefulSets) },
     Row { name: "job", account: "job-controller", component: "job-controller", make: |_| Box::<job::Jobs>::default() },
     Row { name: "ttl-after-finished", account: "ttl-after-finished-controller", component: "ttl-after-finished-controller", make: |_| Box::new(ttl_after_finished::TtlAfterFinished) },
     Row { name: "endpoints", account: "endpoint-controller", component: "endpoint-controller", make: |_| Box::new(endpoints::EndpointsController::default()) },

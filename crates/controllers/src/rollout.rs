@@ -689,11 +689,17 @@ pub(crate) fn set_name(deployment: &Typed<Deployment>) -> String {
     format!("{}-{}", deployment.object.name(), template_hash(deployment))
 }
 
-/// The hash of the Deployment's template that names and labels its ReplicaSet and pods. It differs after a
-/// collision was counted. Only its looks are upstream's: its value depends on how a template is encoded.
+/// The hash of the Deployment's template that names and labels its ReplicaSet and pods.
 pub(crate) fn template_hash(deployment: &Deployment) -> String {
-    let mut bytes = serde_json::to_vec(&deployment.spec.template).expect("typed objects serialise");
-    if let Some(collisions) = deployment.status.as_ref().and_then(|status| status.collision_count) {
+    let collisions = deployment.status.as_ref().and_then(|status| status.collision_count);
+    hash_of(&deployment.spec.template, collisions)
+}
+
+/// A template's hash, which differs after a collision was counted. Only its looks are upstream's: its value
+/// depends on how a template is encoded.
+pub(crate) fn hash_of(template: &PodTemplateSpec, collisions: Option<i32>) -> String {
+    let mut bytes = serde_json::to_vec(template).expect("typed objects serialise");
+    if let Some(collisions) = collisions {
         bytes.extend(collisions.to_le_bytes());
     }
     safe_encode(fnv1a(&bytes))
