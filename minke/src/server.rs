@@ -80,7 +80,12 @@ impl ServerArgs {
         let stop = CancellationToken::new();
         stop_on_signals(&stop)?;
         let progress = Progress::default();
-        let wishes = Wishes { api_port: self.port, node_name: self.node_name.clone(), node_ip: self.node_ip };
+        let wishes = Wishes {
+            api_port: self.port,
+            max_pods: None,
+            node_name: self.node_name.clone(),
+            node_ip: self.node_ip,
+        };
         let setting = Setting::prepare(data, &wishes, SERVER_LOCK).await?;
         let tasks = TaskTracker::new();
         let control = control::bind(data)?;
@@ -115,8 +120,12 @@ impl ServerArgs {
         let api = tokio::spawn(server.run(stop_api.clone()));
 
         let informers = Informers::new(manager, stop.clone());
-        let config =
-            minke_controllers::Config { root_ca: setting.keys.ca.certificate.clone(), ..Default::default() };
+        let ca = &setting.keys.ca;
+        let config = minke_controllers::Config {
+            root_ca: ca.certificate.clone(),
+            authority: Some(Arc::new(minke_controllers::Authority::new(&ca.certificate, &ca.key)?)),
+            ..Default::default()
+        };
         let account = move |name: &str| clients_of(UserInfo::service_account("kube-system", name));
         tasks.spawn(minke_controllers::run(config, account, informers, stop.clone()));
         let seen = Informers::new(scheduler, stop.clone());

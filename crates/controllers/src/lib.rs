@@ -6,6 +6,7 @@
 //! and what depends on time is queued for that time.
 #![forbid(unsafe_code)]
 
+mod certificates;
 mod clusterrole_aggregation;
 mod context;
 mod daemonset;
@@ -33,8 +34,10 @@ mod taint_eviction;
 mod ttl_after_finished;
 mod volume_protection;
 
+pub use certificates::{Authority, AuthorityError};
 pub use run::run;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use minke_client::Clock;
@@ -45,6 +48,8 @@ use run::Row;
 pub struct Config {
     /// The certificates that pods verify the API server with, as PEM.
     pub root_ca: String,
+    /// Signs what is approved of certificates.k8s.io; without it, somebody else does.
+    pub authority: Option<Arc<Authority>>,
     pub clock: Clock,
     /// How long a node may be silent before it counts as unreachable.
     pub node_monitor_grace: Duration,
@@ -60,6 +65,7 @@ impl Default for Config {
     fn default() -> Config {
         Config {
             root_ca: String::new(),
+            authority: None,
             clock: Clock::System,
             node_monitor_grace: Duration::from_secs(50),
             node_startup_grace: Duration::from_secs(60),
@@ -102,5 +108,6 @@ static CONTROLLERS: &[Row] = &[
     Row { name: "persistentvolumeclaim-protection", account: "pvc-protection-controller", component: "pvc-protection-controller", make: |_| Box::new(volume_protection::ClaimProtection) },
     Row { name: "persistentvolume-protection", account: "pv-protection-controller", component: "pv-protection-controller", make: |_| Box::new(volume_protection::VolumeProtection) },
     Row { name: "ephemeral-volume", account: "ephemeral-volume-controller", component: "ephemeral_volume", make: |_| Box::new(ephemeral_volume::EphemeralVolumes) },
+    Row { name: "certificatesigningrequest", account: "certificate-controller", component: "certificate-controller", make: |config| Box::new(certificates::Certificates { authority: config.authority.clone() }) },
     Row { name: "clusterrole-aggregation", account: "clusterrole-aggregation-controller", component: "clusterrole-aggregation-controller", make: |_| Box::new(clusterrole_aggregation::Aggregation) },
 ];

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::object::{NONE, Printed, join, list_at, or, quantity, show, str_at};
+use super::object::{NONE, Printed, human_duration, join, list_at, or, quantity, show, str_at};
 use super::{AGE, NAME, View, boolean, cells, integer, text, wide};
 
 const BINDING: &[super::Column] =
@@ -47,6 +47,32 @@ pub static VIEWS: &[View] = &[
                 bound("spec.maxUnavailable"),
                 o.int("status.disruptionsAllowed"),
                 o.age(),
+            ]
+        },
+    },
+    View {
+        group: "certificates.k8s.io",
+        kind: "CertificateSigningRequest",
+        columns: &[
+            NAME,
+            AGE,
+            text("SignerName"),
+            text("Requestor"),
+            text("RequestedDuration"),
+            text("Condition"),
+        ],
+        cells: |o| {
+            let duration = match o.at("spec.expirationSeconds").as_i64() {
+                Some(seconds) => human_duration(seconds),
+                None => NONE.to_owned(),
+            };
+            cells![
+                o.name(),
+                o.age(),
+                or(o.str("spec.signerName"), NONE),
+                o.str("spec.username"),
+                duration,
+                certificate_condition(o),
             ]
         },
     },
@@ -195,4 +221,22 @@ fn binding(o: &Printed) -> Vec<Value> {
     let role = format!("{}/{}", str_at(role, "kind"), str_at(role, "name"));
     let accounts: Vec<String> = accounts.collect();
     cells![o.name(), or(&role, NONE), o.age(), names("User"), names("Group"), accounts.join(", ")]
+}
+
+/// How far a signing request has come: `Approved,Issued`.
+fn certificate_condition(o: &Printed) -> String {
+    let has = |kind: &str| o.list("status.conditions").iter().any(|c| str_at(c, "type") == kind);
+    let mut parts = Vec::new();
+    match (has("Denied"), has("Approved")) {
+        (true, _) => parts.push("Denied"),
+        (_, true) => parts.push("Approved"),
+        _ => parts.push("Pending"),
+    }
+    if has("Failed") {
+        parts.push("Failed");
+    }
+    if !o.str("status.certificate").is_empty() {
+        parts.push("Issued");
+    }
+    parts.join(",")
 }

@@ -337,6 +337,19 @@ fn rules() {
         json!({"status": {"hard": {"pods": "10", "limits.cpu": "2"}, "used": {"pods": "1"}}}),
         "x | pods: 1/10 | limits.cpu: 0/2 | 5m",
     );
+    let request = |status: Value| json!({"spec": {"signerName": "a.io/b", "username": "me", "expirationSeconds": 3600}, "status": status});
+    check(
+        "certificates.k8s.io",
+        "CertificateSigningRequest",
+        request(json!({})),
+        "x | 5m | a.io/b | me | 60m | Pending",
+    );
+    check(
+        "certificates.k8s.io",
+        "CertificateSigningRequest",
+        request(json!({"conditions": [{"type": "Approved"}], "certificate": "eA=="})),
+        "x | 5m | a.io/b | me | 60m | Approved,Issued",
+    );
     check("rbac.authorization.k8s.io", "Role", json!({}), "x | 2026-01-02T02:55:00Z");
     check("", "LimitRange", json!({}), "x | 2026-01-02T02:55:00Z");
 }

@@ -7,7 +7,7 @@ use k8s_openapi::api::core::v1 as core;
 use minke_api::{Kind, Quantity, Status};
 use serde_json::Value;
 
-use super::{Context, Request};
+use super::{Context, Operation, Request};
 use crate::kinds::resources::{Amounts, amounts, pod_amounts};
 use crate::kinds::tree::Tree;
 
@@ -73,7 +73,12 @@ fn fill_list(resources: &mut Value, list: &str, defaults: &Value) -> Vec<String>
 /// Refuses a pod or claim that is outside the bounds.
 pub fn check(context: &Context<'_>, request: &Request<'_>, object: &Value) -> Result<(), Status> {
     let mut problems = Vec::new();
-    if request.creates("", "Pod") {
+    // What is going away is nobody's concern any more.
+    if object.at("metadata").has("deletionTimestamp") {
+        return Ok(());
+    }
+    let resizes = request.operation == Operation::Update && request.subresource == "resize";
+    if request.creates("", "Pod") || resizes && request.kind == Kind::of::<core::Pod>() {
         let ranges = ranges(context, request.namespace);
         let spec = object.at("spec");
         for item in items(&ranges, "Container") {
@@ -97,6 +102,8 @@ pub fn check(context: &Context<'_>, request: &Request<'_>, object: &Value) -> Re
             claim_bounds(item, &requests, &mut problems);
         }
     }
+    let mut told = std::collections::BTreeSet::new();
+    problems.retain(|problem| told.insert(problem.clone()));
     match problems.len() {
         0 => Ok(()),
         1 => Err(request.forbid(&problems[0])),
@@ -155,8 +162,11 @@ fn claim_bounds(item: &Value, requests: &Amounts, problems: &mut Vec<String>) {
         }
     }
     for (name, most) in amounts(item.at("max")) {
-        if let Some(request) = requests.get(&name).filter(|request| **request > most) {
-            problems.push(format!("maximum {name} usage per {kind} is {most}, but request is {request}"));
+        let start = format!("maximum {name} usage per {kind} is {most}");
+        match requests.get(&name) {
+            None => problems.push(format!("{start}.  No request is specified")),
+            Some(request) if *request > most => problems.push(format!("{start}, but request is {request}")),
+            Some(_) => {}
         }
     }
 }
@@ -210,6 +220,44 @@ mod tests {
         assert_eq!(
             admit(pod, json!({"requests": {"cpu": "500m"}, "limits": {"cpu": "2"}})).unwrap_err(),
             "pods \"web\" is forbidden: [minimum cpu usage per Pod is 1, but request is 500m, cpu max limit to request ratio per Pod is 2, but provided ratio is 4.000000]"
+        );
+    }
+
+    #[test]
+    fn claims_and_resized_pods_are_held_to_bounds_too() {
+        let cluster = Cluster::with([
+            json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "a"}}),
+            json!({"apiVersion": "v1", "kind": "LimitRange", "metadata": {"name": "l", "namespace": "a"}, "spec": {"limits": [
+                {"type": "PersistentVolumeClaim", "min": {"storage": "1Gi"}, "max": {"storage": "2Gi"}}]}}),
+        ]);
+        let claim = |requests: Value| {
+            let claim = json!({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "c", "namespace": "a"},
+                "spec": {"resources": {"requests": requests}}});
+            testing::create(&cluster, claim).map_err(|status| status.message)
+        };
+        assert!(claim(json!({"storage": "2Gi"})).is_ok());
+        let start = "persistentvolumeclaims \"c\" is forbidden: ";
+        assert_eq!(
+            claim(json!({"storage": "3Gi"})).unwrap_err(),
+            format!("{start}maximum storage usage per PersistentVolumeClaim is 2Gi, but request is 3Gi")
+        );
+        assert_eq!(
+            claim(json!({"storage": "1Mi"})).unwrap_err(),
+            format!("{start}minimum storage usage per PersistentVolumeClaim is 1Gi, but request is 1Mi")
+        );
+        let twice = json!({"type": "Container", "max": {"cpu": "1"}});
+        let cluster = Cluster::with([
+            json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "a"}}),
+            json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default", "namespace": "a"}}),
+            json!({"apiVersion": "v1", "kind": "LimitRange", "metadata": {"name": "l", "namespace": "a"}, "spec": {"limits": [twice]}}),
+        ]);
+        let container = |name: &str| json!({"name": name, "resources": {}});
+        let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p", "namespace": "a"},
+            "spec": {"containers": [container("a"), container("b")]}});
+        assert_eq!(
+            testing::create(&cluster, pod).unwrap_err().message,
+            "pods \"p\" is forbidden: maximum cpu usage per Container is 1.  No limit is specified",
+            "the same is said once"
         );
     }
 }

@@ -4,6 +4,7 @@
 //! needs no care. They run in upstream's order, first all that may change the object ([`mutate`]), later
 //! all that only judge it ([`validate`]).
 
+mod certificates;
 mod defaults;
 mod limits;
 mod namespace;
@@ -86,6 +87,7 @@ const MUTATING: &[Mutate] = &[
     storage::protect_in_use,
     pods::runtime_class,
     defaults::ingress_class,
+    certificates::fill,
 ];
 
 /// NamespaceLifecycle (of deletions), LimitRanger, Priority (of classes), NodeRestriction (of volumes),
@@ -97,6 +99,7 @@ const VALIDATING: &[Validate] = &[
     storage::node_keeps_to_its_own,
     defaults::claim_may_grow,
     roles_do_not_escalate,
+    certificates::check,
 ];
 
 /// Lets every plugin change the object. Returns warnings for the user.

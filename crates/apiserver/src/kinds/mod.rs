@@ -1,6 +1,7 @@
 //! The kinds that behave: which file holds the strategy of which kind.
 
 mod batch;
+pub mod certificates;
 pub mod check;
 mod container_validation;
 mod core;
@@ -57,6 +58,7 @@ pub fn strategy(kind: &'static Kind) -> &'static Strategy {
         ("autoscaling", "HorizontalPodAutoscaler") => &policy::HORIZONTAL_POD_AUTOSCALER,
         ("batch", "CronJob") => &batch::CRON_JOB,
         ("batch", "Job") => &batch::JOB,
+        ("certificates.k8s.io", "CertificateSigningRequest") => &certificates::REQUEST,
         ("coordination.k8s.io", "Lease") => &policy::LEASE,
         ("discovery.k8s.io", "EndpointSlice") => &networking::ENDPOINT_SLICE,
         ("networking.k8s.io", "Ingress") => &networking::INGRESS,

@@ -21,6 +21,11 @@ pub fn merge(call: &Call<'_>, old: &Object, new: &mut Value) -> Result<Part, Sta
             meta::copy("finalizers", new.at("spec"), merged.object("spec"));
             merged
         }
+        "approval" => {
+            let mut merged = old.value();
+            meta::copy("conditions", new.at("status"), merged.object("status"));
+            merged
+        }
         "ephemeralcontainers" => ephemeral_containers(old, new)?,
         "resize" => resize(old, new)?,
         other => return Err(Status::internal(format!("{other} cannot be written like an object"))),
