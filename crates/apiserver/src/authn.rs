@@ -113,7 +113,7 @@ fn bearer_token(headers: &HeaderMap) -> Option<&str> {
 }
 
 /// The common name is the user, the organizations are the groups.
-fn certificate_user(leaf: &CertificateDer<'_>) -> Option<UserInfo> {
+pub(crate) fn certificate_user(leaf: &CertificateDer<'_>) -> Option<UserInfo> {
     let (_, certificate) = X509Certificate::from_der(leaf).ok()?;
     let subject = certificate.subject();
     let name = subject.iter_common_name().next()?.as_str().ok()?.to_owned();

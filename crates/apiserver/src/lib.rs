@@ -8,6 +8,8 @@ mod authz;
 mod bootstrap;
 mod config;
 mod expiry;
+#[doc(hidden)]
+pub mod fuzzing;
 mod http;
 mod inprocess;
 mod kinds;

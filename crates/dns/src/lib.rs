@@ -15,6 +15,8 @@
 
 mod answer;
 mod forward;
+#[doc(hidden)]
+pub mod fuzzing;
 mod index;
 mod server;
 mod updates;

@@ -155,7 +155,7 @@ impl Entry {
 
 /// The ways to ask the registry of `reference`: with each fitting login, the most specific first; without
 /// one when there is none.
-fn credentials(reference: &str, secrets: impl Iterator<Item = Arc<core::Secret>>) -> Vec<Auth> {
+pub(crate) fn credentials(reference: &str, secrets: impl Iterator<Item = Arc<core::Secret>>) -> Vec<Auth> {
     #[derive(Deserialize)]
     struct Config {
         #[serde(default)]

@@ -13,6 +13,8 @@ mod container;
 mod env;
 mod etc;
 mod events;
+#[doc(hidden)]
+pub mod fuzzing;
 mod handlers;
 mod images;
 mod jobs;
@@ -36,8 +38,6 @@ mod volumes;
 mod worker;
 
 pub use network::{LocalNetwork, PodNetwork};
-/// The decoders of bytes from clients, for fuzzing.
-pub use server::spdy;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -68,6 +68,8 @@ pub struct Config {
     pub cluster_domain: String,
     /// The addresses of this node's pods, for the node's `spec.podCIDR`.
     pub pod_cidr: Option<String>,
+    /// Pods that this node takes at most.
+    pub max_pods: u32,
     /// The cluster's own cgroup, relative to the root of each hierarchy.
     pub cgroup_parent: String,
     /// Where the HTTPS server listens.
@@ -114,7 +116,7 @@ impl Kubelet {
         let server = server::Server::bind(config.listen, cert, key, &config.client_ca_pem).await?;
         let port = server.local_addr().map_or(config.listen.port(), |address| address.port());
         let informers = Informers::new(config.client.clone(), stop.clone());
-        let machine = machine::Machine::read(&config.data_dir);
+        let machine = machine::Machine::read(&config.data_dir, config.max_pods);
         let events = events::Recorder::start(config.client.clone(), &config.node_name);
         let paths = container::Paths { data: config.data_dir.clone() };
         let pods_dir = paths.pods();

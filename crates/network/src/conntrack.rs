@@ -96,11 +96,11 @@ fn request(kind: u16, flags: u16, sequence: u32, attributes: &[u8]) -> Vec<u8> {
 /// The error of an NLMSG_ERROR, which also carries success.
 fn result_of(body: &[u8]) -> io::Result<()> {
     let code = body.first_chunk().map_or(0, |code| i32::from_ne_bytes(*code));
-    if code == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(-code)) }
+    if code == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(code.wrapping_neg())) }
 }
 
 /// The attributes that name a connection to the kernel: its original tuple and its zone.
-fn identity(attributes: &[u8]) -> Vec<u8> {
+pub(crate) fn identity(attributes: &[u8]) -> Vec<u8> {
     let mut identity = Vec::new();
     for attribute in Attributes(attributes) {
         if matches!(attribute.kind, TUPLE_ORIGINAL | CT_ZONE) {
@@ -111,7 +111,7 @@ fn identity(attributes: &[u8]) -> Vec<u8> {
     identity
 }
 
-fn udp_flow(attributes: &[u8]) -> Option<Flow> {
+pub(crate) fn udp_flow(attributes: &[u8]) -> Option<Flow> {
     let tuple = |kind| Attributes(attributes).find(|attribute| attribute.kind == kind);
     let (_, to) = endpoints(tuple(TUPLE_ORIGINAL)?.value)?;
     let (answered_by, _) = endpoints(tuple(TUPLE_REPLY)?.value)?;

@@ -8,6 +8,8 @@
 mod address;
 mod cluster_id;
 mod conntrack;
+#[doc(hidden)]
+pub mod fuzzing;
 mod ipam;
 mod netlink;
 mod nfnetlink;

@@ -316,7 +316,7 @@ fn is_running(message: &RouteNetlinkMessage, index: u32) -> bool {
 }
 
 /// The first of the messages in a datagram, and the rest of them.
-fn next_message(bytes: &[u8]) -> io::Result<Option<(NetlinkMessage<RouteNetlinkMessage>, &[u8])>> {
+pub(crate) fn next_message(bytes: &[u8]) -> io::Result<Option<(NetlinkMessage<RouteNetlinkMessage>, &[u8])>> {
     if bytes.is_empty() {
         return Ok(None);
     }
@@ -336,7 +336,7 @@ pub(crate) struct Route {
 }
 
 impl Route {
-    fn read(message: &RouteMessage) -> Option<Route> {
+    pub(crate) fn read(message: &RouteMessage) -> Option<Route> {
         let (mut to, mut oif) = (None, 0);
         for attribute in &message.attributes {
             match attribute {

@@ -77,7 +77,7 @@ impl TableWatch {
 }
 
 /// Whether these messages complete a transaction that has removed `table`.
-fn read(bytes: &[u8], table: &str, deleted: &mut bool) -> bool {
+pub(crate) fn read(bytes: &[u8], table: &str, deleted: &mut bool) -> bool {
     for message in Messages(bytes) {
         let about_it = || {
             let attributes = message.body.get(GENERIC..).unwrap_or_default();

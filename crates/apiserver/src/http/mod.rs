@@ -6,11 +6,11 @@
 mod body;
 mod connection;
 mod discovery;
-mod negotiate;
+pub mod negotiate;
 mod nonresource;
 mod openapi;
 mod respond;
-mod rest;
+pub mod rest;
 mod route;
 mod watch;
 

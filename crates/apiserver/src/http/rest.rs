@@ -153,7 +153,7 @@ impl Request<'_> {
     }
 
     async fn watch(&self, call: &Call<'_>, style: &Style) -> Result<Response<Body>, Status> {
-        let list = self.list_query_of(call.kind, true)?;
+        let list = list_query(self.query, call.kind, true)?;
         let mut fields = list.fields;
         if !call.name.is_empty() {
             // The old form with the name in the path.
@@ -183,97 +183,8 @@ impl Request<'_> {
         watch::response(call.kind, feed, style, options)
     }
 
-    fn revision(&self) -> Result<Option<Revision>, Status> {
-        let Some(text) = self.query.get("resourceVersion") else { return Ok(None) };
-        text.parse().map(Some).map_err(|_| {
-            let mut status = Status::failure(
-                422,
-                "Invalid",
-                format!(" \"\" is invalid: resourceVersion: Invalid value: {text:?}: strconv.ParseUint: parsing {text:?}: invalid syntax"),
-            );
-            status = status.with_cause(
-                "FieldValueInvalid",
-                format!("Invalid value: {text:?}: strconv.ParseUint: parsing {text:?}: invalid syntax"),
-                "resourceVersion",
-            );
-            status
-        })
-    }
-
     fn list_query(&self, kind: &'static Kind) -> Result<ListQuery, Status> {
-        self.list_query_of(kind, false)
-    }
-
-    /// The options of a list or watch, and whether they go together.
-    fn list_query_of(&self, kind: &'static Kind, watch: bool) -> Result<ListQuery, Status> {
-        let query = self.query;
-        let labels = LabelSelector::parse(query.get("labelSelector").unwrap_or_default())
-            .map_err(|error| Status::bad_request(error.0))?;
-        let fields = FieldSelector::parse(kind, query.get("fieldSelector").unwrap_or_default())
-            .map_err(|error| Status::bad_request(error.0))?;
-        let limit = match query.get("limit") {
-            None => 0,
-            // A negative limit is none.
-            Some(text) => text
-                .parse::<i64>()
-                .map(|limit| limit.max(0) as usize)
-                .map_err(|_| Status::bad_request(format!("limit: {text:?} is not a number")))?,
-        };
-        let revision = self.revision()?;
-        let continue_ = query.get("continue").map(str::to_owned);
-        let asked = query.get("resourceVersionMatch");
-        let match_ = match asked {
-            Some("Exact") => Some(Match::Exact),
-            Some("NotOlderThan") => Some(Match::NotOlderThan),
-            _ => None,
-        };
-        let mut errors = FieldErrors::default();
-        let initial = query.has("sendInitialEvents");
-        let forbid = |errors: &mut FieldErrors, why: &str| errors.forbidden("resourceVersionMatch", why);
-        if watch {
-            if initial && match_ != Some(Match::NotOlderThan) {
-                forbid(
-                    &mut errors,
-                    "sendInitialEvents requires setting resourceVersionMatch to NotOlderThan",
-                );
-            }
-            if asked.is_some() && !initial {
-                forbid(
-                    &mut errors,
-                    "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided",
-                );
-            }
-            if asked.is_some() && match_ != Some(Match::NotOlderThan) {
-                errors.not_supported("resourceVersionMatch", asked.unwrap_or_default(), &["NotOlderThan"]);
-            }
-        } else {
-            if initial {
-                errors.forbidden("sendInitialEvents", "sendInitialEvents is forbidden for list");
-            }
-            if asked.is_some() && revision.is_none() {
-                forbid(&mut errors, "resourceVersionMatch is forbidden unless resourceVersion is provided");
-            }
-            if asked.is_some() && match_.is_none() {
-                errors.not_supported(
-                    "resourceVersionMatch",
-                    asked.unwrap_or_default(),
-                    &["Exact", "NotOlderThan", ""],
-                );
-            }
-            if match_ == Some(Match::Exact) && revision == Some(Revision(0)) {
-                forbid(&mut errors, "resourceVersionMatch \"exact\" is forbidden for resourceVersion \"0\"");
-            }
-        }
-        if asked.is_some() && continue_.is_some() {
-            forbid(&mut errors, "resourceVersionMatch is forbidden when continue is provided");
-        }
-        errors.into_result(&options_kind("ListOptions"), "")?;
-        if continue_.is_some() && revision.is_some_and(|revision| revision.0 > 0) {
-            return Err(Status::bad_request(
-                "specifying resource version is not allowed when using continue",
-            ));
-        }
-        Ok(ListQuery { labels, fields, limit, continue_, revision, match_ })
+        list_query(self.query, kind, false)
     }
 
     /// The call with the options that all writes have. `options` names their kind in messages.
@@ -366,6 +277,89 @@ impl Request<'_> {
 
 const DELETE_OPTIONS: registry::Expected<'static> =
     registry::Expected { group: "", version: "v1", kind: "DeleteOptions" };
+
+fn revision(query: &Query) -> Result<Option<Revision>, Status> {
+    let Some(text) = query.get("resourceVersion") else { return Ok(None) };
+    text.parse().map(Some).map_err(|_| {
+        let mut status = Status::failure(
+            422,
+            "Invalid",
+            format!(" \"\" is invalid: resourceVersion: Invalid value: {text:?}: strconv.ParseUint: parsing {text:?}: invalid syntax"),
+        );
+        status = status.with_cause(
+            "FieldValueInvalid",
+            format!("Invalid value: {text:?}: strconv.ParseUint: parsing {text:?}: invalid syntax"),
+            "resourceVersion",
+        );
+        status
+    })
+}
+
+/// The options of a list or watch, and whether they go together.
+pub fn list_query(query: &Query, kind: &'static Kind, watch: bool) -> Result<ListQuery, Status> {
+    let labels = LabelSelector::parse(query.get("labelSelector").unwrap_or_default())
+        .map_err(|error| Status::bad_request(error.0))?;
+    let fields = FieldSelector::parse(kind, query.get("fieldSelector").unwrap_or_default())
+        .map_err(|error| Status::bad_request(error.0))?;
+    let limit = match query.get("limit") {
+        None => 0,
+        // A negative limit is none.
+        Some(text) => text
+            .parse::<i64>()
+            .map(|limit| limit.max(0) as usize)
+            .map_err(|_| Status::bad_request(format!("limit: {text:?} is not a number")))?,
+    };
+    let revision = revision(query)?;
+    let continue_ = query.get("continue").map(str::to_owned);
+    let asked = query.get("resourceVersionMatch");
+    let match_ = match asked {
+        Some("Exact") => Some(Match::Exact),
+        Some("NotOlderThan") => Some(Match::NotOlderThan),
+        _ => None,
+    };
+    let mut errors = FieldErrors::default();
+    let initial = query.has("sendInitialEvents");
+    let forbid = |errors: &mut FieldErrors, why: &str| errors.forbidden("resourceVersionMatch", why);
+    if watch {
+        if initial && match_ != Some(Match::NotOlderThan) {
+            forbid(&mut errors, "sendInitialEvents requires setting resourceVersionMatch to NotOlderThan");
+        }
+        if asked.is_some() && !initial {
+            forbid(
+                &mut errors,
+                "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided",
+            );
+        }
+        if asked.is_some() && match_ != Some(Match::NotOlderThan) {
+            errors.not_supported("resourceVersionMatch", asked.unwrap_or_default(), &["NotOlderThan"]);
+        }
+    } else {
+        if initial {
+            errors.forbidden("sendInitialEvents", "sendInitialEvents is forbidden for list");
+        }
+        if asked.is_some() && revision.is_none() {
+            forbid(&mut errors, "resourceVersionMatch is forbidden unless resourceVersion is provided");
+        }
+        if asked.is_some() && match_.is_none() {
+            errors.not_supported(
+                "resourceVersionMatch",
+                asked.unwrap_or_default(),
+                &["Exact", "NotOlderThan", ""],
+            );
+        }
+        if match_ == Some(Match::Exact) && revision == Some(Revision(0)) {
+            forbid(&mut errors, "resourceVersionMatch \"exact\" is forbidden for resourceVersion \"0\"");
+        }
+    }
+    if asked.is_some() && continue_.is_some() {
+        forbid(&mut errors, "resourceVersionMatch is forbidden when continue is provided");
+    }
+    errors.into_result(&options_kind("ListOptions"), "")?;
+    if continue_.is_some() && revision.is_some_and(|revision| revision.0 > 0) {
+        return Err(Status::bad_request("specifying resource version is not allowed when using continue"));
+    }
+    Ok(ListQuery { labels, fields, limit, continue_, revision, match_ })
+}
 
 /// What those are told who still use a resource that has a successor.
 fn deprecation(kind: &Kind) -> Option<&'static str> {

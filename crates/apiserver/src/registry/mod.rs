@@ -19,7 +19,7 @@ mod write;
 
 pub use body::{Body, Expected, Validation};
 pub use meta::generate_name;
-pub use options::{ListQuery, Match, Page, WatchQuery, delete_options};
+pub use options::{ListQuery, Match, Page, Token, WatchQuery, delete_options};
 pub use patch::Patch;
 pub use watch::shown;
 pub use watch::{Feed, Item};

@@ -34,7 +34,7 @@ pub struct Options {
 }
 
 /// Turns lines of the file into what the client gets.
-struct Filter {
+pub(crate) struct Filter {
     options: Options,
     left: u64,
     at_line_start: bool,
@@ -45,6 +45,17 @@ impl Filter {
     fn new(options: Options) -> Filter {
         let left = options.limit.unwrap_or(u64::MAX);
         Filter { since_reached: options.since.is_none(), options, left, at_line_start: true }
+    }
+
+    /// What a client gets of a whole log; for fuzzing.
+    pub(crate) fn of(log: &[u8], options: Options) -> Vec<u8> {
+        let mut cursor = io::Cursor::new(log);
+        let lines = options.tail;
+        let start = lines.map_or(0, |lines| tail_start(&mut cursor, lines).expect("memory can be read"));
+        let (mut filter, mut out) = (Filter::new(options), vec![]);
+        let whole = &log[start as usize..];
+        let _ = whole.split_inclusive(|byte| *byte == b'\n').all(|line| filter.take(line, &mut out));
+        out
     }
 
     /// Appends what `line` becomes; false when the limit is reached.

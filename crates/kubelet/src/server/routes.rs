@@ -81,7 +81,7 @@ fn missing(why: impl Into<String>) -> Response<Body> {
 }
 
 /// The parameters of a request, in order.
-struct Query(Vec<(String, String)>);
+pub(crate) struct Query(Vec<(String, String)>);
 
 impl Query {
     fn parse(query: &str) -> Query {
@@ -91,6 +91,11 @@ impl Query {
             (percent_decode(name), percent_decode(value))
         });
         Query(decoded.collect())
+    }
+
+    /// For fuzzing.
+    pub(crate) fn ports(query: &str) -> Option<Vec<u16>> {
+        ports(&Query::parse(query)).ok()
     }
 
     fn get(&self, name: &str) -> Option<&str> {

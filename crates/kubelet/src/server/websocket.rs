@@ -40,7 +40,7 @@ pub struct Spelling {
 }
 
 impl Spelling {
-    fn encode(self, channel: u8, bytes: &[u8]) -> Message {
+    pub(crate) fn encode(self, channel: u8, bytes: &[u8]) -> Message {
         if self.base64 {
             let digit = char::from(b'0' + channel % 10);
             return Message::text(format!("{digit}{}", STANDARD.encode(bytes)));
@@ -51,7 +51,7 @@ impl Spelling {
         Message::binary(data)
     }
 
-    fn decode(self, message: Message) -> Option<Incoming> {
+    pub(crate) fn decode(self, message: Message) -> Option<Incoming> {
         let data: Bytes = match message {
             Message::Binary(data) => data,
             Message::Text(text) => Bytes::copy_from_slice(text.as_bytes()),
@@ -71,7 +71,7 @@ impl Spelling {
 }
 
 #[derive(Debug, PartialEq, Eq)]
-enum Incoming {
+pub(crate) enum Incoming {
     Bytes(u8, Bytes),
     Closed(u8),
     End,
