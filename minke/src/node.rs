@@ -24,8 +24,6 @@ use crate::{KUBERNETES, logging};
 
 /// Seconds for which answers of the DNS may be kept.
 const DNS_TTL: u32 = 30;
-/// Bits of a node's share of the pod network.
-const NODE_PREFIX: u8 = 24;
 
 /// How the parts of a node reach the cluster, each as itself.
 pub struct NodeClients {
@@ -48,7 +46,7 @@ pub async fn start(
     stop: &CancellationToken,
 ) -> Result<()> {
     let (config, id) = (&setting.config, data.id());
-    let node_cidr = Ipv4Net::new(config.pod_cidr.network(), NODE_PREFIX)?;
+    let node_cidr = config.node_cidr()?;
     let dns = dns_address(config.service_cidr);
     let network = NodeNetwork::setup(NodeConfig {
         cluster: id.clone(),
@@ -104,6 +102,7 @@ pub async fn start(
         cluster_dns: vec![dns.into()],
         cluster_domain: CLUSTER_DOMAIN.to_owned(),
         pod_cidr: Some(node_cidr.to_string()),
+        max_pods: config.max_pods,
         cgroup_parent: data.cgroup(),
         listen: SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), config.kubelet_port),
         serving_cert_pem: setting.keys.kubelet.certificate.clone(),

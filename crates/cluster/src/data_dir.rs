@@ -34,6 +34,9 @@ pub struct Config {
     pub kubelet_port: u16,
     pub pod_cidr: Ipv4Net,
     pub service_cidr: Ipv4Net,
+    /// Pods that the node takes at most.
+    #[serde(default = "usual_pods")]
+    pub max_pods: u32,
     /// The node's name and address when they were given; otherwise the machine's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node_name: Option<String>,
@@ -44,10 +47,29 @@ pub struct Config {
     pub kubeconfigs: Vec<PathBuf>,
 }
 
+/// Upstream's default.
+fn usual_pods() -> u32 {
+    110
+}
+
+impl Config {
+    /// The node's share of the pod network: at least twice as many addresses as pods, so that one that was given
+    /// back is not used again at once, and never less than a /24.
+    pub fn node_cidr(&self) -> Result<Ipv4Net> {
+        let addresses = self.max_pods.saturating_mul(2).next_power_of_two().max(256);
+        let prefix = addresses.leading_zeros() as u8 + 1;
+        if prefix < self.pod_cidr.prefix_len() {
+            bail!("{} has no room for the addresses of {} pods", self.pod_cidr, self.max_pods);
+        }
+        Ok(Ipv4Net::new(self.pod_cidr.network(), prefix)?)
+    }
+}
+
 /// What the user asked for, where it is not the default.
 #[derive(Debug, Clone, Default)]
 pub struct Wishes {
     pub api_port: Option<u16>,
+    pub max_pods: Option<u32>,
     pub node_name: Option<String>,
     pub node_ip: Option<Ipv4Addr>,
 }
@@ -145,6 +167,17 @@ impl DataDir {
             None => self.decide()?,
         };
         config.api_port = wishes.api_port.unwrap_or(config.api_port);
+        config.max_pods = wishes.max_pods.unwrap_or(config.max_pods);
+        let node_cidr = config.node_cidr()?;
+        if let Some(before) = &before
+            && before.node_cidr()? != node_cidr
+        {
+            bail!(
+                "a cluster made for {} pods on a node has no addresses for {}: that is chosen when it is made",
+                before.max_pods,
+                config.max_pods
+            );
+        }
         if wishes.node_name.is_some() {
             config.node_name.clone_from(&wishes.node_name);
         }
@@ -164,6 +197,7 @@ impl DataDir {
             kubelet_port: 10250,
             pod_cidr: "10.244.0.0/16".parse().expect("a network"),
             service_cidr: "10.96.0.0/12".parse().expect("a network"),
+            max_pods: usual_pods(),
             node_name: None,
             node_ip: None,
             kubeconfigs: Vec::new(),
@@ -303,6 +337,26 @@ mod tests {
         assert_eq!(data.config_with(&Wishes::default()).unwrap(), first);
         assert_eq!(DataDir::new(&dir.path().join("a/b")).unwrap().id(), data.id());
         assert_eq!(fs::metadata(data.join("config.json")).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_node_has_twice_as_many_addresses_as_pods() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = DataDir::new(&dir.path().join("c")).unwrap();
+        let of = |pods| data.config_with(&Wishes { max_pods: Some(pods), ..Wishes::default() });
+        let check = |config: Result<Config>, prefix: u8| {
+            assert_eq!(config.unwrap().node_cidr().unwrap().prefix_len(), prefix);
+        };
+        check(of(110), 24);
+        check(of(1), 24);
+        check(of(128), 24);
+        // The addresses of a cluster that exists stay what they are.
+        assert!(of(500).unwrap_err().to_string().contains("chosen when it is made"));
+        assert_eq!(data.config().unwrap().max_pods, 128);
+        fs::remove_file(data.join("config.json")).unwrap();
+        check(of(500), 22);
+        fs::remove_file(data.join("config.json")).unwrap();
+        assert!(of(100_000).unwrap_err().to_string().contains("no room"));
     }
 
     #[test]

@@ -35,6 +35,9 @@ pub struct UpArgs {
     /// The port of the API server; the default is 6443, and a free one for a data directory other than the default
     #[arg(long, value_name = "PORT")]
     port: Option<u16>,
+    /// How many pods the node takes; the default is 110
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    max_pods: Option<u32>,
     /// The name of the node; the default is the host's
     #[arg(long, value_name = "NAME")]
     node_name: Option<String>,
@@ -66,10 +69,18 @@ impl UpArgs {
         data.create()?;
         let transition = data.transition()?;
         let running = data.holder()?.is_some();
-        let wishes = Wishes { api_port: self.port, node_name: self.node_name, node_ip: self.node_ip };
+        let wishes = Wishes {
+            api_port: self.port,
+            max_pods: self.max_pods,
+            node_name: self.node_name,
+            node_ip: self.node_ip,
+        };
         let mut config = if running { data.config()? } else { data.config_with(&wishes)? };
         if running && self.port.is_some_and(|port| port != config.api_port) {
             bail!("the cluster is up on port {}: stop it first to move it", config.api_port);
+        }
+        if running && self.max_pods.is_some_and(|pods| pods != config.max_pods) {
+            bail!("the cluster is up for {} pods: stop it first to change that", config.max_pods);
         }
         bring_up(data, &config, Duration::from_secs(self.wait.wait), io)?;
         let shared = share_kubeconfig(data, &mut config, self.kubeconfig)?;

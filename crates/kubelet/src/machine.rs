@@ -11,8 +11,6 @@ use minke_api::Quantity;
 /// Upstream's hard eviction thresholds, which are kept back from pods.
 const MEMORY_KEPT: u64 = 100 << 20;
 const STORAGE_KEPT_PERCENT: u64 = 10;
-/// Pods per node, upstream's default.
-const PODS: u64 = 110;
 
 #[derive(Debug, Clone, Default)]
 pub struct Machine {
@@ -23,6 +21,8 @@ pub struct Machine {
     pub storage: u64,
     /// Bytes by page size in KiB.
     pub huge_pages: BTreeMap<u64, u64>,
+    /// Pods that it takes at most.
+    pub pods: u32,
     pub os_image: String,
     pub kernel: String,
     pub machine_id: String,
@@ -32,7 +32,7 @@ pub struct Machine {
 
 impl Machine {
     /// Reads what this machine is. Blocking, but only briefly.
-    pub fn read(data_dir: &Path) -> Machine {
+    pub fn read(data_dir: &Path, pods: u32) -> Machine {
         let text = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let machine_id = text("/etc/machine-id").trim().to_owned();
         let uuid = text("/sys/class/dmi/id/product_uuid").trim().to_owned();
@@ -44,6 +44,7 @@ impl Machine {
             memory: meminfo(&text("/proc/meminfo"), "MemTotal"),
             storage,
             huge_pages: huge_pages(),
+            pods,
             os_image: os_image(&text("/etc/os-release")),
             kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
             system_uuid: if uuid.is_empty() { machine_id.clone() } else { uuid },
@@ -62,7 +63,7 @@ impl Machine {
             // Whole KiB, as upstream prints it.
             ("memory".to_owned(), bytes(self.memory / 1024 * 1024)),
             ("ephemeral-storage".to_owned(), bytes(self.storage / 1024 * 1024)),
-            ("pods".to_owned(), count(PODS)),
+            ("pods".to_owned(), count(self.pods.into())),
         ]);
         for (kib, total) in &self.huge_pages {
             all.insert(format!("hugepages-{}", bytes(kib * 1024)), bytes(*total));
