@@ -182,6 +182,10 @@ fn waits_for(
                 format!("back-off {delay} restarting failed container={name} pod={}", pod.long_name());
             Some(("CrashLoopBackOff".to_owned(), message))
         }
+        // It was killed so that it runs again: that it ended is not the end of it.
+        Fate::Restart { .. } if o.latest(name).is_some_and(|c| o.restarting.contains_key(&c.id)) => {
+            blocked.or_else(|| Some(("ContainerCreating".to_owned(), String::new())))
+        }
         Fate::Restart { .. } => blocked,
         _ => None,
     }
@@ -267,13 +271,16 @@ fn container_status(
     }
 }
 
-/// Whether a container runs under other limits than it was granted.
+/// Whether a container runs, or last ran and will again, under other limits than it was granted.
 pub fn is_resizing(pod: &Pod, o: &Observed) -> bool {
-    o.all_containers().filter(|c| c.state == ContainerState::Running).any(|c| {
-        let found = pod.container(&c.name).filter(|(class, _)| matches!(class, Class::Main | Class::Sidecar));
-        found
-            .is_some_and(|(_, container)| !resources::same(&resources::of_container(container), &c.resources))
-    })
+    pod.containers().filter(|(class, _)| matches!(class, Class::Main | Class::Sidecar)).any(
+        |(_, container)| {
+            let latest = o.latest(&container.name);
+            let latest =
+                latest.filter(|c| c.state == ContainerState::Running || o.restarting.contains_key(&c.id));
+            latest.is_some_and(|c| !resources::same(&resources::of_container(container), &c.resources))
+        },
+    )
 }
 
 fn known_status<'a>(status: &'a core::PodStatus, name: &str) -> Option<&'a core::ContainerStatus> {

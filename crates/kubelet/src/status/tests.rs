@@ -229,3 +229,54 @@ fn only_what_changed_is_sent() {
         "conditions": [{"type": "B", "status": "True", "reason": null}]}});
     assert_eq!(patch("u", &old, &new), Some(want));
 }
+
+#[test]
+fn a_container_on_its_way_back_is_not_the_end_of_its_pod() {
+    let mut o = observed(vec![exited("c", 0, 0, 99)]);
+    check(policy("Never"), &o, "Succeeded", "c:0");
+    o.restarting.insert("c-0".into(), true);
+    check(policy("Never"), &o, "Running", "c:ContainerCreating");
+    let status = work_out(policy("Never"), &o, 100);
+    let last = status.container_statuses.expect("statuses")[0].last_state.clone().expect("a last state");
+    assert_eq!(last.terminated.expect("it ended").exit_code, 0);
+}
+
+#[test]
+fn a_resize_is_told_of_until_it_is_done() {
+    let kinds = |o: &Observed| -> Vec<String> {
+        let spec =
+            json!({"spec": {"containers": [{"name": "c", "resources": {"limits": {"memory": "9Mi"}}}]}});
+        let passing = work_out(spec, o, 100).conditions.into_iter().flatten();
+        let passing = passing.filter(|c| PASSING.contains(&c.type_.as_str()));
+        passing.map(|c| format!("{} {}", c.type_, c.reason.unwrap_or_default())).collect()
+    };
+    let mut o = observed(vec![container("c", 0, Running)]);
+    assert_eq!(kinds(&o), ["PodResizeInProgress "]);
+    o.resize_error = Some("busy".into());
+    assert_eq!(kinds(&o), ["PodResizeInProgress Error"]);
+    o.resize_pending = Some(crate::resize::Pending { reason: "Deferred", message: "m".into() });
+    o.sandboxes[0].containers[0].resources.memory_limit = Some(9 << 20);
+    assert_eq!(kinds(&o), ["PodResizePending Deferred"]);
+    o.resize_pending = None;
+    assert_eq!(kinds(&o), [""; 0]);
+    // A condition that is over is taken away.
+    let before = json!({"conditions": [{"type": "PodResizePending", "status": "True"}]});
+    let change = patch("u", &before, &json!({"conditions": []})).expect("a change");
+    assert_eq!(change["status"]["conditions"], json!([{"type": "PodResizePending", "$patch": "delete"}]));
+}
+
+#[test]
+fn last_words_share_their_room() {
+    let mut o = observed(vec![exited("c", 0, 1, 99), exited("d", 0, 1, 99)]);
+    o.messages.insert("c-0".into(), "x".repeat(4096));
+    let spec = |n: usize| {
+        let more = (0..n).map(|n| json!({"name": format!("x{n}")}));
+        let all: Vec<Value> = [json!({"name": "c"})].into_iter().chain(more).collect();
+        json!({"spec": {"restartPolicy": "Never", "containers": all}})
+    };
+    let length = |n| {
+        let status = work_out(spec(n), &o, 100).container_statuses.expect("statuses")[0].state.clone();
+        status.and_then(|state| state.terminated?.message).map_or(0, |message| message.len())
+    };
+    assert_eq!((length(0), length(2), length(5)), (4096, 4096, 2048));
+}

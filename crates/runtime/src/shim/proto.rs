@@ -8,7 +8,8 @@
 //! <root>/shims/<id>/       sandbox.json  sock  shim.log
 //! <root>/containers/<id>/  container.json  config.json  upper work rootfs  started.json  exit.json
 //! ```
-//! `started.json` and `exit.json` are the shim's, everything else is the agent's.
+//! `started.json` and `exit.json` are the shim's, everything else is the agent's. What one version writes the
+//! next one reads: a field that is not there has its default.
 
 use std::path::PathBuf;
 
@@ -88,6 +89,7 @@ pub enum ShimEvent {
 
 /// `started.json`
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Started {
     pub pid: i32,
     /// Nanoseconds since 1970.
@@ -99,6 +101,7 @@ pub struct Started {
 
 /// `exit.json`
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Exit {
     /// 128 + n for signal n.
     pub code: i32,
@@ -106,7 +109,6 @@ pub struct Exit {
     pub at: i64,
     pub oom_killed: bool,
     /// Nobody saw how it ended; `at` is when that was found out.
-    #[serde(default)]
     pub unknown: bool,
     /// When it never started: why.
     pub start_error: Option<String>,
@@ -114,6 +116,7 @@ pub struct Exit {
 
 /// `sandbox.json`
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct SandboxRecord {
     pub spec: SandboxSpec,
     pub created_at: i64,
@@ -128,6 +131,7 @@ pub struct SandboxRecord {
 
 /// `container.json`
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct ContainerRecord {
     pub sandbox_id: String,
     pub spec: ContainerSpec,
@@ -167,4 +171,21 @@ pub enum Report {
     /// Comes with the terminal's master when there is one.
     Started(Started),
     Failed(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An upgraded agent reads what the one before it wrote, which knew fewer fields.
+    #[test]
+    fn records_of_other_versions_are_read() {
+        let record: ContainerRecord =
+            serde_json::from_str(r#"{"sandbox_id": "s", "spec": {"id": "c", "later": 1}}"#).unwrap();
+        assert_eq!((record.sandbox_id.as_str(), record.spec.id.as_str()), ("s", "c"));
+        let record: SandboxRecord = serde_json::from_str(r#"{"spec": {"uid": "u"}, "pid": 7}"#).unwrap();
+        assert_eq!((record.spec.uid.as_str(), record.pid), ("u", 7));
+        assert_eq!(serde_json::from_str::<Exit>(r#"{"code": 3}"#).unwrap().code, 3);
+        assert_eq!(serde_json::from_str::<Started>(r#"{"pid": 3}"#).unwrap().pid, 3);
+    }
 }
