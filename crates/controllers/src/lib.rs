@@ -9,10 +9,13 @@
 mod certificates;
 mod clusterrole_aggregation;
 mod context;
+mod cronjob;
 mod daemonset;
 mod deployment;
+mod disruption;
 mod endpoints;
 mod endpointslice;
+mod endpointslice_mirroring;
 mod ephemeral_volume;
 mod garbage_collector;
 mod job;
@@ -93,9 +96,12 @@ static CONTROLLERS: &[Row] = &[
     Row { name: "daemonset", account: "daemon-set-controller", component: "daemonset-controller", make: |_| Box::new(daemonset::DaemonSets::default()) },
     Row { name: "statefulset", account: "statefulset-controller", component: "statefulset-controller", make: |_| Box::new(statefulset::StatefulSets) },
     Row { name: "job", account: "job-controller", component: "job-controller", make: |_| Box::<job::Jobs>::default() },
+    Row { name: "cronjob", account: "cronjob-controller", component: "cronjob-controller", make: |_| Box::new(cronjob::CronJobs) },
     Row { name: "ttl-after-finished", account: "ttl-after-finished-controller", component: "ttl-after-finished-controller", make: |_| Box::new(ttl_after_finished::TtlAfterFinished) },
+    Row { name: "disruption", account: "disruption-controller", component: "controllermanager", make: |_| Box::<disruption::Disruption>::default() },
     Row { name: "endpoints", account: "endpoint-controller", component: "endpoint-controller", make: |_| Box::new(endpoints::EndpointsController::default()) },
     Row { name: "endpointslice", account: "endpointslice-controller", component: "endpoint-slice-controller", make: |_| Box::new(endpointslice::EndpointSlices::default()) },
+    Row { name: "endpointslice-mirroring", account: "endpointslicemirroring-controller", component: "endpoint-slice-mirroring-controller", make: |_| Box::new(endpointslice_mirroring::Mirroring) },
     Row { name: "service-lb", account: "service-controller", component: "service-controller", make: |_| Box::new(service_lb::ServiceLb) },
     Row { name: "namespace", account: "namespace-controller", component: "namespace-controller", make: |_| Box::new(namespace::Namespaces) },
     Row { name: "serviceaccount", account: "service-account-controller", component: "service-account-controller", make: |_| Box::new(serviceaccount::ServiceAccounts) },
