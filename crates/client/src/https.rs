@@ -280,6 +280,11 @@ impl Client for HttpsClient {
         Ok(events.boxed())
     }
 
+    async fn raw(&self, path: &str) -> Result<Value, Status> {
+        let bytes = self.call(Method::GET, path, JSON, None).await?;
+        serde_json::from_slice(&bytes).map_err(Status::internal)
+    }
+
     async fn create(&self, target: Target<'_>, body: Value) -> Result<Arc<Object>, Status> {
         let collection = Target { name: "", ..target };
         let target = if target.subresource.is_empty() { collection } else { target };

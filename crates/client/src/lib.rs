@@ -152,6 +152,12 @@ pub trait Client: Send + Sync + 'static {
     async fn patch(&self, target: Target<'_>, patch: Patch) -> Result<Arc<Object>, Status>;
 
     async fn delete(&self, target: Target<'_>, options: DeleteOptions) -> Result<(), Status>;
+
+    /// What is at a path of a group that the table of kinds does not know (`/apis/external.metrics.k8s.io/...`),
+    /// with its query. The table is all that the server of this process has.
+    async fn raw(&self, _path: &str) -> Result<Value, Status> {
+        Err(Status::no_such_resource())
+    }
 }
 
 /// A typed object as a request body.

@@ -18,6 +18,7 @@ mod endpointslice;
 mod endpointslice_mirroring;
 mod ephemeral_volume;
 mod garbage_collector;
+mod hpa;
 mod job;
 mod namespace;
 mod node_lifecycle;
@@ -97,6 +98,7 @@ static CONTROLLERS: &[Row] = &[
     Row { name: "statefulset", account: "statefulset-controller", component: "statefulset-controller", make: |_| Box::new(statefulset::StatefulSets) },
     Row { name: "job", account: "job-controller", component: "job-controller", make: |_| Box::<job::Jobs>::default() },
     Row { name: "cronjob", account: "cronjob-controller", component: "cronjob-controller", make: |_| Box::new(cronjob::CronJobs) },
+    Row { name: "horizontal-pod-autoscaler", account: "horizontal-pod-autoscaler", component: "horizontal-pod-autoscaler", make: |_| Box::new(hpa::Autoscalers::default()) },
     Row { name: "ttl-after-finished", account: "ttl-after-finished-controller", component: "ttl-after-finished-controller", make: |_| Box::new(ttl_after_finished::TtlAfterFinished) },
     Row { name: "disruption", account: "disruption-controller", component: "controllermanager", make: |_| Box::<disruption::Disruption>::default() },
     Row { name: "endpoints", account: "endpoint-controller", component: "endpoint-controller", make: |_| Box::new(endpoints::EndpointsController::default()) },
