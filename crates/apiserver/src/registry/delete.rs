@@ -116,7 +116,7 @@ impl Registry {
     }
 }
 
-fn check_preconditions(kind: &Kind, old: &Object, options: &DeleteOptions) -> Result<(), Status> {
+pub(super) fn check_preconditions(kind: &Kind, old: &Object, options: &DeleteOptions) -> Result<(), Status> {
     if let Some(uid) = &options.uid
         && uid != old.uid()
     {

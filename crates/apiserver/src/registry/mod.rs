@@ -7,6 +7,7 @@
 mod body;
 mod convert;
 mod delete;
+mod eviction;
 mod meta;
 mod options;
 mod patch;

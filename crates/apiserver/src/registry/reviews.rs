@@ -1,12 +1,9 @@
-//! What is posted and answered with something other than a stored object: bindings, evictions, token
-//! requests, reviews.
+//! What is posted and answered with something other than a stored object: bindings, token requests, reviews.
 
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{Binding, Pod};
-use k8s_openapi::api::policy::v1::PodDisruptionBudget;
-use minke_api::{Cause, Details, Kind, LabelSelector, Object, Status, time};
-use minke_client::{DeleteOptions, typed};
+use minke_api::{Kind, Object, Status, time};
 use minke_store::Op;
 use serde_json::{Value, json};
 
@@ -129,121 +126,28 @@ impl Registry {
                     "lastTransitionTime": time::format_seconds(self.now()),
                 }),
             );
-            if self.put(&call, &old, pod).await? {
+            if self.put(&call, &old, pod).await?.is_some() {
                 return Ok(());
             }
         }
     }
 
-    /// Stores a changed object; `false` when someone else was faster.
-    async fn put(&self, call: &Call<'_>, old: &Arc<Object>, mut value: Value) -> Result<bool, Status> {
+    /// Stores a changed object and returns it as it is now; `None` when someone else was faster.
+    pub(super) async fn put(
+        &self,
+        call: &Call<'_>,
+        old: &Arc<Object>,
+        mut value: Value,
+    ) -> Result<Option<Arc<Object>>, Status> {
         let draft = encode(old.kind(), &mut value)?;
-        if call.dry_run {
-            return Ok(true);
+        if call.dry_run || draft.same_as(old) {
+            return Ok(Some(old.clone()));
         }
         match self.commit_one(old.kind(), old.name(), Op::replace(draft, old)).await {
-            Ok(_) => Ok(true),
-            Err(Failure::Raced) => Ok(false),
+            Ok(object) => Ok(Some(object)),
+            Err(Failure::Raced) => Ok(None),
             Err(Failure::Status(status)) => Err(*status),
         }
-    }
-
-    /// Deletes a pod, if its disruption budget allows it.
-    async fn evict(&self, call: &Call<'_>, eviction: &Value) -> Result<(), Status> {
-        let given = eviction.at("metadata").text("name");
-        if !given.is_empty() && given != call.name {
-            return Err(Status::bad_request("name in URL does not match name in Eviction object"));
-        }
-        let mut options = super::options::delete_options(eviction.at("deleteOptions"))?;
-        if eviction.at("deleteOptions").has("dryRun") && !call.dry_run {
-            return Err(Status::bad_request("Non-dry-run requests cannot have dryRun in deleteOptions"));
-        }
-        let call = Call { subresource: "", ..*call };
-        loop {
-            let pod = self.stored(&call)?;
-            let value = pod.value();
-            let needs_no_budget = pod.deleted().is_some()
-                || matches!(value.at("status").text("phase"), "Succeeded" | "Failed" | "Pending");
-            if !needs_no_budget && !self.take_disruption(&call, &pod, &value).await? {
-                continue;
-            }
-            if pod.deleted().is_none() && !call.dry_run {
-                let mut marked = value;
-                set_condition(
-                    marked.object("status"),
-                    json!({
-                        "type": "DisruptionTarget",
-                        "status": "True",
-                        "reason": "EvictionByEvictionAPI",
-                        "message": "Eviction API: evicting",
-                        "lastTransitionTime": time::format_seconds(self.now()),
-                    }),
-                );
-                // Losing this race only means that the reason is not shown.
-                self.put(&call, &pod, marked).await?;
-            }
-            options.uid.get_or_insert_with(|| pod.uid().to_owned());
-            self.delete(&call, &DeleteOptions { revision: None, ..options }).await?;
-            return Ok(());
-        }
-    }
-
-    /// Uses up one of the disruptions that the pod's budget allows; `false` when it was changed meanwhile.
-    async fn take_disruption(&self, call: &Call<'_>, pod: &Object, value: &Value) -> Result<bool, Status> {
-        let budgets: Vec<(Arc<Object>, Arc<PodDisruptionBudget>)> = self
-            .snapshots
-            .list(Kind::of::<PodDisruptionBudget>(), pod.namespace())
-            .into_iter()
-            .filter_map(|object| {
-                let budget = typed::<PodDisruptionBudget>(&object)?;
-                let selector = budget.spec.as_ref()?.selector.as_ref()?;
-                LabelSelector::from_spec(selector).ok()?.matches(pod.labels()).then_some((object, budget))
-            })
-            .collect();
-        let (object, budget) = match &budgets[..] {
-            [] => return Ok(true),
-            [one] => one,
-            _ => {
-                return Err(Status::failure(
-                    500,
-                    "",
-                    "This pod has more than one PodDisruptionBudget, which the eviction subresource does not support.",
-                ));
-            }
-        };
-        let Some(status) = &budget.status else { return Err(still_processed(object.name())) };
-        if status.observed_generation.unwrap_or_default() < object.generation() {
-            return Err(still_processed(object.name()));
-        }
-        let healthy = status.current_healthy.unwrap_or_default();
-        let desired = status.desired_healthy.unwrap_or_default();
-        let allowed = status.disruptions_allowed.unwrap_or_default();
-        let ready = value
-            .at("status")
-            .items("conditions")
-            .iter()
-            .any(|c| c.text("type") == "Ready" && c.text("status") == "True");
-        let policy = budget.spec.as_ref().and_then(|spec| spec.unhealthy_pod_eviction_policy.as_deref());
-        // A pod that is not ready is not counted; it may go when enough others are healthy.
-        let spared = !ready && (policy == Some("AlwaysAllow") || healthy >= desired && desired > 0);
-        if spared {
-            return Ok(true);
-        }
-        if allowed <= 0 {
-            let message = format!(
-                "The disruption budget {} needs {desired} healthy pods and has {healthy} currently",
-                object.name(),
-            );
-            return Err(refuse_eviction(message, 0));
-        }
-        if call.dry_run {
-            return Ok(true);
-        }
-        let mut new = object.value();
-        let new_status = new.object("status");
-        new_status.set("disruptionsAllowed", allowed - 1);
-        new_status.object("disruptedPods").set(pod.name(), time::format_seconds(self.now()));
-        self.put(call, object, new).await
     }
 }
 
@@ -251,26 +155,8 @@ fn success() -> (u16, Value) {
     (201, serde_json::to_value(Status::success(201)).expect("a status serialises"))
 }
 
-fn still_processed(budget: &str) -> Status {
-    refuse_eviction(format!("The disruption budget {budget} is still being processed by the server."), 10)
-}
-
-fn refuse_eviction(why: String, retry_after_seconds: u32) -> Status {
-    let mut status = Status::failure(
-        429,
-        "TooManyRequests",
-        "Cannot evict pod as it would violate the pod's disruption budget.",
-    );
-    status.details = Some(Details {
-        causes: vec![Cause { reason: "DisruptionBudget".to_owned(), message: why, field: String::new() }],
-        retry_after_seconds,
-        ..Details::default()
-    });
-    status
-}
-
 /// Adds the condition or replaces that of its type.
-fn set_condition(status: &mut Value, condition: Value) {
+pub(super) fn set_condition(status: &mut Value, condition: Value) {
     let mut conditions = status.items("conditions").to_vec();
     match conditions.iter_mut().find(|c| c.text("type") == condition.text("type")) {
         Some(same) => *same = condition,

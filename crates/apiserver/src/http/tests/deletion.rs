@@ -180,3 +180,108 @@ async fn budgets_limit_evictions() {
         conditions.iter().any(|c| c["type"] == "DisruptionTarget" && c["reason"] == "EvictionByEvictionAPI")
     );
 }
+
+/// A budget that selects app=p, with this spec, and its status.
+async fn budget(api: &Api, spec: Value, status: Value) {
+    let budgets = "/apis/policy/v1/namespaces/default/poddisruptionbudgets";
+    let mut budget = json!({"metadata": {"name": "b"}, "spec": spec});
+    budget["spec"]["selector"] = json!({"matchLabels": {"app": "p"}});
+    api.json(&format!("POST {budgets}"), budget).await.ok();
+    let mut status = status;
+    status["observedGeneration"] = 1.into();
+    api.json(&format!("PATCH {budgets}/b/status"), json!({"status": status})).await.ok();
+}
+
+/// A pod of the budget on a node, ready or not.
+async fn budgeted_pod(api: &Api, name: &str, phase: &str, ready: bool) {
+    let mut running = pod(name);
+    running["metadata"]["labels"] = json!({"app": "p"});
+    running["spec"]["nodeName"] = "n1".into();
+    running["spec"]["terminationGracePeriodSeconds"] = 0.into();
+    api.json(&format!("POST {PODS}"), running).await.ok();
+    let ready = if ready { "True" } else { "False" };
+    let status = json!({"status": {"phase": phase, "conditions": [{"type": "Ready", "status": ready}]}});
+    api.json(&format!("PATCH {PODS}/{name}/status"), status).await.ok();
+}
+
+#[tokio::test]
+async fn only_healthy_pods_use_up_a_budget() {
+    let evict = async |spec: Value, status: Value, phase: &str, ready: bool| {
+        let api = api().await;
+        budget(&api, spec, status).await;
+        budgeted_pod(&api, "p", phase, ready).await;
+        let answer = api.json(&format!("POST {PODS}/p/eviction"), json!({"metadata": {"name": "p"}})).await;
+        let budget = api.get("/apis/policy/v1/namespaces/default/poddisruptionbudgets/b").await.ok();
+        (answer.code, budget["status"]["disruptionsAllowed"].clone())
+    };
+    let exhausted =
+        json!({"disruptionsAllowed": 0, "currentHealthy": 1, "desiredHealthy": 1, "expectedPods": 1});
+    let short = json!({"disruptionsAllowed": 0, "currentHealthy": 0, "desiredHealthy": 1, "expectedPods": 1});
+    let plenty =
+        json!({"disruptionsAllowed": 2, "currentHealthy": 3, "desiredHealthy": 1, "expectedPods": 3});
+    let spec = json!({"minAvailable": 1});
+    let always = json!({"minAvailable": 1, "unhealthyPodEvictionPolicy": "AlwaysAllow"});
+    assert_eq!(evict(spec.clone(), exhausted.clone(), "Running", true).await, (429, json!(0)));
+    assert_eq!(evict(spec.clone(), exhausted.clone(), "Running", false).await, (201, json!(0)));
+    assert_eq!(evict(spec.clone(), short.clone(), "Running", false).await, (429, json!(0)));
+    assert_eq!(evict(always, short.clone(), "Running", false).await, (201, json!(0)));
+    assert_eq!(evict(spec.clone(), plenty, "Running", true).await, (201, json!(1)));
+    for phase in ["Pending", "Succeeded", "Failed"] {
+        assert_eq!(evict(spec.clone(), short.clone(), phase, false).await, (201, json!(0)), "{phase}");
+    }
+}
+
+#[tokio::test]
+async fn evictions_can_be_tried_dry_and_must_name_their_pod() {
+    let api = api().await;
+    budget(
+        &api,
+        json!({"minAvailable": 1}),
+        json!({"disruptionsAllowed": 1, "currentHealthy": 2, "desiredHealthy": 1, "expectedPods": 2}),
+    )
+    .await;
+    budgeted_pod(&api, "p", "Running", true).await;
+    let evict = async |body: Value| api.json(&format!("POST {PODS}/p/eviction"), body).await;
+    let dry = json!({"metadata": {"name": "p"}, "deleteOptions": {"dryRun": ["All"]}});
+    assert_eq!(evict(dry).await.code, 201);
+    let stays = api.get(&format!("{PODS}/p")).await.ok();
+    assert!(stays["metadata"]["deletionTimestamp"].is_null() && stays["status"]["conditions"][1].is_null());
+    let mismatch = "name in URL does not match name in Eviction object";
+    refused(evict(json!({"metadata": {"name": "q"}})).await, 400, "BadRequest", mismatch);
+    refused(evict(json!({})).await, 400, "BadRequest", mismatch);
+    let other =
+        json!({"metadata": {"name": "p"}, "deleteOptions": {"preconditions": {"resourceVersion": "1"}}});
+    assert_eq!(evict(other).await.code, 409);
+    let mut second = json!({"metadata": {"name": "c"}, "spec": {"selector": {}}});
+    second["spec"]["minAvailable"] = 0.into();
+    api.json("POST /apis/policy/v1/namespaces/default/poddisruptionbudgets", second).await.ok();
+    let two = evict(json!({"metadata": {"name": "p"}})).await;
+    assert_eq!(two.code, 500);
+}
+
+#[tokio::test]
+async fn evictions_at_once_never_use_more_than_there_is() {
+    let api = api().await;
+    budget(
+        &api,
+        json!({"minAvailable": 17}),
+        json!({"disruptionsAllowed": 3, "currentHealthy": 20, "desiredHealthy": 17, "expectedPods": 20}),
+    )
+    .await;
+    for n in 0..20 {
+        budgeted_pod(&api, &format!("p{n}"), "Running", true).await;
+    }
+    let evictions = (0..20).map(|n| {
+        let (api, name) = (&api, format!("p{n}"));
+        async move {
+            api.json(&format!("POST {PODS}/{name}/eviction"), json!({"metadata": {"name": name}})).await.code
+        }
+    });
+    let codes = futures_util::future::join_all(evictions).await;
+    assert_eq!(codes.iter().filter(|code| **code == 201).count(), 3, "{codes:?}");
+    assert_eq!(codes.iter().filter(|code| **code == 429).count(), 17, "{codes:?}");
+    let budget = api.get("/apis/policy/v1/namespaces/default/poddisruptionbudgets/b").await.ok();
+    assert_eq!(budget["status"]["disruptedPods"].as_object().unwrap().len(), 3);
+    assert_eq!(budget["status"]["disruptionsAllowed"], 0);
+    assert_eq!(budget["status"]["conditions"][0]["reason"], "InsufficientPods");
+}
