@@ -14,28 +14,28 @@ use k8s_openapi::api::discovery::v1::{
     Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, ForNode, ForZone,
 };
 use minke_api::time::format_seconds;
-use minke_api::{Kind, Status};
+use minke_api::{Kind, Object, Status};
 use minke_client::{Change, DeleteOptions, Target, body};
 use serde_json::{Value, json};
 
 use crate::context::{Ctx, Item, Requeue, Shared, Typed, controller_ref};
-use crate::pods;
+use crate::pods::{self, name_prefix};
 use crate::run::Controller;
 use crate::services::{self, SelectorIndex};
 
 const PER_SLICE: usize = 100;
-const SERVICE_NAME: &str = "kubernetes.io/service-name";
-const MANAGED_BY: &str = "endpointslice.kubernetes.io/managed-by";
+pub(crate) const SERVICE_NAME: &str = "kubernetes.io/service-name";
+pub(crate) const MANAGED_BY: &str = "endpointslice.kubernetes.io/managed-by";
 const MANAGER: &str = "endpointslice-controller.k8s.io";
 const ZONE: &str = "topology.kubernetes.io/zone";
 pub(crate) const HEADLESS: &str = "service.kubernetes.io/headless";
 pub(crate) const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 
 /// What all endpoints of a slice share: the address type and the ports, sorted.
-type Group = (String, Vec<Port>);
+pub(crate) type Group = (String, Vec<Port>);
 
 /// Name, protocol, number, application protocol.
-type Port = (String, String, Option<i32>, Option<String>);
+pub(crate) type Port = (String, String, Option<i32>, Option<String>);
 
 /// What one pass will do. Slices are named by their place among those that were observed.
 #[derive(Debug, Default, PartialEq)]
@@ -46,8 +46,12 @@ pub(crate) struct Plan {
 }
 
 /// Decides which slices change so that together they hold `desired`. A group without endpoints is there to
-/// keep one empty slice.
-pub(crate) fn plan(desired: BTreeMap<Group, Vec<Endpoint>>, slices: &[Typed<EndpointSlice>]) -> Plan {
+/// keep one empty slice. A slice takes `per_slice` endpoints.
+pub(crate) fn plan(
+    desired: BTreeMap<Group, Vec<Endpoint>>,
+    slices: &[Typed<EndpointSlice>],
+    per_slice: usize,
+) -> Plan {
     let mut plan = Plan::default();
     let mut by_group: BTreeMap<Group, Vec<usize>> = BTreeMap::new();
     for (at, slice) in slices.iter().enumerate() {
@@ -55,7 +59,7 @@ pub(crate) fn plan(desired: BTreeMap<Group, Vec<Endpoint>>, slices: &[Typed<Endp
     }
     for (group, endpoints) in desired {
         let mine = by_group.remove(&group).unwrap_or_default();
-        plan_group(group, endpoints, slices, mine, &mut plan);
+        plan_group(group, endpoints, slices, mine, per_slice, &mut plan);
     }
     plan.delete.extend(by_group.into_values().flatten());
     plan
@@ -66,6 +70,7 @@ fn plan_group(
     endpoints: Vec<Endpoint>,
     slices: &[Typed<EndpointSlice>],
     mine: Vec<usize>,
+    per_slice: usize,
     plan: &mut Plan,
 ) {
     let keep_empty = endpoints.is_empty();
@@ -87,11 +92,11 @@ fn plan_group(
     let mut new: Vec<Endpoint> = order.into_iter().filter_map(|id| wanted.remove(&id)).collect();
     contents.sort_by_key(|(at, kept)| at.is_some_and(|at| slices[at].endpoints.as_ref() == Some(kept)));
     for (_, kept) in &mut contents {
-        let room = PER_SLICE.saturating_sub(kept.len()).min(new.len());
+        let room = per_slice.saturating_sub(kept.len()).min(new.len());
         kept.extend(new.drain(..room));
     }
     while !new.is_empty() {
-        let rest = new.split_off(new.len().min(PER_SLICE));
+        let rest = new.split_off(new.len().min(per_slice));
         contents.push((None, std::mem::replace(&mut new, rest)));
     }
     let mut empty_kept = !keep_empty;
@@ -124,7 +129,7 @@ fn group_of(slice: &EndpointSlice) -> Group {
     (slice.address_type.clone(), ports)
 }
 
-fn port_key(port: &EndpointPort) -> Port {
+pub(crate) fn port_key(port: &EndpointPort) -> Port {
     let protocol = port.protocol.clone().unwrap_or_else(|| "TCP".to_owned());
     (port.name.clone().unwrap_or_default(), protocol, port.port, port.app_protocol.clone())
 }
@@ -156,7 +161,7 @@ fn desired(
     groups
 }
 
-fn family_of(address: &str) -> Option<&'static str> {
+pub(crate) fn family_of(address: &str) -> Option<&'static str> {
     Some(if address.parse::<IpAddr>().ok()?.is_ipv4() { "IPv4" } else { "IPv6" })
 }
 
@@ -286,63 +291,61 @@ impl Controller for EndpointSlices {
         let going = ours.filter(|slice| !ctx.is_going(slice));
         let slices: Vec<Typed<EndpointSlice>> = going.filter_map(Typed::new).collect();
         let labels = labels(&service, &[(SERVICE_NAME, service.object.name()), (MANAGED_BY, MANAGER)]);
-        let mut plan = plan(desired, &slices);
+        let mut plan = plan(desired, &slices, PER_SLICE);
         for (at, slice) in slices.iter().enumerate() {
             let planned = plan.delete.contains(&at) || plan.update.iter().any(|(updated, _)| *updated == at);
             if !planned && json!(slice.metadata.labels) != labels {
                 plan.update.push((at, slice.endpoints.clone().unwrap_or_default()));
             }
         }
-        carry_out(ctx, &service, &slices, plan, &labels, trigger_time(&service, &pods)).await?;
+        let trigger = trigger_time(&service, &pods).map(|at| (TRIGGER_TIME.to_owned(), format_seconds(at)));
+        let annotations = trigger.into_iter().collect();
+        match carry_out(ctx, &service.object, &slices, plan, &labels, &annotations).await {
+            Err(error) if error.has_cause("NamespaceTerminating") => {}
+            Err(error) => {
+                let message = format!("Error updating Endpoint Slices for Service {}: {error}", item.key);
+                ctx.events.warning(&service.object, "FailedToUpdateEndpointSlices", message);
+                return Err(error);
+            }
+            Ok(()) => {}
+        }
         Ok(Requeue::Never)
     }
 }
 
-async fn carry_out(
+/// Makes the slices of `owner` as planned, with these labels, and these annotations among theirs.
+pub(crate) async fn carry_out(
     ctx: &Ctx,
-    service: &Typed<Service>,
+    owner: &Object,
     slices: &[Typed<EndpointSlice>],
     plan: Plan,
     labels: &Value,
-    trigger: Option<Timestamp>,
+    annotations: &BTreeMap<String, String>,
 ) -> Result<(), Status> {
-    let trigger = trigger.map(|at| json!({ TRIGGER_TIME: format_seconds(at) }));
     for ((address_type, ports), endpoints) in plan.create {
         let ports: Vec<EndpointPort> = ports.into_iter().map(port).collect();
         let slice = json!({
             "apiVersion": "discovery.k8s.io/v1",
             "kind": "EndpointSlice",
             "metadata": {
-                "generateName": format!("{}-", service.object.name()),
-                "namespace": service.object.namespace(),
+                "generateName": name_prefix(owner.name()),
+                "namespace": owner.namespace(),
                 "labels": labels,
-                "annotations": trigger,
-                "ownerReferences": [controller_ref(&service.object)],
+                "annotations": annotations,
+                "ownerReferences": [controller_ref(owner)],
             },
             "addressType": address_type,
             "endpoints": endpoints,
             "ports": ports,
         });
-        match ctx.create(Kind::of::<EndpointSlice>(), service.object.namespace(), slice).await {
-            Err(error) if error.has_cause("NamespaceTerminating") => return Ok(()),
-            Err(error) => {
-                let message = format!(
-                    "Error updating Endpoint Slices for Service {}: failed to create EndpointSlice for Service {}: {error}",
-                    service.object.key(),
-                    service.object.key()
-                );
-                ctx.events.warning(&service.object, "FailedToUpdateEndpointSlices", message);
-                return Err(error);
-            }
-            Ok(_) => {}
-        }
+        ctx.create(Kind::of::<EndpointSlice>(), owner.namespace(), slice).await?;
     }
     for (at, endpoints) in plan.update {
         let mut slice = slices[at].object.value();
         slice["endpoints"] = body(&endpoints);
         slice["metadata"]["labels"] = labels.clone();
-        if let Some(trigger) = &trigger {
-            slice["metadata"]["annotations"][TRIGGER_TIME] = trigger[TRIGGER_TIME].clone();
+        for (name, value) in annotations {
+            slice["metadata"]["annotations"][name] = value.as_str().into();
         }
         ctx.update(Target::of(&slices[at].object), slice).await?;
     }
@@ -413,8 +416,8 @@ mod tests {
         desired: impl Fn() -> BTreeMap<Group, Vec<Endpoint>>,
         before: &[Typed<EndpointSlice>],
     ) -> Vec<Typed<EndpointSlice>> {
-        let after = slices_of(&plan(desired(), before), before);
-        assert_eq!(plan(desired(), &after), Plan::default(), "a plan settles");
+        let after = slices_of(&plan(desired(), before, PER_SLICE), before);
+        assert_eq!(plan(desired(), &after, PER_SLICE), Plan::default(), "a plan settles");
         assert!(after.iter().all(|slice| slice.endpoints.as_ref().is_none_or(|all| all.len() <= PER_SLICE)));
         after
     }
@@ -489,7 +492,7 @@ mod tests {
         let full = settle(|| many(0, 250), &none);
         assert_eq!(full.iter().map(|slice| slice.endpoints.as_ref().unwrap().len()).sum::<usize>(), 250);
         assert_eq!(full.len(), 3);
-        let change = plan(many(1, 251), &full);
+        let change = plan(many(1, 251), &full, PER_SLICE);
         assert_eq!((change.create.len(), change.update.len(), change.delete.len()), (0, 1, 0));
         let fewer = settle(|| many(0, 50), &full);
         assert_eq!(fewer.len(), 1);

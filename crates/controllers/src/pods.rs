@@ -63,7 +63,7 @@ pub(crate) fn from_template(template: &PodTemplateSpec, owner: &Object) -> Value
 }
 
 /// The dash would make some long names of owners no prefix of a name; then it is left out.
-fn name_prefix(owner: &str) -> String {
+pub(crate) fn name_prefix(owner: &str) -> String {
     let prefix = format!("{owner}-");
     let valid = minke_api::names::dns_subdomain(&format!("{prefix}x")).is_ok();
     if valid { prefix } else { owner.to_owned() }
