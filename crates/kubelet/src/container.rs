@@ -31,6 +31,11 @@ impl Paths {
         self.pod(uid).join("volumes")
     }
 
+    /// Directories that were made for claims; they outlive pods.
+    pub fn claims(&self) -> PathBuf {
+        self.data.join("volumes")
+    }
+
     /// Bind mounts of single files and directories of volumes.
     pub fn subpaths(&self, uid: &str) -> PathBuf {
         self.pod(uid).join("volume-subpaths")

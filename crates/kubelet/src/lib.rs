@@ -18,6 +18,7 @@ pub mod fuzzing;
 mod handlers;
 mod images;
 mod jobs;
+mod local_path;
 mod logs;
 mod machine;
 mod network;
@@ -104,6 +105,7 @@ pub struct Kubelet {
     node: node::Node,
     server: server::Server,
     api: server::Api,
+    local_path: local_path::LocalPath,
     stop: CancellationToken,
 }
 
@@ -138,7 +140,11 @@ impl Kubelet {
             network: config.network,
             drain: config.drain,
             references: references::References::new(config.client.clone()),
-            volumes: volumes::Volumes { paths: paths.clone(), client: config.client.clone() },
+            volumes: volumes::Volumes {
+                paths: paths.clone(),
+                client: config.client.clone(),
+                node_name: config.node_name.clone(),
+            },
             client: config.client,
             events,
             services: informers.of_type::<core::Service>(),
@@ -157,9 +163,10 @@ impl Kubelet {
         let nodes = informers.selected(Kind::of::<core::Node>(), FieldSelector::name(&context.node_name));
         let identity = node::Identity { labels: config.node_labels, pod_cidr: config.pod_cidr, port };
         let api = server::Api::new(context.clone(), pods.clone());
+        let local_path = local_path::LocalPath::new(&context, &informers, &stop);
         let agent = agent::Agent::adopt(context.clone(), pods, nodes).await.map_err(Error::Runtime)?;
         let node = node::Node::new(context, machine, identity);
-        Ok(Kubelet { agent, node, server, api, stop })
+        Ok(Kubelet { agent, node, server, api, local_path, stop })
     }
 
     /// Runs until `shutdown`; every pod goes on without the agent.
@@ -171,6 +178,7 @@ impl Kubelet {
                 self.node.run(stop.clone()),
                 self.agent.run(stop.clone()),
                 self.server.run(self.api, stop.clone()),
+                self.local_path.run(),
             )
         };
         tokio::select! { _ = work => {}, () = shutdown.cancelled() => {} }

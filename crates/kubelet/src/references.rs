@@ -1,4 +1,4 @@
-//! The ConfigMaps and Secrets that pods of this node refer to: each is watched by its name while any
+//! The ConfigMaps, Secrets and claims that pods of this node refer to: each is watched by its name while any
 //! pod refers to it, and never longer. Nothing is polled, and nobody else's objects are read.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -19,6 +19,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Reference {
+    Claim(String),
     ConfigMap(String),
     Secret(String),
 }
@@ -26,13 +27,14 @@ pub enum Reference {
 impl Reference {
     fn kind(&self) -> &'static Kind {
         match self {
+            Reference::Claim(_) => Kind::of::<core::PersistentVolumeClaim>(),
             Reference::ConfigMap(_) => Kind::of::<core::ConfigMap>(),
             Reference::Secret(_) => Kind::of::<core::Secret>(),
         }
     }
 
     fn name(&self) -> &str {
-        let (Reference::ConfigMap(name) | Reference::Secret(name)) = self;
+        let (Reference::Claim(name) | Reference::ConfigMap(name) | Reference::Secret(name)) = self;
         name
     }
 }
@@ -177,6 +179,7 @@ fn put(state: &watch::Sender<State>, object: Option<Arc<Object>>) {
 /// Objects that were looked up, by name: present, absent, or an error to tell.
 #[derive(Debug, Default)]
 pub struct Referenced {
+    pub claims: BTreeMap<String, Result<Option<Arc<core::PersistentVolumeClaim>>, String>>,
     pub config_maps: BTreeMap<String, Result<Option<Arc<core::ConfigMap>>, String>>,
     pub secrets: BTreeMap<String, Result<Option<Arc<core::Secret>>, String>>,
 }
@@ -189,6 +192,14 @@ impl Referenced {
         optional: Option<bool>,
     ) -> Result<Option<Arc<core::ConfigMap>>, String> {
         found(self.config_maps.get(name), "configmap", name, optional)
+    }
+
+    pub fn claim(&self, name: &str) -> Result<Arc<core::PersistentVolumeClaim>, String> {
+        match self.claims.get(name) {
+            Some(Err(message)) => Err(message.clone()),
+            Some(Ok(Some(claim))) => Ok(claim.clone()),
+            _ => Err(format!("persistentvolumeclaims \"{name}\" not found")),
+        }
     }
 
     pub fn secret(&self, name: &str, optional: Option<bool>) -> Result<Option<Arc<core::Secret>>, String> {
@@ -220,6 +231,10 @@ impl Held {
                 None => Ok(None),
             };
             match &reference {
+                Reference::Claim(name) => {
+                    let view = state.map(|object| object.and_then(|object| minke_client::typed(&object)));
+                    referenced.claims.insert(name.clone(), view);
+                }
                 Reference::ConfigMap(name) => {
                     let view = state.map(|object| object.and_then(|object| minke_client::typed(&object)));
                     referenced.config_maps.insert(name.clone(), view);
@@ -286,6 +301,8 @@ pub fn of_env(container: &core::Container) -> BTreeSet<Reference> {
 pub fn of_volumes(pod: &Pod) -> BTreeSet<Reference> {
     let mut wanted = BTreeSet::new();
     for volume in pod.spec().volumes.iter().flatten() {
+        let claim = minke_api::storage::claim_of(pod.name(), volume);
+        wanted.extend(claim.map(|(name, _)| Reference::Claim(name)));
         wanted.extend(volume.config_map.iter().map(|from| Reference::ConfigMap(from.name.clone())));
         wanted
             .extend(volume.secret.iter().filter_map(|from| from.secret_name.clone()).map(Reference::Secret));

@@ -82,7 +82,11 @@ impl World {
             drain: network.clone(),
             network,
             references: crate::references::References::new(client.clone()),
-            volumes: crate::volumes::Volumes { paths: paths.clone(), client: client.clone() },
+            volumes: crate::volumes::Volumes {
+                paths: paths.clone(),
+                client: client.clone(),
+                node_name: "n".to_owned(),
+            },
             client,
             events,
             services: informers.of_type::<core::Service>(),

@@ -97,23 +97,6 @@ fn link_names(dir: &Path, content: &Content) -> io::Result<()> {
     Ok(())
 }
 
-/// Gives a whole volume to a group, as `fsGroup` asks; what is made in it later belongs to it too.
-pub fn own(path: &Path, group: u32, writable: bool) -> io::Result<()> {
-    let data = fs::symlink_metadata(path)?;
-    if data.is_symlink() {
-        return std::os::unix::fs::lchown(path, None, Some(group));
-    }
-    chown(path, None, Some(group))?;
-    let mut mode = data.permissions().mode() | if writable { 0o660 } else { 0o440 };
-    if data.is_dir() {
-        mode |= 0o2110;
-        for entry in fs::read_dir(path)? {
-            own(&entry?.path(), group, writable)?;
-        }
-    }
-    fs::set_permissions(path, Permissions::from_mode(mode))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

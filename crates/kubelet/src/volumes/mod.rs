@@ -4,8 +4,10 @@
 //! half of it in [`atomic`]. Volumes of other kinds than those here are refused with a clear message.
 
 mod atomic;
+mod claims;
 mod content;
 mod mounts;
+mod ownership;
 mod subpath;
 
 use std::collections::BTreeMap;
@@ -38,6 +40,7 @@ pub type Tokens = BTreeMap<(String, String), Token>;
 pub struct Volumes {
     pub paths: Paths,
     pub client: Arc<dyn Client>,
+    pub node_name: String,
 }
 
 /// Whether contents of the pod's volumes may change while it runs.
@@ -60,15 +63,17 @@ impl Volumes {
         let referenced = held.fetch(references::of_volumes(pod)).await;
         let mut renewal: Option<Timestamp> = None;
         for volume in pod.spec().volumes.iter().flatten() {
-            let failed =
-                |why: String| format!("MountVolume.SetUp failed for volume \"{}\" : {why}", volume.name);
+            let claim = claims::resolve(&*self.client, &self.node_name, pod, volume, &referenced).await;
+            let claim = claim.map_err(|unfit| unfit.0)?;
+            let name = claim.as_ref().map_or(&volume.name, |claim| &claim.volume).clone();
+            let failed = |why: String| format!("MountVolume.SetUp failed for volume \"{name}\" : {why}");
             if let Some(projected) = &volume.projected {
                 let at = self.renew_tokens(pod, &volume.name, projected, tokens).await.map_err(failed)?;
                 renewal = [renewal, at].into_iter().flatten().min();
             }
             let content = content::of(pod, volume, &referenced, tokens, facts).map_err(failed)?;
             let (paths, pod, volume) = (self.paths.clone(), pod.clone(), volume.clone());
-            let setup = tokio::task::spawn_blocking(move || set_up(&paths, &pod, &volume, content));
+            let setup = tokio::task::spawn_blocking(move || set_up(&paths, &pod, &volume, content, claim));
             setup.await.map_err(|error| failed(error.to_string()))?.map_err(failed)?;
         }
         Ok(renewal)
@@ -217,6 +222,7 @@ fn always_readonly(volume: &core::Volume) -> bool {
         || volume.secret.is_some()
         || volume.projected.is_some()
         || volume.downward_api.is_some()
+        || volume.persistent_volume_claim.as_ref().is_some_and(|claim| claim.read_only == Some(true))
 }
 
 /// Where a volume lies on the node.
@@ -227,13 +233,22 @@ fn dir(paths: &Paths, pod: &Pod, volume: &core::Volume) -> PathBuf {
         core::Volume { secret: Some(_), .. } => "kubernetes.io~secret",
         core::Volume { projected: Some(_), .. } => "kubernetes.io~projected",
         core::Volume { downward_api: Some(_), .. } => "kubernetes.io~downward-api",
+        core::Volume { persistent_volume_claim: Some(_), .. } | core::Volume { ephemeral: Some(_), .. } => {
+            "kubernetes.io~local-volume"
+        }
         _ => "kubernetes.io~empty-dir",
     };
     paths.volumes(pod.uid()).join(plugin).join(&volume.name)
 }
 
 /// Blocking. `content` is what the volume is to hold, for those whose contents are ours.
-fn set_up(paths: &Paths, pod: &Pod, volume: &core::Volume, content: Option<Content>) -> Result<(), String> {
+fn set_up(
+    paths: &Paths,
+    pod: &Pod,
+    volume: &core::Volume,
+    content: Option<Content>,
+    claim: Option<claims::Backing>,
+) -> Result<(), String> {
     let dir = dir(paths, pod, volume);
     if let Some(host) = &volume.host_path {
         return host_path(Path::new(&host.path), host.type_.as_deref().unwrap_or_default());
@@ -244,6 +259,15 @@ fn set_up(paths: &Paths, pod: &Pod, volume: &core::Volume, content: Option<Conte
     }
     let group = pod.spec().security_context.as_ref().and_then(|context| context.fs_group);
     let group = group.and_then(|group| u32::try_from(group).ok());
+    if let Some(claim) = claim {
+        let security = pod.spec().security_context.as_ref();
+        let policy = security.and_then(|context| context.fs_group_change_policy.as_deref());
+        let policy = match policy {
+            Some("OnRootMismatch") => ownership::Policy::OnRootMismatch,
+            _ => ownership::Policy::Always,
+        };
+        return claims::set_up(&claim, &dir, group, policy);
+    }
     let say = |error: std::io::Error| format!("{}: {error}", dir.display());
     if let Some(empty) = &volume.empty_dir {
         let fresh = !dir.exists();
@@ -260,7 +284,7 @@ fn set_up(paths: &Paths, pod: &Pod, volume: &core::Volume, content: Option<Conte
             let mode = empty.mode.and_then(|mode| u32::try_from(mode).ok()).unwrap_or(0o777);
             fs::set_permissions(&dir, fs::Permissions::from_mode(mode)).map_err(say)?;
             if let Some(group) = group {
-                atomic::own(&dir, group, true).map_err(say)?;
+                ownership::give(&dir, group, true, ownership::Policy::Always).map_err(say)?;
             }
         }
         return Ok(());

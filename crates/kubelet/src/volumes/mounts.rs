@@ -94,10 +94,7 @@ pub fn clean_up(dir: &Path) -> io::Result<()> {
     if let Some(point) = mounted()?.first() {
         return Err(io::Error::other(format!("{} is still mounted", point.display())));
     }
-    match fs::remove_dir_all(dir) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result,
-    }
+    minke_runtime::remove_tree(dir)
 }
 
 #[cfg(test)]
