@@ -33,6 +33,11 @@ impl FieldErrors {
         );
     }
 
+    /// As [`FieldErrors::invalid`], of something too large to be shown.
+    pub fn invalid_without_value(&mut self, field: &str, detail: &str) {
+        self.push("FieldValueInvalid", field, with_detail("Invalid value", detail));
+    }
+
     pub fn not_supported(&mut self, field: &str, value: impl Shown, supported: &[&str]) {
         let list: Vec<String> = supported.iter().map(|s| format!("{s:?}")).collect();
         let mut message = format!("Unsupported value: {}", value.shown());

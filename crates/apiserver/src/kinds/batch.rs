@@ -1,6 +1,9 @@
 //! Job and CronJob. Upstream: pkg/apis/batch and pkg/registry/batch.
 
-use minke_api::{FieldErrors, names};
+mod policies;
+
+use minke_api::cron::{self, Schedule};
+use minke_api::{FieldErrors, LabelSelector, names};
 use serde_json::{Value, json};
 
 use super::check::{self, at};
@@ -14,13 +17,16 @@ const JOB_NAME: &str = "batch.kubernetes.io/job-name";
 /// What the two labels were called before, still set beside them.
 const OLD_CONTROLLER_UID: &str = "controller-uid";
 const OLD_JOB_NAME: &str = "job-name";
-/// Indexed Jobs name pods by index, which takes room in the name.
-const MAX_INDEXED: i64 = 100_000;
+/// Most pods at once, failed indexes, and completions without further limits, of an indexed Job.
+const INDEXED_MAX: i64 = 100_000;
+/// Most pods at once and failed indexes of an indexed Job with more completions than that.
+const HUGE_MAX: i64 = 10_000;
+const MANAGER_MAX: usize = 63;
 
 pub static JOB: Strategy = Strategy {
     set_defaults: job_defaults,
     prepare_create: generate_selector,
-    validate: |job, errors| validate_job_spec(job.at("spec"), "spec", errors),
+    validate: validate_job,
     validate_update: validate_job_update,
     name: names::dns_subdomain,
     warnings: |job| {
@@ -111,6 +117,49 @@ fn generate_selector(job: &mut Value) {
     selector.fill(CONTROLLER_UID, uid);
 }
 
+fn validate_job(job: &Value, errors: &mut FieldErrors) {
+    let spec = job.at("spec");
+    let name = job.at("metadata").text("name");
+    let completions = spec.int("completions").filter(|_| spec.text("completionMode") == "Indexed");
+    // The host names of its pods end in their index.
+    if let Some(completions) = completions.filter(|n| *n > 0) {
+        let longest = format!("{name}-{}", completions - 1);
+        if names::dns_label(&longest).is_err() {
+            let why = format!("will not able to create pod with invalid DNS label: {longest}");
+            errors.invalid("metadata.name", name, &why);
+        }
+    }
+    validate_generated_labels(job, errors);
+    if !spec.at("selector").is_object() {
+        errors.required("spec.selector", "");
+    }
+    validate_job_spec(spec, "spec", errors);
+}
+
+/// A selector that the server made selects by labels that it gave: those of the user must not differ.
+fn validate_generated_labels(job: &Value, errors: &mut FieldErrors) {
+    let (spec, metadata) = (job.at("spec"), job.at("metadata"));
+    if spec.flag("manualSelector") || !spec.at("selector").is_object() {
+        return;
+    }
+    let (uid, name) = (metadata.text("uid"), metadata.text("name"));
+    let labels = spec.at("template").at("metadata").at("labels");
+    for (label, value) in
+        [(OLD_CONTROLLER_UID, uid), (OLD_JOB_NAME, name), (CONTROLLER_UID, uid), (JOB_NAME, name)]
+    {
+        if labels.text(label) != value {
+            let path = format!("spec.template.metadata.labels[{label}]");
+            errors.invalid(&path, labels, &format!("must be '{value}'"));
+        }
+    }
+    let ours = [(OLD_CONTROLLER_UID, uid), (CONTROLLER_UID, uid), (OLD_JOB_NAME, name), (JOB_NAME, name)];
+    let ours = ours.map(|(label, value)| (label.to_owned(), value.to_owned())).into();
+    let selector = serde_json::from_value(spec.at("selector").clone()).unwrap_or_default();
+    if LabelSelector::from_spec(&selector).is_ok_and(|selector| !selector.matches_map(Some(&ours))) {
+        errors.invalid("spec.selector", spec.at("selector"), "`selector` not auto-generated");
+    }
+}
+
 fn validate_job_spec(spec: &Value, path: &str, errors: &mut FieldErrors) {
     const MODES: [&str; 2] = ["NonIndexed", "Indexed"];
     let fields = [
@@ -132,28 +181,37 @@ fn validate_job_spec(spec: &Value, path: &str, errors: &mut FieldErrors) {
             errors.invalid(&path, labels, "`selector` does not match template `labels`");
         }
     }
-    let indexed = spec.text("completionMode") == "Indexed";
+    if spec.has("maxFailedIndexes") && !spec.has("backoffLimitPerIndex") {
+        errors.required(&at(path, "backoffLimitPerIndex"), "when maxFailedIndexes is specified");
+    }
+    if let Some(manager) = spec.get("managedBy").and_then(Value::as_str) {
+        validate_manager(manager, &at(path, "managedBy"), errors);
+    }
     check::one_of_if_set(spec, path, "completionMode", &MODES, errors);
+    let indexed = spec.text("completionMode") == "Indexed";
     if indexed {
-        match spec.int("completions") {
-            None => errors.required(&at(path, "completions"), "when completion mode is Indexed"),
-            Some(_) => {
-                if let Some(parallelism) = spec.int("parallelism").filter(|p| *p > MAX_INDEXED) {
-                    let why = format!(
-                        "must be less than or equal to {MAX_INDEXED} when completion mode is Indexed"
-                    );
-                    errors.invalid(&at(path, "parallelism"), parallelism, &why);
-                }
+        validate_indexed(spec, path, errors);
+    } else {
+        for field in ["backoffLimitPerIndex", "maxFailedIndexes"] {
+            if spec.has(field) {
+                errors.invalid(&at(path, field), spec.at(field), "requires indexed completion mode");
             }
         }
-    } else if spec.has("backoffLimitPerIndex") {
-        errors.invalid(
-            &at(path, "backoffLimitPerIndex"),
-            spec.at("backoffLimitPerIndex"),
-            "requires indexed completion mode",
-        );
     }
-    check::one_of_if_set(spec, path, "podReplacementPolicy", &["Failed", "TerminatingOrFailed"], errors);
+    let has_failure_policy = spec.at("podFailurePolicy").is_object();
+    if has_failure_policy {
+        policies::failure_policy(spec, path, errors);
+    }
+    match spec.at("successPolicy") {
+        Value::Object(_) if indexed => policies::success_policy(spec, path, errors),
+        policy @ Value::Object(_) => {
+            errors.invalid(&at(path, "successPolicy"), policy, "requires indexed completion mode");
+        }
+        _ => {}
+    }
+    let replacements: &[&str] =
+        if has_failure_policy { &["Failed"] } else { &["Failed", "TerminatingOrFailed"] };
+    check::one_of_if_set(spec, path, "podReplacementPolicy", replacements, errors);
     let template = at(path, "template");
     validate_template(spec.at("template"), &template, errors);
     let policy = spec.at("template").at("spec").text("restartPolicy");
@@ -164,7 +222,7 @@ fn validate_job_spec(spec: &Value, path: &str, errors: &mut FieldErrors) {
         }
         other => errors.not_supported(&at(&template, "spec.restartPolicy"), other, &["OnFailure", "Never"]),
     }
-    if spec.at("podFailurePolicy").is_object() && policy != "Never" {
+    if has_failure_policy && policy != "Never" {
         errors.invalid(
             &at(&template, "spec.restartPolicy"),
             policy,
@@ -173,13 +231,67 @@ fn validate_job_spec(spec: &Value, path: &str, errors: &mut FieldErrors) {
     }
 }
 
+/// `example.com/controller`.
+fn validate_manager(manager: &str, path: &str, errors: &mut FieldErrors) {
+    match manager.split_once('/') {
+        None | Some(("", _) | (_, "")) => {
+            errors.invalid(path, manager, "must be a domain-prefixed path (such as \"acme.io/foo\")");
+        }
+        Some((domain, rest)) => {
+            check::name(domain, path, names::dns_subdomain, errors);
+            if !rest.chars().all(|c| c.is_ascii_alphanumeric() || "/-._~%!$&'()*+,;=:".contains(c)) {
+                errors.invalid(
+                    path,
+                    rest,
+                    "Invalid path (regex used for validation is '[A-Za-z0-9/\\-._~%!$&'()*+,;=:]+')",
+                );
+            }
+        }
+    }
+    if manager.len() > MANAGER_MAX {
+        errors.too_long(path, MANAGER_MAX);
+    }
+}
+
+fn validate_indexed(spec: &Value, path: &str, errors: &mut FieldErrors) {
+    let Some(completions) = spec.int("completions") else {
+        return errors.required(&at(path, "completions"), "when completion mode is Indexed");
+    };
+    let (parallelism, lost) = (spec.int("parallelism"), spec.int("maxFailedIndexes"));
+    let limit = |field: &str, value: Option<i64>, max: i64, suffix: &str, errors: &mut FieldErrors| {
+        if let Some(value) = value.filter(|value| *value > max) {
+            errors.invalid(&at(path, field), value, &format!("must be less than or equal to {max}{suffix}"));
+        }
+    };
+    limit("parallelism", parallelism, INDEXED_MAX, " when completion mode is Indexed", errors);
+    if let Some(lost) = lost.filter(|lost| *lost > completions) {
+        errors.invalid(&at(path, "maxFailedIndexes"), lost, "must be less than or equal to completions");
+    }
+    limit("maxFailedIndexes", lost, INDEXED_MAX, "", errors);
+    if completions > INDEXED_MAX && spec.has("backoffLimitPerIndex") {
+        if lost.is_none() {
+            let why = format!("must be specified when completions is above {INDEXED_MAX}");
+            errors.required(&at(path, "maxFailedIndexes"), &why);
+        }
+        let suffix =
+            format!(" when completions are above {INDEXED_MAX} and used with backoff limit per index");
+        limit("parallelism", parallelism, HUGE_MAX, &suffix, errors);
+        limit("maxFailedIndexes", lost, HUGE_MAX, &suffix, errors);
+    }
+}
+
 fn validate_job_update(new: &Value, old: &Value, errors: &mut FieldErrors) {
     let (spec, before) = (new.at("spec"), old.at("spec"));
-    let elastic = spec.text("completionMode") == "Indexed"
-        && spec.get("completions") == spec.get("parallelism")
-        && spec.int("completions").is_some();
-    if !elastic {
-        check::immutable(spec, before, "spec", "completions", errors);
+    match (spec.int("completions"), before.int("completions")) {
+        (now, then) if now == then => {}
+        // An indexed Job grows and shrinks with its parallelism.
+        (Some(now), Some(_)) if spec.text("completionMode") == "Indexed" => {
+            if spec.int("parallelism") != Some(now) {
+                let why = "can only be modified in tandem with spec.parallelism";
+                errors.invalid("spec.completions", now, why);
+            }
+        }
+        _ => check::immutable(spec, before, "spec", "completions", errors),
     }
     for field in [
         "selector",
@@ -216,8 +328,12 @@ fn validate_cron_job(cron: &Value, errors: &mut FieldErrors) {
     match spec.text("schedule") {
         "" => errors.required("spec.schedule", ""),
         schedule => {
-            if let Err(why) = check_schedule(schedule) {
+            if let Err(why) = Schedule::parse(schedule) {
                 errors.invalid("spec.schedule", schedule, &why);
+            }
+            if schedule.contains("TZ") {
+                let why = "cannot use TZ or CRON_TZ in schedule, use timeZone field instead";
+                errors.invalid("spec.schedule", schedule, why);
             }
         }
     }
@@ -237,9 +353,18 @@ fn validate_cron_job(cron: &Value, errors: &mut FieldErrors) {
                 zone,
                 "timeZone must be an explicit time zone as defined in https://www.iana.org/time-zones",
             );
+        } else if let Err(why) = cron::zone(zone) {
+            errors.invalid("spec.timeZone", zone, &why);
         }
     }
     let job = spec.at("jobTemplate").at("spec");
+    if job.has("selector") {
+        errors.invalid(
+            "spec.jobTemplate.spec.selector",
+            job.at("selector"),
+            "`selector` will be auto-generated",
+        );
+    }
     if job.flag("manualSelector") {
         errors.not_supported("spec.jobTemplate.spec.manualSelector", true, &["nil", "false"]);
     }
@@ -247,76 +372,6 @@ fn validate_cron_job(cron: &Value, errors: &mut FieldErrors) {
     let mut whole = json!({"spec": job});
     job_defaults(&mut whole);
     validate_job_spec(whole.at("spec"), "spec.jobTemplate.spec", errors);
-}
-
-/// Five fields of numbers, lists, ranges and steps, or one of the words for common schedules.
-fn check_schedule(schedule: &str) -> Result<(), String> {
-    const WORDS: [&str; 7] =
-        ["@yearly", "@annually", "@monthly", "@weekly", "@daily", "@midnight", "@hourly"];
-    const FIELDS: [(i64, i64, &[&str]); 5] = [
-        (0, 59, &[]),
-        (0, 23, &[]),
-        (1, 31, &[]),
-        (1, 12, &["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]),
-        (0, 6, &["sun", "mon", "tue", "wed", "thu", "fri", "sat"]),
-    ];
-    let schedule = match schedule.strip_prefix("TZ=").or_else(|| schedule.strip_prefix("CRON_TZ=")) {
-        Some(_) => return Err("cannot use TZ or CRON_TZ in schedule, use timeZone field instead".to_owned()),
-        None => schedule.trim(),
-    };
-    if let Some(every) = schedule.strip_prefix("@every ") {
-        let good = every.ends_with(['s', 'm', 'h']) && every.starts_with(|c: char| c.is_ascii_digit());
-        return if good { Ok(()) } else { Err(format!("failed to parse duration {schedule}")) };
-    }
-    if schedule.starts_with('@') {
-        return if WORDS.contains(&schedule) {
-            Ok(())
-        } else {
-            Err(format!("unrecognized descriptor: {schedule}"))
-        };
-    }
-    let fields: Vec<&str> = schedule.split_whitespace().collect();
-    if fields.len() != FIELDS.len() {
-        return Err(format!("expected exactly 5 fields, found {}: [{}]", fields.len(), fields.join(" ")));
-    }
-    for (field, (least, most, words)) in fields.iter().zip(FIELDS) {
-        for part in field.split(',') {
-            check_schedule_part(part, least, most, words)?;
-        }
-    }
-    Ok(())
-}
-
-fn check_schedule_part(part: &str, least: i64, most: i64, words: &[&str]) -> Result<(), String> {
-    let (range, step) = part.split_once('/').unwrap_or((part, "1"));
-    let number = |text: &str| -> Result<i64, String> {
-        let lower = text.to_lowercase();
-        if let Some(at) = words.iter().position(|word| *word == lower) {
-            return Ok(least + at as i64);
-        }
-        text.parse().map_err(|_| {
-            format!("failed to parse int from {text}: strconv.Atoi: parsing {text:?}: invalid syntax")
-        })
-    };
-    let step_number: i64 = number(step)?;
-    if step_number <= 0 {
-        return Err(format!("step of range should be a positive number: {part}"));
-    }
-    if range == "*" || range == "?" {
-        return Ok(());
-    }
-    let (from, to) = range.split_once('-').unwrap_or((range, range));
-    let (from, to) = (number(from)?, number(to)?);
-    if from < least {
-        return Err(format!("beginning of range ({from}) below minimum ({least}): {part}"));
-    }
-    if to > most {
-        return Err(format!("end of range ({to}) above maximum ({most}): {part}"));
-    }
-    if from > to {
-        return Err(format!("beginning of range ({from}) beyond end of range ({to}): {part}"));
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -376,23 +431,181 @@ mod tests {
         );
     }
 
+    fn indexed(change: impl FnOnce(&mut Value)) -> impl FnOnce(&mut Value) {
+        |spec| {
+            spec["completionMode"] = "Indexed".into();
+            spec["completions"] = 5.into();
+            change(spec);
+        }
+    }
+
     #[test]
-    fn schedules_are_parsed() {
-        for good in ["* * * * *", "*/5 0-4,6 1 jan-mar MON", "@daily", "@every 1h30m", "0 0 ? * 0"] {
-            assert_eq!(check_schedule(good), Ok(()), "{good}");
-        }
-        for bad in [
-            "",
-            "* * * *",
-            "60 * * * *",
-            "*/0 * * * *",
-            "5-1 * * * *",
-            "x * * * *",
-            "@often",
-            "TZ=UTC * * * * *",
-            "* * 0 * *",
-        ] {
-            assert!(check_schedule(bad).is_err(), "{bad}");
-        }
+    fn indexed_jobs_are_checked() {
+        check(indexed(|_| {}), "");
+        check(indexed(|spec| spec["backoffLimitPerIndex"] = 1.into()), "");
+        check(
+            |spec| spec["backoffLimitPerIndex"] = 1.into(),
+            "spec.backoffLimitPerIndex: Invalid value: 1: requires indexed completion mode",
+        );
+        check(
+            indexed(|spec| spec["maxFailedIndexes"] = 1.into()),
+            "spec.backoffLimitPerIndex: Required value: when maxFailedIndexes is specified",
+        );
+        check(
+            indexed(|spec| {
+                spec["backoffLimitPerIndex"] = 1.into();
+                spec["maxFailedIndexes"] = 6.into();
+            }),
+            "spec.maxFailedIndexes: Invalid value: 6: must be less than or equal to completions",
+        );
+        check(
+            indexed(|spec| {
+                spec["backoffLimitPerIndex"] = 1.into();
+                spec["completions"] = 100_001.into();
+            }),
+            "spec.maxFailedIndexes: Required value: must be specified when completions is above 100000",
+        );
+    }
+
+    #[test]
+    fn failure_policies_are_checked() {
+        let rules = |rules: Value| move |spec: &mut Value| spec["podFailurePolicy"] = json!({"rules": rules});
+        let path = "spec.podFailurePolicy.rules[0]";
+        let codes = |operator: &str, values: Value| json!([{"action": "Ignore", "onExitCodes": {"operator": operator, "values": values}}]);
+        check(rules(codes("In", json!([1, 2]))), "");
+        check(rules(json!([{"action": "Count", "onPodConditions": [{"type": "DisruptionTarget"}]}])), "");
+        check(
+            rules(json!([{"action": "FailJob"}])),
+            &format!("{path}: Invalid value: specifying one of OnExitCodes and OnPodConditions is required"),
+        );
+        check(
+            rules(codes("In", json!([0]))),
+            &format!("{path}.onExitCodes.values[0]: Invalid value: 0: must not be 0 for the In operator"),
+        );
+        check(
+            rules(codes("NotIn", json!([3, 2]))),
+            &format!("{path}.onExitCodes.values: Invalid value: [3,2]: must be ordered"),
+        );
+        check(
+            rules(json!([{"action": "FailIndex", "onExitCodes": {"operator": "In", "values": [1]}}])),
+            &format!(
+                "{path}.action: Invalid value: \"FailIndex\": requires the backoffLimitPerIndex to be set"
+            ),
+        );
+        check(
+            |spec| {
+                rules(codes("In", json!([1])))(spec);
+                spec["podReplacementPolicy"] = "TerminatingOrFailed".into();
+            },
+            "spec.podReplacementPolicy: Unsupported value: \"TerminatingOrFailed\": supported values: \"Failed\"",
+        );
+    }
+
+    #[test]
+    fn success_policies_are_checked() {
+        let rule = |rule: Value| indexed(move |spec| spec["successPolicy"] = json!({"rules": [rule]}));
+        let path = "spec.successPolicy.rules[0]";
+        check(rule(json!({"succeededIndexes": "0,2-4", "succeededCount": 2})), "");
+        check(
+            rule(json!({})),
+            &format!(
+                "{path}: Required value: at least one of succeededCount or succeededIndexes must be specified"
+            ),
+        );
+        let wrong = |indexes: &str, why: &str| {
+            let value = format!(
+                "{path}.succeededIndexes: Invalid value: {indexes:?}: error parsing succeededIndexes: {why}"
+            );
+            check(rule(json!({"succeededIndexes": indexes})), &value);
+        };
+        wrong("5", "too large index: \"5\"");
+        wrong("2,1", "non-increasing order, previous: 2, current: 1");
+        wrong("3-2", "non-increasing order, previous: 3, current: 2");
+        wrong("a", "cannot convert string to integer for index: \"a\"");
+        check(
+            rule(json!({"succeededIndexes": "1", "succeededCount": 2})),
+            &format!(
+                "{path}.succeededCount: Invalid value: 2: must be less than or equal to 1 (the number of indexes in the specified succeededIndexes field)"
+            ),
+        );
+    }
+
+    #[test]
+    fn managers_are_named_by_a_path() {
+        check(|spec| spec["managedBy"] = "kueue.x-k8s.io/multikueue".into(), "");
+        check(
+            |spec| spec["managedBy"] = "me".into(),
+            "spec.managedBy: Invalid value: \"me\": must be a domain-prefixed path (such as \"acme.io/foo\")",
+        );
+    }
+
+    #[test]
+    fn indexed_jobs_change_size_with_their_parallelism() {
+        let sized = |completions: i32, parallelism: i32| {
+            job(indexed(|spec| {
+                spec["completions"] = completions.into();
+                spec["parallelism"] = parallelism.into();
+            }))
+        };
+        let update = |new: &Value| {
+            let mut errors = FieldErrors::default();
+            (JOB.validate_update)(new, &sized(3, 3), &mut errors);
+            let kind = Kind::by_kind("batch", "v1", "Job").unwrap();
+            errors.into_result(kind, "pi").err().map(|s| s.message).unwrap_or_default()
+        };
+        assert_eq!(update(&sized(5, 5)), "");
+        assert_eq!(update(&sized(3, 5)), "");
+        assert!(update(&sized(5, 3)).ends_with(
+            "spec.completions: Invalid value: 5: can only be modified in tandem with spec.parallelism"
+        ));
+    }
+
+    #[test]
+    fn labels_that_the_server_gives_may_not_be_others() {
+        let mut job = job(|spec| spec["template"]["metadata"]["labels"][JOB_NAME] = "other".into());
+        let mut errors = FieldErrors::default();
+        (JOB.validate)(&job, &mut errors);
+        let kind = Kind::by_kind("batch", "v1", "Job").unwrap();
+        let message = errors.into_result(kind, "pi").unwrap_err().message;
+        assert!(message.ends_with(": must be 'pi'"), "{message}");
+        job["spec"]["manualSelector"] = true.into();
+        let mut errors = FieldErrors::default();
+        (JOB.validate)(&job, &mut errors);
+        assert!(errors.is_empty(), "a selector of the user's own may be anything that fits");
+    }
+
+    #[track_caller]
+    fn check_cron(change: impl FnOnce(&mut Value), want: &str) {
+        let mut cron = json!({"metadata": {"name": "c"}, "spec": {"schedule": "@daily",
+            "jobTemplate": {"spec": {"template": job(|_| {})["spec"]["template"]}}}});
+        change(&mut cron["spec"]);
+        (CRON_JOB.set_defaults)(&mut cron);
+        let mut errors = FieldErrors::default();
+        (CRON_JOB.validate)(&cron, &mut errors);
+        let kind = Kind::by_kind("batch", "v1", "CronJob").unwrap();
+        let message = errors.into_result(kind, "c").err().map(|s| s.message).unwrap_or_default();
+        assert_eq!(message.strip_prefix("CronJob.batch \"c\" is invalid: ").unwrap_or(&message), want);
+    }
+
+    #[test]
+    fn cron_jobs_are_checked() {
+        check_cron(|_| {}, "");
+        check_cron(|spec| spec["timeZone"] = "Europe/Berlin".into(), "");
+        check_cron(
+            |spec| spec["schedule"] = "* * * *".into(),
+            "spec.schedule: Invalid value: \"* * * *\": expected exactly 5 fields, found 4: [* * * *]",
+        );
+        check_cron(
+            |spec| spec["schedule"] = "TZ=UTC * * * * *".into(),
+            "spec.schedule: Invalid value: \"TZ=UTC * * * * *\": cannot use TZ or CRON_TZ in schedule, use timeZone field instead",
+        );
+        check_cron(
+            |spec| spec["timeZone"] = "Mars/Olympus".into(),
+            "spec.timeZone: Invalid value: \"Mars/Olympus\": unknown time zone Mars/Olympus",
+        );
+        check_cron(
+            |spec| spec["concurrencyPolicy"] = "Maybe".into(),
+            "spec.concurrencyPolicy: Unsupported value: \"Maybe\": supported values: \"Allow\", \"Forbid\", \"Replace\"",
+        );
     }
 }
