@@ -29,6 +29,7 @@ pub struct ImageArgs {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Build(crate::build::BuildArgs),
     /// Load images from archives of `docker save` or OCI tools
     Load {
         /// The archives; `-` is standard input
@@ -67,7 +68,10 @@ enum Command {
         output: Option<PathBuf>,
     },
     /// Give an image another name
-    Tag { source: String, target: String },
+    Tag {
+        source: String,
+        target: String,
+    },
     /// Send an image to the registry in its name
     Push {
         #[arg(value_name = "REFERENCE")]
@@ -82,13 +86,14 @@ impl ImageArgs {
         let store = ImageStore::open(data.path(), RegistryConfig::in_dir(&data.join("registries")))?;
         // Transfers are spread over a few threads by the store; this one only waits for them.
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(self.command.run(&store, io))
+        runtime.block_on(self.command.run(data, &store, io))
     }
 }
 
 impl Command {
-    async fn run(self, store: &ImageStore, io: &mut Io) -> Result<()> {
+    async fn run(self, data: &DataDir, store: &ImageStore, io: &mut Io) -> Result<()> {
         match self {
+            Command::Build(build) => build.run(data, store, credentials, io).await?,
             Command::Load { files, name } => {
                 for file in files {
                     let what = file.display().to_string();
@@ -111,6 +116,7 @@ impl Command {
                     let image = store.pull(&reference, auth, Some(meter.progress())).await;
                     meter.clear(io);
                     let image = image.with_context(|| format!("pull {reference}"))?;
+                    store.keep(&reference).await?;
                     io.say(format!("Pulled {reference}: {}", image.id))?;
                 }
             }

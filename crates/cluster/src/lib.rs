@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::disallowed_methods, reason = "what a person waits for is measured in real time")]
 
+pub mod build;
 pub mod control;
 pub mod data_dir;
 pub mod hello;

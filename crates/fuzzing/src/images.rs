@@ -27,7 +27,7 @@ fn with_dir(work: impl FnOnce(&Path)) {
 /// Makes the checksums of an archive's headers right, so that other damage is looked at.
 fn with_checksums(mut tar: Vec<u8>) -> Vec<u8> {
     let mut at = 0;
-    while let Some(block) = tar.get_mut(at..at + BLOCK) {
+    while let Some(block) = tar.get_mut(at..at.saturating_add(BLOCK)) {
         let header = tar::Header::from_byte_slice(block);
         let size = header.entry_size().unwrap_or(0);
         block[148..156].fill(b' ');
@@ -142,4 +142,11 @@ fn load(archive: Vec<u8>) {
             assert_eq!(fs::read_dir(dir.join(left)).expect("read").count(), 0, "{left} is not empty");
         }
     });
+}
+
+/// A Dockerfile, and as a `.dockerignore`.
+pub fn dockerfile(data: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(data) {
+        minke_cluster::build::fuzz(text);
+    }
 }

@@ -14,6 +14,7 @@ pub type Target = (&'static str, fn(&[u8]));
 pub const TARGETS: &[Target] = &[
     ("certificate", minke_apiserver::fuzzing::certificate),
     ("dns", node::dns),
+    ("dockerfile", images::dockerfile),
     ("image_archive", images::archive),
     ("json", api::json),
     ("json_patch", api::json_patch),

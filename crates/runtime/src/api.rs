@@ -489,6 +489,8 @@ pub struct Image {
     /// When the image was built, as its configuration says.
     pub created: Option<Timestamp>,
     pub config: ImageConfig,
+    /// Not to be collected: a person put it here.
+    pub pinned: bool,
 }
 
 /// The part of an OCI image configuration that a container takes its defaults from.

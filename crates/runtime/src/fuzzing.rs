@@ -69,8 +69,8 @@ pub fn reference(data: &[u8]) {
     let full = parsed.to_string();
     let again = Reference::parse(&full).expect("the full form is one");
     assert_eq!(again.to_string(), full);
+    assert!(again.path.split('/').all(|part| !part.is_empty() && !part.contains("..")), "{full}");
     assert_eq!((again.domain, again.path, again.digest), (parsed.domain, parsed.path, parsed.digest));
-    assert!(!full.contains("..") && !full.contains("//"));
 }
 
 /// A `hosts.toml`, a challenge, and the error of a registry.

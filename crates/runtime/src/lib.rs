@@ -21,6 +21,7 @@ mod users;
 
 pub use api::*;
 pub use files::disk_use;
+pub use image::build;
 pub use image::reference::Reference;
 pub use image::{ImageStore, Limits, Prepared, RegistryConfig, unpack_layer};
 pub use local::{LocalRuntime, RuntimeConfig};

@@ -300,11 +300,10 @@ impl Asked {
     }
 
     fn header(&self, name: &str) -> Option<&str> {
-        let found = self.0.lines().find_map(|line| {
+        self.0.lines().find_map(|line| {
             let (key, value) = line.split_once(':')?;
             key.eq_ignore_ascii_case(name).then(|| value.trim())
-        });
-        found
+        })
     }
 }
 
@@ -405,7 +404,7 @@ async fn a_broken_download_goes_on_where_it_stopped() {
     }
     let big = layer("big", 300_000);
     let size = big.len();
-    let paths = image_of(&[big.clone()], "");
+    let paths = image_of(std::slice::from_ref(&big), "");
     let ranges = Arc::new(std::sync::Mutex::new(Vec::new()));
     let seen = ranges.clone();
     let wanted = format!("/v2/x/blobs/{}", digest(&big));
@@ -443,7 +442,7 @@ async fn the_next_pull_goes_on_too() {
         return;
     }
     let big = layer("big", 300_000);
-    let paths = image_of(&[big.clone()], "");
+    let paths = image_of(std::slice::from_ref(&big), "");
     let broken = Arc::new(std::sync::atomic::AtomicBool::new(true));
     let (is_broken, asked_for) = (broken.clone(), Arc::new(std::sync::Mutex::new(Vec::new())));
     let (seen, wanted) = (asked_for.clone(), format!("/v2/x/blobs/{}", digest(&big)));

@@ -22,7 +22,7 @@ const NESTED_MAX: usize = 4;
 
 pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
-const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
+pub const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const OCI_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 /// Annotation with the whole reference, which containerd and newer docker write.
 const NAME_ANNOTATION: &str = "io.containerd.image.name";
@@ -348,7 +348,7 @@ fn admit(
     let top = top.unwrap_or(&found.manifest_digest);
     let by_digest = |t: &String| Some(format!("{}@{top}", Reference::parse(t).ok()?.repository()));
     let digests: Vec<String> = tags.iter().filter_map(by_digest).collect();
-    let id = store.admit(found, Names { tags: &tags, digests: &digests }, progress)?;
+    let id = store.admit(found, Names { tags: &tags, digests: &digests, by_hand: true }, progress)?;
     match tags.is_empty() {
         true => loaded.push(id),
         false => loaded.extend(tags),

@@ -10,6 +10,7 @@
 
 mod archive;
 mod blobs;
+pub mod build;
 pub(crate) mod hosts;
 pub mod reference;
 mod registry;
@@ -54,6 +55,9 @@ struct Index {
     tags: BTreeMap<String, String>,
     /// `docker.io/library/nginx@sha256:...`, the digest of an index or a manifest, to the image's id.
     digests: BTreeMap<String, String>,
+    /// What steps of builds came to, by the key of what they depend on.
+    #[serde(default)]
+    built: BTreeMap<String, build::Outcome>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -63,6 +67,9 @@ struct Record {
     layers: Vec<Layer>,
     created: Option<jiff::Timestamp>,
     config: ImageConfig,
+    /// A person put it here: nobody but a person takes it away.
+    #[serde(default)]
+    by_hand: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,7 +86,23 @@ struct Layer {
 
 impl Layer {
     fn snapshot(&self) -> String {
-        parse_digest(&self.chain_id).unwrap_or_default()[..SNAPSHOT_NAME].to_owned()
+        snapshot_name(&self.chain_id)
+    }
+}
+
+fn snapshot_name(chain_id: &str) -> String {
+    let hex = parse_digest(chain_id).unwrap_or_default();
+    hex[..SNAPSHOT_NAME.min(hex.len())].to_owned()
+}
+
+/// Names a layer on top of others.
+fn chain_id(below: Option<&Layer>, diff_id: &str) -> String {
+    match below {
+        None => diff_id.to_owned(),
+        Some(below) => {
+            let text = format!("{} {diff_id}", below.chain_id);
+            format!("sha256:{}", unpack::hex(&Sha256::digest(text)))
+        }
     }
 }
 
@@ -117,6 +140,8 @@ struct Inner {
     pulls: tokio::sync::Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>>,
     /// Layers that are being fetched, of all pulls together.
     downloads: tokio::sync::Semaphore,
+    /// Images that are being built here, for containers to be made of.
+    drafts: Mutex<BTreeMap<String, Prepared>>,
     /// One unpacking at a time for each snapshot.
     unpacking: Mutex<BTreeMap<String, Arc<Mutex<()>>>>,
 }
@@ -142,6 +167,7 @@ impl ImageStore {
                 cached: Mutex::new(None),
                 pulls: Default::default(),
                 downloads: tokio::sync::Semaphore::new(DOWNLOADS_MAX),
+                drafts: Default::default(),
                 unpacking: Default::default(),
             }),
         };
@@ -230,6 +256,7 @@ impl ImageStore {
             size: record.size,
             created: record.created,
             config: record.config.clone(),
+            pinned: record.by_hand,
         })
     }
 
@@ -240,6 +267,9 @@ impl ImageStore {
 
     /// What a container of this image needs.
     pub fn prepare(&self, reference: &str) -> Result<Prepared> {
+        if let Some(draft) = self.inner.drafts.lock().expect("short").get(reference) {
+            return Ok(draft.clone());
+        }
         let missing = || Error::NotFound(format!("image {reference:?} not found"));
         let index = self.index()?;
         let id = Self::find(&index, reference)?.ok_or_else(missing)?;
@@ -284,7 +314,24 @@ impl ImageStore {
             store.change(|index| {
                 let id = Self::find(index, &source)?
                     .ok_or_else(|| Error::NotFound(format!("image {source:?} not found")))?;
+                if let Some(record) = index.images.get_mut(&id) {
+                    record.by_hand = true;
+                }
                 index.tags.insert(target.to_string(), id);
+                Ok(())
+            })
+        })
+        .await
+    }
+
+    /// Marks an image as put here by a person, which is what keeps it from being collected.
+    pub async fn keep(&self, reference: &str) -> Result<()> {
+        let (store, reference) = (self.clone(), reference.to_owned());
+        blocking(move || {
+            store.change(|index| {
+                let id = Self::find(index, &reference)?
+                    .ok_or_else(|| Error::NotFound(format!("image {reference:?} not found")))?;
+                index.images.entry(id).and_modify(|record| record.by_hand = true);
                 Ok(())
             })
         })
@@ -311,13 +358,7 @@ impl ImageStore {
             if parse_digest(diff_id).is_none() || parse_digest(digest).is_none() {
                 return Err(Error::Failed(format!("image {id}: unsupported digest {diff_id:?}")));
             }
-            let chain_id = match layers.last() {
-                None => diff_id.clone(),
-                Some(below) => {
-                    let text = format!("{} {diff_id}", below.chain_id);
-                    format!("sha256:{}", unpack::hex(&Sha256::digest(text)))
-                }
-            };
+            let chain_id = chain_id(layers.last(), diff_id);
             let (digest, media_type) = (digest.clone(), media_type.clone());
             layers.push(Layer { digest, size: *size, media_type, diff_id: diff_id.clone(), chain_id });
         }
@@ -334,9 +375,12 @@ impl ImageStore {
             layers,
             created: config.created().as_deref().and_then(|t| t.parse().ok()),
             config: image_config(&config),
+            by_hand: names.by_hand,
         };
         self.change(|index| {
             check_clashes(index, &record)?;
+            let by_hand = index.images.get(&id).is_some_and(|known| known.by_hand);
+            let record = Record { by_hand: record.by_hand || by_hand, ..record };
             index.images.insert(id.clone(), record);
             for tag in names.tags {
                 index.tags.insert(tag.clone(), id.clone());
@@ -394,6 +438,10 @@ impl ImageStore {
                 blobs.insert(layer.digest.clone());
             }
         }
+        for (blob, snapshot) in index.built.values().filter_map(build::Outcome::needs) {
+            snapshots.insert(snapshot);
+            blobs.insert(blob.to_owned());
+        }
         for container in fs::read_dir(self.inner.root.join("containers")).into_iter().flatten().flatten() {
             let record = files::read_json::<crate::shim::proto::ContainerRecord>(
                 &container.path().join("container.json"),
@@ -443,6 +491,7 @@ pub fn unpack_layer(
 struct Names<'a> {
     tags: &'a [String],
     digests: &'a [String],
+    by_hand: bool,
 }
 
 #[async_trait]

@@ -141,7 +141,11 @@ impl Fetch<'_> {
         let (admitting, progress) = (store.clone(), progress.cloned());
         let id = blocking(move || {
             let _lock = lock;
-            admitting.admit(&found, Names { tags: &tags, digests: &digests }, progress.as_ref())
+            admitting.admit(
+                &found,
+                Names { tags: &tags, digests: &digests, by_hand: false },
+                progress.as_ref(),
+            )
         })
         .await?;
         store.lookup(&id)?.ok_or_else(|| Error::NotFound(format!("image {full:?} not found")))

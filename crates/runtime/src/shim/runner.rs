@@ -93,7 +93,9 @@ impl Run {
     /// The image's layers with a writable one on top. Layers are named relative to the working directory, which
     /// holds them, so that 127 of them fit the page that `mount` takes.
     fn mount_rootfs(&self, dir: &Path, record: &ContainerRecord) -> Result<(), String> {
-        let up = Path::new("../containers").join(&self.id);
+        // The layers of a build are those of the node, and its containers are elsewhere.
+        let shared = self.root.join("snapshots").is_symlink();
+        let up = if shared { dir.to_owned() } else { Path::new("../containers").join(&self.id) };
         let options = format!(
             "lowerdir={},upperdir={},workdir={}",
             record.layers.join(":"),
