@@ -93,7 +93,7 @@ impl Registry {
             let ops = std::iter::once(Op::create(draft)).chain(charges.ops()).collect();
             match self.store.commit(ops).await {
                 Ok(written) => {
-                    self.recount_missed(&charges, kind, call.namespace).await;
+                    self.recount_missed(&charges, call.namespace).await;
                     if let Some(allocation) = allocation {
                         allocation.commit();
                     }
@@ -183,8 +183,8 @@ impl Registry {
     }
 
     /// Has the quotas counted anew that a write went past.
-    pub(super) async fn recount_missed(&self, charges: &Charges, kind: &'static Kind, namespace: &str) {
-        let missed = charges.missed(&*self.snapshots, kind, namespace);
+    pub(super) async fn recount_missed(&self, charges: &Charges, namespace: &str) {
+        let missed = charges.missed(&*self.snapshots, namespace);
         // Should this fail, the next count puts it right.
         if !missed.is_empty()
             && let Err(error) = self.store.commit(missed).await
@@ -333,7 +333,7 @@ impl Registry {
         let ops = std::iter::once(op).chain(charges.ops()).collect();
         match self.store.commit(ops).await {
             Ok(mut written) => {
-                self.recount_missed(charges, kind, old.namespace()).await;
+                self.recount_missed(charges, old.namespace()).await;
                 Ok(written.remove(0))
             }
             Err(Error::Conflict { op: 0, .. }) => Err(Failure::Raced),

@@ -56,7 +56,7 @@ pub async fn run(store: Store, clock: Clock, stop: CancellationToken) {
                 events = quota_events.next() => match events {
                     Ok(events) => {
                         let stale = |event: &&std::sync::Arc<minke_store::Event>| {
-                            event.change != Change::Deleted && is_stale(&event.object)
+                            event.change != Change::Deleted && is_stale(&event.object.value())
                         };
                         due.extend(events.iter().filter(stale).map(|event| event.object.key().clone()));
                     }
@@ -105,9 +105,8 @@ fn until(then: Timestamp, now: Timestamp) -> Duration {
 }
 
 /// Whether a quota does not count what it is to count.
-fn is_stale(quota: &Object) -> bool {
-    let value = quota.value();
-    let (spec, status) = (value.at("spec"), value.at("status"));
+pub fn is_stale(quota: &Value) -> bool {
+    let (spec, status) = (quota.at("spec"), quota.at("status"));
     let used = status.at("used");
     let uncounted = |(name, _): (&str, &Value)| user_of(name).is_some() && used.get(name).is_none();
     amounts(spec.at("hard")) != amounts(status.at("hard")) || spec.members("hard").any(uncounted)

@@ -26,6 +26,8 @@ use crate::kinds::tree::Tree;
 /// What a write changes in the quotas of its namespace.
 #[derive(Debug, Default)]
 pub struct Charges {
+    /// Whether the write changes any use at all.
+    matters: bool,
     charges: Vec<Charge>,
     /// The quotas that were known, and what they counted then.
     known: BTreeMap<Key, Known>,
@@ -65,6 +67,7 @@ pub fn charges(
     if old.is_some() && new.is_some() && !may_change(sort, request, old, new) {
         return Ok(charges);
     }
+    charges.matters = true;
     let all = snapshots.list(quotas(), request.namespace);
     if all.is_empty() {
         return Ok(charges);
@@ -104,7 +107,7 @@ pub fn charges(
             return Err(request.forbid(format!("quota usage is negative for resource(s): {name}")));
         }
         // A quota that is not counted yet only needs to know that something has happened.
-        let counted = value.at("status").at("hard") == value.at("spec").at("hard");
+        let counted = !keeper::is_stale(&value);
         if delta.is_empty() || counted && !delta.keys().any(|name| hard.contains_key(name)) {
             continue;
         }
@@ -206,9 +209,9 @@ impl Charge {
     }
 }
 
-/// The quota, such that the keeper counts anew.
+/// The quota, such that the keeper counts anew; until then nobody gets anything of it.
 fn uncounted(mut quota: Value) -> Option<Draft> {
-    quota.object("status").unset("hard");
+    quota.object("status").unset("used");
     Draft::new(quotas(), &quota).ok()
 }
 
@@ -233,8 +236,8 @@ impl Charges {
 
     /// After the write: the quotas that came or changed meanwhile and may not have counted it, to be
     /// counted anew. There are none but in a race.
-    pub fn missed(&self, snapshots: &dyn Snapshots, kind: &'static Kind, namespace: &str) -> Vec<Op> {
-        if Usage::of(kind).is_none() {
+    pub fn missed(&self, snapshots: &dyn Snapshots, namespace: &str) -> Vec<Op> {
+        if !self.matters {
             return Vec::new();
         }
         let has_missed = |quota: &&Arc<Object>| match self.known.get(quota.key()) {

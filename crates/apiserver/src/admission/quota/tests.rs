@@ -35,7 +35,7 @@ async fn settled(api: &Api, name: &str) -> Value {
         loop {
             let mut watch = api.store.watch(quotas(), api.store.revision()).unwrap();
             let quota = api.get(&format!("{QUOTAS}/{name}")).await.ok();
-            if quota["status"]["hard"] == quota["spec"]["hard"] {
+            if quota["status"]["hard"] == quota["spec"]["hard"] && quota["status"].get("used").is_some() {
                 return quota["status"]["used"].clone();
             }
             watch.next().await.unwrap();
@@ -131,16 +131,30 @@ async fn a_changed_quota_counts_anew() {
 async fn a_write_that_a_new_quota_did_not_see_makes_it_count_anew() {
     let (api, _stop) = api().await;
     // What the write knew: no quota at all.
-    let before = Charges::default();
+    let before = Charges { matters: true, ..Charges::default() };
     quota(&api, "q", json!({"hard": {"secrets": "5"}})).await;
-    let snapshots = &api.store;
-    let secrets = Kind::by_kind("", "v1", "Secret").unwrap();
-    let missed = before.missed(snapshots, secrets, "default");
+    let missed = before.missed(&api.store, "default");
     assert_eq!(missed.len(), 1);
     let forged = json!({"status": {"used": {"secrets": "4"}}});
     api.json(&format!("PATCH {QUOTAS}/q/status"), forged).await.ok();
     api.store.commit(missed).await.unwrap();
     assert_eq!(settled(&api, "q").await["secrets"], "0");
+}
+
+#[tokio::test]
+async fn writes_that_use_nothing_leave_quotas_alone() {
+    let (api, _stop) = api().await;
+    quota(&api, "q", json!({"hard": {"pods": "1"}})).await;
+    create(&api, PODS, pod("a", "1")).await.unwrap();
+    let at = api.get(&format!("{QUOTAS}/q")).await.ok();
+    let maps = "/api/v1/namespaces/default/configmaps";
+    create(&api, maps, json!({"metadata": {"name": "m"}})).await.unwrap();
+    api.json(&format!("PATCH {maps}/m"), json!({"data": {"a": "b"}})).await.ok();
+    api.send(&format!("DELETE {maps}/m"), &[], "").await.ok();
+    api.json(&format!("PATCH {PODS}/a"), json!({"metadata": {"labels": {"a": "b"}}})).await.ok();
+    api.json(&format!("PATCH {PODS}/a/status"), json!({"status": {"phase": "Running"}})).await.ok();
+    assert_eq!(api.get(&format!("{QUOTAS}/q")).await.ok(), at);
+    assert!(create(&api, PODS, pod("b", "1")).await.is_err());
 }
 
 /// 64 creators, who also delete and finish pods, in a namespace with two quotas; at no revision is more used
