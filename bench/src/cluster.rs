@@ -1,6 +1,7 @@
 //! Clusters to measure: started cold, watched while idle.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -8,8 +9,12 @@ use minke_client::https::{HttpsClient, Identity};
 use minke_scenarios::cluster::TestCluster;
 use minke_scenarios::process::{cpu_time, memory_kib};
 use rustix::process::Pid;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use tempfile::TempDir;
+use tokio::net::TcpStream;
 use tokio::time::Instant;
+use tokio_rustls::client::TlsStream;
 
 use crate::{Args, Table, median};
 
@@ -25,11 +30,12 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    pub fn up(minke: &Path) -> Result<Cluster> {
+    /// `minke up`, with more options.
+    pub fn up(minke: &Path, options: &[&str]) -> Result<Cluster> {
         let dir = TempDir::with_prefix("minke-bench-")?;
         let cluster = TestCluster::new(minke, &dir.path().join("data"))?;
         let start = Instant::now();
-        cluster.up()?;
+        cluster.run(&[&["up"], options].concat())?;
         let took = start.elapsed();
         let identity = minke_cluster::kubeconfig::identity(&cluster.kubeconfig())?;
         Ok(Cluster { identity, pid: cluster.server_pid()?, cluster, _dir: dir, took })
@@ -55,11 +61,33 @@ impl Drop for Cluster {
     }
 }
 
+/// A connection to the API server that speaks `protocol`, and the server's `host:port`.
+pub async fn connect(identity: &Identity, protocol: &[u8]) -> Result<(TlsStream<TcpStream>, String)> {
+    let authority = identity.server.strip_prefix("https://").context("an https server")?.to_owned();
+    let mut roots = rustls::RootCertStore::empty();
+    for certificate in CertificateDer::pem_slice_iter(&identity.ca) {
+        roots.add(certificate?)?;
+    }
+    let (chain, key) = identity.certificate.as_ref().context("a client certificate")?;
+    let chain = CertificateDer::pem_slice_iter(chain).collect::<Result<Vec<_>, _>>()?;
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots)
+        .with_client_auth_cert(chain, PrivateKeyDer::from_pem_slice(key)?)?;
+    config.alpn_protocols = vec![protocol.to_vec()];
+    let host = authority.rsplit_once(':').map_or(authority.as_str(), |(host, _)| host).to_owned();
+    let tcp = TcpStream::connect(&authority).await?;
+    tcp.set_nodelay(true)?;
+    let tls = tokio_rustls::TlsConnector::from(Arc::new(config));
+    Ok((tls.connect(ServerName::try_from(host)?, tcp).await?, authority))
+}
+
 pub fn cold_start(args: &Args, table: &mut Table) -> Result<()> {
     let what = "cold `minke up` to node Ready";
     if table.wants(what) {
         let took: Result<Vec<f64>> =
-            (0..args.rounds).map(|_| Ok(Cluster::up(&args.minke)?.took.as_secs_f64())).collect();
+            (0..args.rounds).map(|_| Ok(Cluster::up(&args.minke, &[])?.took.as_secs_f64())).collect();
         table.add(what, format!("{:.2} s", median(took?)), "1 s");
     }
     Ok(())
@@ -70,7 +98,7 @@ pub async fn idle(args: &Args, table: &mut Table) -> Result<()> {
     if !table.wants(memory) && !table.wants(cpu) {
         return Ok(());
     }
-    let cluster = Cluster::up(&args.minke)?;
+    let cluster = Cluster::up(&args.minke, &[])?;
     // What starting left to do is not idling.
     tokio::time::sleep(Duration::from_secs(args.seconds)).await;
     let window = Duration::from_secs(args.seconds * 6);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use bytes::Bytes;
 use http::{Method, Request};
 use http_body_util::{BodyExt, Full};
@@ -12,42 +12,22 @@ use hyper::body::Incoming;
 use hyper::client::conn::http2::SendRequest;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use minke_client::https::Identity;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use serde_json::json;
-use tokio::net::TcpStream;
 use tokio::time::Instant;
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, connect};
 use crate::{Args, Table};
 
 /// One HTTP/2 connection, over which requests go at once.
 #[derive(Clone)]
-struct Connection {
+pub struct Connection {
     authority: String,
     sender: SendRequest<Full<Bytes>>,
 }
 
 impl Connection {
-    async fn new(identity: &Identity) -> Result<Connection> {
-        let authority = identity.server.strip_prefix("https://").context("an https server")?.to_owned();
-        let mut roots = rustls::RootCertStore::empty();
-        for certificate in CertificateDer::pem_slice_iter(&identity.ca) {
-            roots.add(certificate?)?;
-        }
-        let (chain, key) = identity.certificate.as_ref().context("a client certificate")?;
-        let chain = CertificateDer::pem_slice_iter(chain).collect::<Result<Vec<_>, _>>()?;
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let mut config = rustls::ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()?
-            .with_root_certificates(roots)
-            .with_client_auth_cert(chain, PrivateKeyDer::from_pem_slice(key)?)?;
-        config.alpn_protocols = vec![b"h2".to_vec()];
-        let host = authority.rsplit_once(':').map_or(authority.as_str(), |(host, _)| host).to_owned();
-        let tcp = TcpStream::connect(&authority).await?;
-        tcp.set_nodelay(true)?;
-        let tls = tokio_rustls::TlsConnector::from(Arc::new(config));
-        let stream = tls.connect(ServerName::try_from(host)?, tcp).await?;
+    pub async fn new(identity: &Identity) -> Result<Connection> {
+        let (stream, authority) = connect(identity, b"h2").await?;
         let (sender, connection) = hyper::client::conn::http2::Builder::new(TokioExecutor::new())
             .initial_stream_window_size(4 << 20)
             .initial_connection_window_size(64 << 20)
@@ -68,6 +48,11 @@ impl Connection {
         let answer = sender.send_request(request).await?;
         ensure!(answer.status().is_success(), "{path}: {}", answer.status());
         Ok(answer.into_body())
+    }
+
+    /// The whole answer to a GET.
+    pub async fn text(&self, path: &str) -> Result<Bytes> {
+        Ok(self.send(Method::GET, path, Bytes::new()).await?.collect().await?.to_bytes())
     }
 
     /// Reads the answer to its end; returns its length in bytes.
@@ -158,7 +143,7 @@ pub async fn all(args: &Args, table: &mut Table) -> Result<()> {
     if ![get, list, create, watch].iter().any(|what| table.wants(what)) {
         return Ok(());
     }
-    let cluster = Cluster::up(&args.minke)?;
+    let cluster = Cluster::up(&args.minke, &[])?;
     if table.wants(get) || table.wants(list) {
         let connection = Connection::new(&cluster.identity).await?;
         connection.drained(Method::POST, PODS, pod("one")).await?;

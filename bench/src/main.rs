@@ -7,6 +7,7 @@
 mod cluster;
 mod etcd;
 mod load;
+mod node;
 mod pods;
 
 use std::path::PathBuf;
@@ -67,21 +68,32 @@ impl Table {
 }
 
 /// The middle one; of an even number the lower.
-fn median(mut values: Vec<f64>) -> f64 {
+fn median(values: Vec<f64>) -> f64 {
+    percentile(values, 50)
+}
+
+/// The least value that `share` of a hundred do not exceed.
+fn percentile(mut values: Vec<f64>, share: usize) -> f64 {
     values.sort_by(f64::total_cmp);
-    values.get(values.len().saturating_sub(1) / 2).copied().unwrap_or(f64::NAN)
+    let rank = (values.len() * share).div_ceil(100).saturating_sub(1);
+    values.get(rank).copied().unwrap_or(f64::NAN)
 }
 
 fn main() -> Result<()> {
+    // Containers that are measured without a cluster have this program as their shim.
+    minke_runtime::shim::entry();
     let args = Args::parse();
     let runtime = tokio::runtime::Runtime::new()?;
     let mut table = Table { only: args.only.clone(), figures: Vec::new() };
     runtime.block_on(async {
-        let size = std::fs::metadata(&args.minke)?.len();
-        table.add("release binary", format!("{:.1} MB", size as f64 / 1e6), "40 MB");
+        if table.wants("release binary") {
+            let size = std::fs::metadata(&args.minke)?.len();
+            table.add("release binary", format!("{:.1} MB", size as f64 / 1e6), "40 MB");
+        }
         cluster::cold_start(&args, &mut table)?;
         cluster::idle(&args, &mut table).await?;
         pods::all(&args, &mut table).await?;
+        node::all(&args, &mut table).await?;
         load::all(&args, &mut table).await?;
         etcd::all(&args, &mut table).await?;
         anyhow::Ok(())

@@ -13,16 +13,16 @@ use tokio::time::Instant;
 use crate::cluster::Cluster;
 use crate::{Args, Table, median};
 
-const IMAGE: &str = "minke.local/hello:v1";
+pub const IMAGE: &str = "minke.local/hello:v1";
 /// Nothing that is measured here takes longer, unless it is broken.
 const LIMIT: Duration = Duration::from_secs(120);
 
-fn kind(group: &str, plural: &str) -> &'static Kind {
+pub fn kind(group: &str, plural: &str) -> &'static Kind {
     Kind::by_plural(group, "v1", plural).expect("a built-in resource")
 }
 
 /// Waits until the named object is as `done` wants it.
-async fn until(
+pub async fn until(
     client: &dyn Client,
     kind: &'static Kind,
     name: &str,
@@ -49,7 +49,7 @@ async fn until(
         .with_context(|| format!("{} {name} took too long", kind.kind))?
 }
 
-fn template(labels: Value) -> Value {
+pub fn template(labels: Value) -> Value {
     json!({
         "metadata": {"labels": labels},
         "spec": {"terminationGracePeriodSeconds": 1, "containers": [{"name": "hello", "image": IMAGE}]},
@@ -67,24 +67,35 @@ async fn run_pod(client: &dyn Client, name: &str) -> Result<Duration> {
     Ok(start.elapsed())
 }
 
-async fn replicas(client: &dyn Client, name: &str, count: i64) -> Result<Duration> {
+/// Makes a Deployment of `count` such pods; the time until all are Ready.
+pub async fn ready(client: &dyn Client, name: &str, count: i64, template: Value) -> Result<Duration> {
     let deployments = kind("apps", "deployments");
-    let labels = json!({"app": name});
+    let labels = template["metadata"]["labels"].clone();
     let deployment = json!({
         "metadata": {"name": name},
-        "spec": {"replicas": count, "selector": {"matchLabels": labels}, "template": template(labels)},
+        "spec": {"replicas": count, "selector": {"matchLabels": labels}, "template": template},
     });
     let start = Instant::now();
     let created = client.create(Target::collection(deployments, "default"), deployment).await?;
-    let ready = |deployment: Option<&Object>| {
+    let all_ready = |deployment: Option<&Object>| {
         deployment.is_some_and(|d| d.value().pointer("/status/readyReplicas") == Some(&json!(count)))
     };
-    until(client, deployments, name, created.revision(), ready).await?;
+    until(client, deployments, name, created.revision(), all_ready).await?;
     Ok(start.elapsed())
 }
 
+/// Deletes an object and what it owns, and waits until it is gone.
+pub async fn delete(client: &dyn Client, group: &str, plural: &str, name: &str) -> Result<()> {
+    let kind = kind(group, plural);
+    let target = Target::object(kind, "default", name);
+    let from = client.get(target).await?.revision();
+    let options = DeleteOptions { propagation: Some(Propagation::Foreground), ..DeleteOptions::default() };
+    client.delete(target, options).await?;
+    until(client, kind, name, from, |object| object.is_none()).await
+}
+
 /// Process ids of the shims of pods, by the name they are started under.
-fn shims() -> Vec<i32> {
+pub fn shims() -> Vec<i32> {
     find(|line| line.starts_with("minke-shim "))
 }
 
@@ -94,7 +105,7 @@ pub async fn all(args: &Args, table: &mut Table) -> Result<()> {
     if ![run, pss, hundred].iter().any(|what| table.wants(what)) {
         return Ok(());
     }
-    let cluster = Cluster::up(&args.minke)?;
+    let cluster = Cluster::up(&args.minke, &[])?;
     let client = cluster.client()?;
     if table.wants(run) || table.wants(pss) {
         let before = shims();
@@ -112,24 +123,15 @@ pub async fn all(args: &Args, table: &mut Table) -> Result<()> {
             "2 MB PSS",
         );
         for n in 0..args.rounds * 4 {
-            let name = format!("run-{n}");
-            let target = Target::object(kind("", "pods"), "default", &name);
-            client
-                .delete(target, DeleteOptions { grace_period: Some(0), ..DeleteOptions::default() })
-                .await?;
+            delete(&client, "", "pods", &format!("run-{n}")).await?;
         }
     }
     if table.wants(hundred) {
         let mut took = Vec::new();
         for round in 0..args.rounds.min(3) {
             let name = format!("hundred-{round}");
-            took.push(replicas(&client, &name, 100).await?.as_secs_f64());
-            let options =
-                DeleteOptions { propagation: Some(Propagation::Foreground), ..DeleteOptions::default() };
-            let target = Target::object(kind("apps", "deployments"), "default", &name);
-            let from = client.get(target).await?.revision();
-            client.delete(target, options).await?;
-            until(&client, target.kind, &name, from, |deployment| deployment.is_none()).await?;
+            took.push(ready(&client, &name, 100, template(json!({"app": name}))).await?.as_secs_f64());
+            delete(&client, "apps", "deployments", &name).await?;
         }
         table.add(hundred, format!("{:.2} s", median(took)), "5 s");
     }
