@@ -8,6 +8,7 @@ use minke_api::Quantity;
 
 use crate::pod::Pod;
 use crate::resources;
+use crate::settings::Settings;
 
 /// Reason and message of the refusal, if any. `others` are the pods the node has agreed to run.
 pub fn check<'a>(
@@ -15,8 +16,9 @@ pub fn check<'a>(
     others: impl Iterator<Item = &'a Pod>,
     node: Option<&core::Node>,
     allocatable: &BTreeMap<String, Quantity>,
+    settings: &Settings,
 ) -> Option<(&'static str, String)> {
-    if let Some(refusal) = forbidden_sysctl(pod).or_else(|| confinement(pod)) {
+    if let Some(refusal) = forbidden_sysctl(pod, settings).or_else(|| confinement(pod)) {
         return Some(refusal);
     }
     let mut used: BTreeMap<&str, i64> = BTreeMap::new();
@@ -74,7 +76,7 @@ const SAFE_SYSCTLS: [&str; 12] = [
     "net.ipv4.tcp_wmem",
 ];
 
-fn forbidden_sysctl(pod: &Pod) -> Option<(&'static str, String)> {
+fn forbidden_sysctl(pod: &Pod, settings: &Settings) -> Option<(&'static str, String)> {
     let spec = pod.spec();
     let sysctls = spec.security_context.as_ref().and_then(|context| context.sysctls.as_ref());
     for sysctl in sysctls.into_iter().flatten() {
@@ -83,7 +85,7 @@ fn forbidden_sysctl(pod: &Pod) -> Option<(&'static str, String)> {
             true => ("net", spec.host_network == Some(true)),
             false => ("ipc", spec.host_ipc == Some(true)),
         };
-        let why = if !SAFE_SYSCTLS.contains(&name.as_str()) {
+        let why = if !SAFE_SYSCTLS.contains(&name.as_str()) && !settings.allows_sysctl(&name) {
             format!("\"{name}\" not allowlisted")
         } else if shared {
             format!("\"{name}\" not allowed with host {space} enabled")
@@ -181,7 +183,8 @@ mod tests {
             ("memory".to_owned(), quantity("1Gi")),
             ("pods".to_owned(), quantity("3")),
         ]);
-        let got = check(&pod(json!({"spec": spec})), others.iter(), Some(&node), &allocatable);
+        let settings = Settings::new(Path::new("/d"));
+        let got = check(&pod(json!({"spec": spec})), others.iter(), Some(&node), &allocatable, &settings);
         assert_eq!(got.as_ref().map(|(_, message)| message.as_str()), want, "{got:?}");
     }
 
@@ -227,7 +230,9 @@ mod tests {
             json!({"containers": [{"name": "c", "securityContext": {"seLinuxOptions": {"level": "s0"}}}]}),
         );
         for (spec, reason) in [(armored, "AppArmor"), (labelled, "SELinux")] {
-            let got = check(&pod(json!({"spec": spec})), std::iter::empty(), None, &BTreeMap::new());
+            let settings = Settings::new(Path::new("/d"));
+            let got =
+                check(&pod(json!({"spec": spec})), std::iter::empty(), None, &BTreeMap::new(), &settings);
             assert_eq!(got.map(|(reason, _)| reason), Some(reason));
         }
     }

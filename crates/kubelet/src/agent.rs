@@ -4,6 +4,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use minke_api::Object;
 use minke_client::{Change, Informer};
 use minke_runtime::{Event, SandboxStatus};
 use tokio::sync::{broadcast, mpsc};
@@ -12,7 +13,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::admission;
 use crate::container::POD_UID_LABEL;
+use crate::eviction;
 use crate::jobs;
+use crate::manifests;
 use crate::observed::ADDRESS_ANNOTATION;
 use crate::pod::Pod;
 use crate::worker::{Context, Message, Worker};
@@ -26,6 +29,10 @@ pub struct Agent {
     found: HashMap<String, Vec<SandboxStatus>>,
     workers: HashMap<String, Handle>,
     running: JoinSet<String>,
+    /// Static pods that wait until an older one of their name has ended.
+    waiting: Vec<Pod>,
+    /// The look at what is left on the node, while it is under way.
+    survey: JoinSet<Vec<(String, String)>>,
 }
 
 struct Handle {
@@ -55,8 +62,17 @@ impl Agent {
             }
             found.entry(sandbox.spec.uid.clone()).or_default().push(sandbox);
         }
-        let agent =
-            Agent { context, pods, nodes, events, found, workers: HashMap::new(), running: JoinSet::new() };
+        let agent = Agent {
+            context,
+            pods,
+            nodes,
+            events,
+            found,
+            workers: HashMap::new(),
+            running: JoinSet::new(),
+            waiting: vec![],
+            survey: JoinSet::new(),
+        };
         Ok(agent)
     }
 
@@ -64,15 +80,26 @@ impl Agent {
     pub async fn run(mut self, stop: CancellationToken) {
         let synced = self.pods.clone();
         tokio::select! { () = synced.synced() => {}, () = stop.cancelled() => return }
+        let dir = self.context.settings.manifests.clone();
+        let mut files = manifests::read(&dir, &self.context.node_name);
+        let (sender, mut changed_files) = mpsc::channel(1);
+        let follow = manifests::follow(dir, self.context.node_name.clone(), files.clone(), sender);
+        let _following = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(follow));
         let mut present: Vec<Pod> = self.pods.snapshot().values().cloned().filter_map(Pod::new).collect();
         // Those that run already come before those that may find no room, the rest by age.
         present.sort_by_key(|pod| (!self.found.contains_key(pod.uid()), pod.object().created()));
         let mut changes = self.pods.subscribe();
         let mut nodes = self.nodes.subscribe();
+        files.values().for_each(|pod| self.put(pod.clone()));
         for pod in present {
-            self.put(pod);
+            match manifests::is_mirror(pod.object()) {
+                true => self.put_mirror(pod.object(), Some(pod.object().clone())),
+                false => self.put(pod),
+            }
         }
         self.remove_orphans();
+        let mut looks = tokio::time::interval(eviction::EVERY);
+        looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 biased;
@@ -80,13 +107,43 @@ impl Agent {
                 event = self.events.recv() => self.take_event(event).await,
                 Some(change) = changes.recv() => self.take_change(change),
                 Some(ended) = self.running.join_next() => self.take_end(ended),
+                Some(now) = changed_files.recv() => {
+                    self.put_files(&files, &now);
+                    files = now;
+                }
+                Some(Ok(victims)) = self.survey.join_next() => self.evict(victims),
+                _ = looks.tick() => self.look(),
                 // Only so that the channel does not fill: admission reads the cache.
                 Some(_) = nodes.recv() => {}
             }
         }
     }
 
+    /// Looks whether something runs short, unless the last look is not over yet.
+    fn look(&mut self) {
+        if !self.survey.is_empty() {
+            return;
+        }
+        let active =
+            self.workers.values().filter(|h| h.admitted && !h.pod.is_terminal() && !h.pod.is_deleted());
+        let pods = active.map(|handle| handle.pod.clone()).collect();
+        self.survey.spawn(eviction::survey(self.context.clone(), pods));
+    }
+
+    fn evict(&self, victims: Vec<(String, String)>) {
+        for (uid, why) in victims {
+            if let Some(handle) = self.workers.get(&uid) {
+                tracing::warn!(pod = %handle.pod.long_name(), why, "Evicting pod");
+                let _ = handle.inbox.send(Message::Evict(why));
+            }
+        }
+    }
+
     fn take_change(&mut self, change: Change) {
+        let any = change.new.as_ref().or(change.old.as_ref());
+        if let Some(mirror) = any.filter(|object| manifests::is_mirror(object)) {
+            return self.put_mirror(&mirror.clone(), change.new);
+        }
         if let Some(old) = &change.old
             && change.new.as_ref().is_none_or(|new| new.uid() != old.uid())
             && let Some(handle) = self.workers.get(old.uid())
@@ -95,6 +152,51 @@ impl Agent {
         }
         if let Some(pod) = change.new.and_then(Pod::new) {
             self.put(pod);
+        }
+    }
+
+    /// Static pods that came, and those that went.
+    fn put_files(&mut self, before: &manifests::Pods, now: &manifests::Pods) {
+        for (uid, old) in before.iter().filter(|(uid, _)| !now.contains_key(*uid)) {
+            self.waiting.retain(|pod| pod.uid() != uid);
+            if let (Some(handle), Some(removed)) = (self.workers.get_mut(uid), manifests::removed(old)) {
+                handle.pod = removed.clone();
+                let _ = handle.inbox.send(Message::Pod(removed));
+            }
+        }
+        let new = now.iter().filter(|(uid, _)| !before.contains_key(*uid));
+        self.waiting.extend(new.map(|(_, pod)| pod.clone()));
+        self.put_waiting();
+    }
+
+    /// Starts the static pods whose predecessors have ended.
+    fn put_waiting(&mut self) {
+        let key = |pod: &Pod| (pod.namespace().to_owned(), pod.name().to_owned());
+        let taken: HashSet<_> = self.workers.values().map(|handle| key(&handle.pod)).collect();
+        let (wait, ready) = self.waiting.drain(..).partition(|pod| taken.contains(&key(pod)));
+        self.waiting = wait;
+        let ready: Vec<Pod> = ready;
+        for pod in ready {
+            let mirror = self.pods.get(pod.namespace(), pod.name());
+            self.put(pod);
+            if let Some(mirror) = mirror {
+                self.put_mirror(&mirror.clone(), Some(mirror));
+            }
+        }
+    }
+
+    /// What the API server shows of a static pod, for its worker. One that mirrors nothing goes.
+    fn put_mirror(&mut self, mirror: &Arc<Object>, now: Option<Arc<Object>>) {
+        let same = |pod: &Pod| {
+            pod.is_static() && pod.name() == mirror.name() && pod.namespace() == mirror.namespace()
+        };
+        if let Some(handle) = self.workers.values().find(|handle| same(&handle.pod)) {
+            let _ = handle.inbox.send(Message::Mirror(now));
+        } else if let Some(mirror) = now
+            && !self.waiting.iter().any(same)
+        {
+            let context = self.context.clone();
+            tokio::spawn(async move { jobs::delete_mirror(context, mirror).await });
         }
     }
 
@@ -128,12 +230,16 @@ impl Agent {
         let others = self.workers.values().filter(|handle| handle.admitted && !handle.pod.is_terminal());
         let node = self.nodes.get("", &self.context.node_name);
         let node = node.and_then(|node| minke_client::typed(&node));
-        let refusal = admission::check(
-            pod,
-            others.map(|handle| &handle.pod),
-            node.as_deref(),
-            &self.context.allocatable,
-        );
+        let pressed = eviction::refuses(pod, &self.context.pressure.all());
+        let refusal = pressed.or_else(|| {
+            admission::check(
+                pod,
+                others.map(|handle| &handle.pod),
+                node.as_deref(),
+                &self.context.allocatable,
+                &self.context.settings,
+            )
+        });
         let (reason, message) = refusal?;
         self.context.events.warning(pod, None, reason, &message);
         Some((reason.to_owned(), format!("Pod was rejected: {message}")))
@@ -178,6 +284,7 @@ impl Agent {
         match ended {
             Ok(uid) => {
                 self.workers.remove(&uid);
+                self.put_waiting();
             }
             Err(error) => {
                 tracing::error!(%error, "The task of a pod panicked");

@@ -106,3 +106,41 @@ async fn a_pod_that_is_done_stays_to_be_looked_at() {
     stop.cancel();
     std::fs::remove_dir_all(&world.dir).expect("removed");
 }
+
+#[tokio::test]
+async fn a_static_pod_runs_whatever_is_done_to_its_mirror() {
+    let world = World::new("static");
+    let file = world.dir.join("manifests/web.yaml");
+    std::fs::create_dir_all(world.dir.join("manifests")).expect("a directory");
+    let text = "apiVersion: v1\nkind: Pod\nmetadata: {name: web, namespace: ns}\n\
+                spec: {containers: [{name: c, image: 'i:1'}]}\n";
+    std::fs::write(&file, text).expect("written");
+    let stop = world.start_agent().await;
+    let pod = world.until("web-n", |pod| phase(pod) == "Running" && container(pod)["ready"] == true).await;
+    let uid = pod.expect("the mirror")["metadata"]["uid"].clone();
+    let running = world.runtime.running();
+    world.log();
+
+    // By force or gently, deleting the mirror makes another mirror and leaves the pod alone.
+    world.api.delete_pod("web-n", 30);
+    let is_new = |pod: Option<&Value>| pod.is_some_and(|pod| pod["metadata"]["uid"] != uid);
+    world.until("web-n", |pod| is_new(pod) && phase(pod) == "Running").await;
+    world.api.write(crate::worker::pods(), "ns", "web-n", None);
+    world.until("web-n", |pod| phase(pod) == "Running" && container(pod)["ready"] == true).await;
+    assert_eq!(world.log(), [""; 0]);
+    assert_eq!(world.runtime.running(), running);
+
+    // Another file is another pod, which waits for the first one's end.
+    std::fs::write(&file, text.replace("i:1", "i:2")).expect("written");
+    world.until("web-n", |pod| container(pod)["image"].as_str().is_some_and(|i| i.contains("i:2"))).await;
+    let log = world.log();
+    let at = |what: &str| log.iter().position(|line| line.starts_with(what)).expect(what);
+    assert!(at("remove web-n") < at("run web-n"), "{log:?}");
+
+    std::fs::remove_file(&file).expect("removed");
+    world.until("web-n", |pod| pod.is_none()).await;
+    world.eventually(|log| log.iter().any(|line| line == "remove web-n")).await;
+    assert!(world.runtime.is_empty());
+    stop.cancel();
+    std::fs::remove_dir_all(&world.dir).expect("removed");
+}

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use jiff::SignedDuration;
 use k8s_openapi::api::core::v1 as core;
-use minke_runtime::{Capabilities, ContainerSpec, Image, Mount, SandboxSpec, Seccomp, User};
+use minke_runtime::{Capabilities, ContainerSpec, Image, Mount, Resources, SandboxSpec, Seccomp, User};
 
 use crate::env::expand;
 use crate::observed::{ASKED_IMAGE_ANNOTATION, BACKOFF_ANNOTATION, IMAGE_ANNOTATION, IMAGE_ID_ANNOTATION};
@@ -68,8 +68,15 @@ pub const POD_UID_LABEL: &str = "io.kubernetes.pod.uid";
 pub const POD_NAME_LABEL: &str = "io.kubernetes.pod.name";
 pub const POD_NAMESPACE_LABEL: &str = "io.kubernetes.pod.namespace";
 
-/// A sandbox for `pod`. `attempt` counts sandboxes of the pod.
-pub fn sandbox(pod: &Pod, paths: &Paths, cgroup_root: &str, domain: &str, attempt: u32) -> SandboxSpec {
+/// A sandbox for `pod`. `pids` limits its processes, `attempt` counts sandboxes of the pod.
+pub fn sandbox(
+    pod: &Pod,
+    paths: &Paths,
+    cgroup_root: &str,
+    domain: &str,
+    pids: Option<i64>,
+    attempt: u32,
+) -> SandboxSpec {
     let spec = pod.spec();
     let sysctls = spec.security_context.as_ref().and_then(|context| context.sysctls.as_ref());
     SandboxSpec {
@@ -85,7 +92,7 @@ pub fn sandbox(pod: &Pod, paths: &Paths, cgroup_root: &str, domain: &str, attemp
         share_pid: spec.share_process_namespace == Some(true),
         log_dir: paths.pod_logs(pod),
         cgroup_parent: resources::cgroup(cgroup_root, pod),
-        resources: resources::of_pod(pod),
+        resources: Resources { pids_limit: pids, ..resources::of_pod(pod) },
         sysctls: sysctls.into_iter().flatten().map(|s| (s.name.clone(), s.value.clone())).collect(),
         labels: BTreeMap::from([
             (POD_UID_LABEL.to_owned(), pod.uid().to_owned()),

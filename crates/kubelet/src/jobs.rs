@@ -12,7 +12,8 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1 as core;
-use minke_client::Target;
+use minke_api::{Kind, Object};
+use minke_client::{DeleteOptions, Target};
 use minke_runtime::{ContainerStatus, Resources, SandboxSpec, SandboxState, SandboxStatus};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -21,6 +22,7 @@ use crate::container::{self, Inputs, Paths};
 use crate::env::{self, Facts};
 use crate::etc;
 use crate::handlers::{self, Outcome};
+use crate::manifests;
 use crate::observed::ADDRESS_ANNOTATION;
 use crate::plan;
 use crate::pod::Pod;
@@ -51,6 +53,8 @@ pub enum Done {
         containers: Vec<(String, Resources)>,
         pod: Option<Resources>,
     },
+    /// What the API server has of a static pod now.
+    Mirror(Option<Arc<Object>>),
     Ok,
     /// To be tried again, later or when an object that the pod refers to changes.
     Failed {
@@ -109,8 +113,8 @@ pub async fn create_sandbox(context: Arc<Context>, pod: Pod, attempt: u32, old: 
         let why = "can't set `spec.hostUsers: false`, the runtime does not support user namespaces";
         return failed(why.to_owned());
     }
-    let mut spec =
-        container::sandbox(&pod, &context.paths, &context.cgroup_root, &context.dns.domain, attempt);
+    let (domain, pids) = (&context.dns.domain, context.settings.pod_pids);
+    let mut spec = container::sandbox(&pod, &context.paths, &context.cgroup_root, domain, pids, attempt);
     let address = if pod.host_network() { Ok(None) } else { context.network.allocate().map(Some) };
     let address = match address {
         Ok(address) => address,
@@ -568,6 +572,33 @@ pub async fn delete(context: Arc<Context>, pod: Pod) -> Done {
             tracing::warn!(pod = %pod.long_name(), %error, "Pod not deleted");
             Done::Failed { why: error.to_string(), on_change: false }
         }
+    }
+}
+
+/// Makes the API server's picture of a static pod.
+pub async fn create_mirror(context: Arc<Context>, pod: Pod) -> Done {
+    let node = Target::object(Kind::of::<core::Node>(), "", &context.node_name);
+    let owner = context.client.get(node).await.ok().map(|node| node.uid().to_owned());
+    let body = manifests::mirror(&pod, &context.node_name, owner.as_deref());
+    let collection = Target::collection(crate::worker::pods(), pod.namespace());
+    match context.client.create(collection, body).await {
+        Ok(object) => Done::Mirror(Some(object)),
+        Err(error) => Done::Failed { why: error.to_string(), on_change: false },
+    }
+}
+
+/// Removes a mirror that is another pod's, is to be deleted, or mirrors nothing any more.
+pub async fn delete_mirror(context: Arc<Context>, mirror: Arc<Object>) -> Done {
+    let options = DeleteOptions {
+        grace_period: Some(0),
+        uid: Some(mirror.uid().to_owned()),
+        ..DeleteOptions::default()
+    };
+    match context.client.delete(Target::of(&mirror), options).await {
+        Err(error) if !error.is_not_found() && !error.is_conflict() => {
+            Done::Failed { why: error.to_string(), on_change: false }
+        }
+        _ => Done::Mirror(None),
     }
 }
 

@@ -13,6 +13,7 @@ mod container;
 mod env;
 mod etc;
 mod events;
+mod eviction;
 #[doc(hidden)]
 pub mod fuzzing;
 mod handlers;
@@ -21,6 +22,7 @@ mod jobs;
 mod local_path;
 mod logs;
 mod machine;
+mod manifests;
 mod network;
 mod node;
 mod observed;
@@ -32,6 +34,7 @@ mod references;
 mod resize;
 mod resources;
 mod server;
+mod settings;
 mod status;
 #[cfg(test)]
 mod testing;
@@ -62,7 +65,7 @@ pub struct Config {
     pub version: String,
     /// More labels for the node.
     pub node_labels: BTreeMap<String, String>,
-    /// Files of pods are in `pods` and `logs` below it.
+    /// Files of pods are in `pods` and `logs` below it, static pods in `manifests`, settings in `kubelet.yaml`.
     pub data_dir: PathBuf,
     pub cluster_dns: Vec<IpAddr>,
     /// `cluster.local`
@@ -94,6 +97,9 @@ pub enum Error {
     Runtime(#[source] minke_runtime::Error),
     #[error("{what}")]
     Io { what: String, source: std::io::Error },
+    /// Something in the configuration is not what it should be.
+    #[error("{0}")]
+    Invalid(String),
     /// Certificate, key or CA are not what they should be.
     #[error("TLS of the kubelet's server: {0}")]
     Tls(String),
@@ -126,6 +132,11 @@ impl Kubelet {
             what: format!("share mounts below {}", pods_dir.display()),
             source,
         })?;
+        let settings = settings::Settings::read(&config.data_dir).map_err(Error::Invalid)?;
+        // There it is looked for changes from now on.
+        if let Err(error) = std::fs::create_dir_all(&settings.manifests) {
+            tracing::warn!(dir = %settings.manifests.display(), %error, "No directory for static pods");
+        }
         let context = Arc::new(Context {
             node_ip: config.node_ip,
             version: config.version,
@@ -156,6 +167,8 @@ impl Kubelet {
             owners: worker::Owners::default(),
             probe_counts: probe_counts::ProbeCounts::default(),
             grants: resize::Grants::default(),
+            pressure: eviction::Pressure::default(),
+            settings,
             node_name: config.node_name,
         });
         let pods =

@@ -1,5 +1,5 @@
 //! Container logs on disk, in the CRI format: `TIME stdout F text`, one line each; `P` marks a line that
-//! the next one goes on with. Files that grow beyond 10 MiB are set aside, and five are kept.
+//! the next one goes on with. Files that grow too long are set aside, and some are kept.
 
 use std::fs;
 use std::io;
@@ -7,9 +7,7 @@ use std::path::{Path, PathBuf};
 
 use minke_runtime::Runtime;
 
-/// Upstream's containerLogMaxSize and containerLogMaxFiles.
-const SIZE_MAX: u64 = 10 << 20;
-const FILES_MAX: usize = 5;
+use crate::settings::Settings;
 
 /// One line of a log file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,13 +64,18 @@ pub fn remove(log: &Path) {
 }
 
 /// Sets the log of a running container aside when it has become too long.
-pub async fn rotate(runtime: &dyn Runtime, container_id: &str, log: &Path) -> io::Result<()> {
+pub async fn rotate(
+    runtime: &dyn Runtime,
+    settings: &Settings,
+    container_id: &str,
+    log: &Path,
+) -> io::Result<()> {
     match fs::metadata(log) {
-        Ok(data) if data.len() > SIZE_MAX => {}
+        Ok(data) if data.len() > settings.log_size_max => {}
         _ => return Ok(()),
     }
     let old = rotated(log)?;
-    for surplus in old.iter().skip(FILES_MAX.saturating_sub(2)) {
+    for surplus in old.iter().skip(settings.log_files_max.saturating_sub(2)) {
         fs::remove_file(surplus)?;
     }
     let now = jiff::Timestamp::now().strftime("%Y%m%d-%H%M%S").to_string();

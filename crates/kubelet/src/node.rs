@@ -28,6 +28,37 @@ const LEASE_NAMESPACE: &str = "kube-node-lease";
 /// Images in the status, the largest first; upstream's nodeStatusMaxImages.
 const IMAGES_MAX: usize = 50;
 
+/// Reason and message of a condition.
+type Words = (&'static str, &'static str);
+
+/// Conditions that tell what runs short; what they say when nothing does, and when it does.
+const PRESSURES: [(&str, Words, Words); 3] = [
+    (
+        "MemoryPressure",
+        ("KubeletHasSufficientMemory", "kubelet has sufficient memory available"),
+        ("KubeletHasInsufficientMemory", "kubelet has insufficient memory available"),
+    ),
+    (
+        "DiskPressure",
+        ("KubeletHasNoDiskPressure", "kubelet has no disk pressure"),
+        ("KubeletHasDiskPressure", "kubelet has disk pressure"),
+    ),
+    (
+        "PIDPressure",
+        ("KubeletHasSufficientPID", "kubelet has sufficient PID available"),
+        ("KubeletHasInsufficientPID", "kubelet has insufficient PID available"),
+    ),
+];
+
+const PRESSURE_EVENTS: [&str; 6] = [
+    "NodeHasSufficientMemory",
+    "NodeHasInsufficientMemory",
+    "NodeHasNoDiskPressure",
+    "NodeHasDiskPressure",
+    "NodeHasSufficientPID",
+    "NodeHasInsufficientPID",
+];
+
 /// What a node says of itself besides what its machine is.
 #[derive(Debug, Clone, Default)]
 pub struct Identity {
@@ -169,6 +200,13 @@ impl Node {
                 ),
             }
         };
+        let pressure = |at: usize| {
+            let (type_, well, short) = PRESSURES[at];
+            match self.context.pressure.has(type_) {
+                true => condition(type_, "True", short.0, short.1),
+                false => condition(type_, "False", well.0, well.1),
+            }
+        };
         let address = |type_: &str, address: String| core::NodeAddress { type_: type_.to_owned(), address };
         core::NodeStatus {
             addresses: Some(vec![
@@ -178,24 +216,9 @@ impl Node {
             capacity: Some(machine::quantities(&self.machine.capacity())),
             allocatable: Some(machine::quantities(&self.context.allocatable)),
             conditions: Some(vec![
-                condition(
-                    "MemoryPressure",
-                    "False",
-                    "KubeletHasSufficientMemory",
-                    "kubelet has sufficient memory available",
-                ),
-                condition(
-                    "DiskPressure",
-                    "False",
-                    "KubeletHasNoDiskPressure",
-                    "kubelet has no disk pressure",
-                ),
-                condition(
-                    "PIDPressure",
-                    "False",
-                    "KubeletHasSufficientPID",
-                    "kubelet has sufficient PID available",
-                ),
+                pressure(0),
+                pressure(1),
+                pressure(2),
                 condition("Ready", "True", "KubeletReady", "kubelet is posting ready status"),
             ]),
             daemon_endpoints: Some(core::NodeDaemonEndpoints {
@@ -240,6 +263,17 @@ impl Node {
             if !due && without_heartbeats(&status) == without_heartbeats(&known) {
                 continue;
             }
+            for (type_, (well, _), (short, _)) in PRESSURES {
+                let was = conditions.iter().any(|c| c.type_ == type_ && c.status == "True");
+                let is = self.context.pressure.has(type_);
+                if was != is {
+                    let reason = if is { short } else { well }.replace("Kubelet", "Node");
+                    let message = format!("Node {} status is now: {reason}", self.context.node_name);
+                    let reason =
+                        PRESSURE_EVENTS.into_iter().find(|known| *known == reason).unwrap_or_default();
+                    self.context.events.node(true, reason, message);
+                }
+            }
             let was_ready = conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True");
             match self.write_status(&status, &known).await {
                 Ok(object) => {
@@ -280,8 +314,13 @@ impl Node {
         let Ok(sandboxes) = self.context.runtime.list().await else { return };
         let containers = sandboxes.iter().flat_map(|sandbox| &sandbox.containers);
         for container in containers.filter(|container| container.state == ContainerState::Running) {
-            let rotated =
-                crate::logs::rotate(&*self.context.runtime, &container.id, &container.log_path).await;
+            let rotated = crate::logs::rotate(
+                &*self.context.runtime,
+                &self.context.settings,
+                &container.id,
+                &container.log_path,
+            )
+            .await;
             if let Err(error) = rotated {
                 tracing::warn!(container = container.id, %error, "Log not rotated");
             }

@@ -31,6 +31,8 @@ pub enum Job {
     Resize,
     Teardown,
     Delete,
+    /// Of a static pod: bringing the API server's picture of it up to date.
+    Mirror,
 }
 
 /// Why a pod is coming to its end; later ones are more final.
@@ -149,6 +151,8 @@ pub struct Observed {
     pub announced: BTreeSet<String>,
     /// The node won't have the pod: reason and message.
     pub rejected: Option<(String, String)>,
+    /// The node ends the pod to save itself or because it has outgrown its limits: the message.
+    pub evicted: Option<String>,
     /// The API server has no such pod any more.
     pub gone: bool,
     pub ending: Option<Ending>,

@@ -5,6 +5,9 @@ use std::sync::Arc;
 use k8s_openapi::api::core::v1 as core;
 use minke_api::Object;
 
+/// Where a pod comes from, when not from the API server: `file`.
+pub const SOURCE_ANNOTATION: &str = "kubernetes.io/config.source";
+
 /// Which part a container plays in its pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Class {
@@ -91,6 +94,12 @@ impl Pod {
 
     pub fn namespace(&self) -> &str {
         self.object.namespace()
+    }
+
+    /// Whether it comes from a file on this node and not from the API server.
+    pub fn is_static(&self) -> bool {
+        let source = self.typed.metadata.annotations.as_ref().and_then(|all| all.get(SOURCE_ANNOTATION));
+        source.is_some_and(|source| source != "api")
     }
 
     pub fn is_deleted(&self) -> bool {

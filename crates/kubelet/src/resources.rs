@@ -186,9 +186,14 @@ pub fn of_pod(pod: &Pod) -> Resources {
     }
 }
 
+/// Whether the node or the cluster needs the pod.
+pub fn is_critical(pod: &Pod) -> bool {
+    pod.spec().priority.is_some_and(|priority| priority >= SYSTEM_CRITICAL)
+}
+
 /// Who goes first when memory runs out: the more a container may use beyond its request, the sooner.
 pub fn oom_score_adj(pod: &Pod, container: &core::Container, node_memory: u64) -> i32 {
-    if pod.spec().priority.is_some_and(|priority| priority >= SYSTEM_CRITICAL) {
+    if is_critical(pod) {
         return -997;
     }
     match qos_class(pod) {

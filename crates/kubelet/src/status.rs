@@ -497,6 +497,10 @@ fn conditions(
         let message = o.resize_error.clone().unwrap_or_default();
         all.push((resize::IN_PROGRESS, Verdict { ok: true, reason, message }));
     }
+    if let Some(message) = &o.evicted {
+        let reason = "TerminationByKubelet";
+        all.push(("DisruptionTarget", Verdict { ok: true, reason, message: message.clone() }));
+    }
     for (kind, verdict) in all {
         let status = if verdict.ok { "True" } else { "False" };
         let known = previous.conditions.iter().flatten().find(|c| c.type_ == kind);

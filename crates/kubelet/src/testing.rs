@@ -98,6 +98,11 @@ impl World {
             owners: Owners::default(),
             probe_counts: crate::probe_counts::ProbeCounts::default(),
             grants: crate::resize::Grants::default(),
+            pressure: crate::eviction::Pressure::default(),
+            settings: crate::settings::Settings {
+                thresholds: vec![],
+                ..crate::settings::Settings::new(&self.dir)
+            },
         });
         let pods = informers.selected(crate::worker::pods(), FieldSelector::equal("spec.nodeName", "n"));
         let nodes = informers.of_type::<core::Node>();
@@ -268,7 +273,10 @@ impl Client for FakeApi {
         Ok(events.map(Ok).boxed())
     }
 
-    async fn create(&self, target: Target<'_>, body: Value) -> Result<Arc<Object>, Status> {
+    async fn create(&self, target: Target<'_>, mut body: Value) -> Result<Arc<Object>, Status> {
+        if body["metadata"]["uid"].is_null() {
+            body["metadata"]["uid"] = json!(crate::container::new_id(8));
+        }
         let name = body["metadata"]["name"].as_str().unwrap_or_default().to_owned();
         Ok(self.write(target.kind, target.namespace, &name, Some(body)))
     }

@@ -27,8 +27,10 @@ use crate::container::Paths;
 use crate::env::Facts;
 use crate::etc::Dns;
 use crate::events::Recorder;
+use crate::eviction;
 use crate::images::Images;
 use crate::jobs::{self, Done};
+use crate::manifests;
 use crate::network::PodNetwork;
 use crate::observed::{ADDRESS_ANNOTATION, Cleanup, Job, Observed, ProbeState, Retry, Waiting};
 use crate::plan::{Action, Kill, plan};
@@ -37,6 +39,7 @@ use crate::probe_counts::ProbeCounts;
 use crate::probes;
 use crate::references::{Held, References};
 use crate::resize;
+use crate::settings::Settings;
 use crate::status;
 use crate::volumes::{self, Tokens, Volumes};
 
@@ -66,6 +69,8 @@ pub struct Context {
     pub owners: Owners,
     pub probe_counts: ProbeCounts,
     pub grants: resize::Grants,
+    pub pressure: eviction::Pressure,
+    pub settings: Settings,
 }
 
 /// Which pod a sandbox is of, for events of the runtime that name only the sandbox.
@@ -115,6 +120,10 @@ pub enum Message {
         kind: probes::Kind,
         state: ProbeState,
     },
+    /// What the API server shows of a static pod.
+    Mirror(Option<Arc<Object>>),
+    /// The pod is to go, for the node's sake or because it has outgrown its limits.
+    Evict(String),
     /// An object that the pod refers to changed.
     Changed,
     /// Events were missed: this is what the runtime has of the pod.
@@ -127,6 +136,8 @@ pub struct Worker {
     pod: Pod,
     /// As the API server has it.
     asked: Pod,
+    /// Of a static pod: what the API server shows of it.
+    mirror: Option<Arc<Object>>,
     /// A resize was granted and is not told of as done.
     resizing: bool,
     freed: watch::Receiver<()>,
@@ -178,6 +189,7 @@ impl Worker {
             context,
             pod,
             asked,
+            mirror: None,
             resizing: false,
             freed,
             o: Observed { rejected, ..Observed::default() },
@@ -300,6 +312,13 @@ impl Worker {
                     }
                 }
             }
+            Message::Mirror(mirror) => self.take_mirror(mirror),
+            Message::Evict(why) => {
+                if self.o.evicted.is_none() && self.o.ending.is_none() {
+                    self.context.events.warning(&self.pod, None, "Evicted", why.as_str());
+                    self.o.evicted = Some(why);
+                }
+            }
             Message::Changed => self.take_change(),
             Message::Resync(sandboxes) => {
                 for sandbox in sandboxes {
@@ -344,6 +363,49 @@ impl Worker {
                 .filter(|theirs| !status::PASSING.contains(&theirs.type_.as_str()))
                 .collect::<Vec<_>>(),
         );
+    }
+
+    fn take_mirror(&mut self, mirror: Option<Arc<Object>>) {
+        let uid = |mirror: &Option<Arc<Object>>| mirror.as_ref().map(|mirror| mirror.uid().to_owned());
+        if uid(&mirror) != uid(&self.mirror) {
+            self.told.written = Value::Null;
+            if let Some(mirror) = &mirror {
+                let status = mirror.value().get("status").cloned().unwrap_or_default();
+                // What was said before the agent was started goes on.
+                if let Ok(known) = serde_json::from_value::<core::PodStatus>(status.clone()) {
+                    let last = &mut self.told.last.start_time;
+                    *last = known.start_time.or(last.take());
+                }
+                self.told.written = status;
+            }
+        }
+        self.mirror = mirror;
+    }
+
+    /// Of a static pod: has the API server show it, as it is in its file, whatever is done to the mirror there.
+    fn keep_mirror(&mut self, now: Timestamp) {
+        let waits = self.o.retries.get(&Job::Mirror).filter(|retry| retry.at > now);
+        if let Some(retry) = waits {
+            self.wake = Some(self.wake.map_or(retry.at, |wake| wake.min(retry.at)));
+        }
+        if !self.pod.is_static()
+            || self.pod.is_deleted()
+            || waits.is_some()
+            || self.o.is_running(&Job::Mirror)
+        {
+            return;
+        }
+        match self.mirror.clone() {
+            None => self.spawn(Job::Mirror, jobs::create_mirror(self.context.clone(), self.pod.clone())),
+            Some(mirror) => {
+                let hash = manifests::mirrored(&mirror);
+                let ours = self.pod.typed().metadata.annotations.as_ref();
+                let ours = ours.and_then(|all| all.get(manifests::HASH_ANNOTATION));
+                if mirror.deleted().is_some() || hash.as_ref() != ours {
+                    self.spawn(Job::Mirror, jobs::delete_mirror(self.context.clone(), mirror));
+                }
+            }
+        }
     }
 
     /// The pod with the resources it gets: those it asks for if there is room, else those it has.
@@ -459,9 +521,15 @@ impl Worker {
             self.refresh_volumes(now);
             self.keep_probes();
             self.finish_resize();
+            self.keep_mirror(now);
             let settled = self.tell(now);
             if delete && settled {
-                self.spawn(Job::Delete, jobs::delete(self.context.clone(), self.pod.clone()));
+                match self.mirror.clone() {
+                    Some(mirror) => {
+                        self.spawn(Job::Delete, jobs::delete_mirror(self.context.clone(), mirror))
+                    }
+                    None => self.spawn(Job::Delete, jobs::delete(self.context.clone(), self.pod.clone())),
+                }
             }
             return false;
         }
@@ -676,13 +744,19 @@ impl Worker {
         if !self.told.writing.is_empty() {
             return false;
         }
-        let Some(patch) = status::patch(self.pod.uid(), &self.told.written, &wanted) else { return true };
+        let shown = match (&self.mirror, self.pod.is_static()) {
+            (Some(mirror), true) => mirror.clone(),
+            // Nobody to tell, until there is a mirror.
+            (None, true) => return true,
+            (_, false) => self.pod.object().clone(),
+        };
+        let Some(patch) = status::patch(shown.uid(), &self.told.written, &wanted) else { return true };
         if self.told.retry.is_some_and(|(at, _)| at > now) {
             return false;
         }
-        let (client, pod) = (self.context.client.clone(), self.pod.clone());
+        let client = self.context.client.clone();
         self.told.writing.spawn(async move {
-            let target = Target::of(pod.object()).sub("status");
+            let target = Target::of(&shown).sub("status");
             let result = client.patch(target, Patch::Strategic(patch)).await;
             (wanted, result)
         });
@@ -746,6 +820,7 @@ impl Worker {
                 self.o.announced.remove(&name);
             }
             (Job::Start(name), Done::NotStarted(failure)) => self.wait(&name, failure),
+            (Job::Mirror, Done::Mirror(mirror)) => self.take_mirror(mirror),
             (_, Done::Resized { containers, pod }) => self.take_resized(containers, pod),
             (Job::RemoveContainer(id), _) => self.o.forget_container(&id),
             (Job::RemoveSandbox(id), _) => self.o.sandboxes.retain(|sandbox| sandbox.spec.id != id),

@@ -18,6 +18,7 @@ pub mod shim;
 mod spec;
 mod sys;
 mod users;
+mod watch;
 
 pub use api::*;
 pub use files::disk_use;
@@ -26,3 +27,4 @@ pub use image::reference::Reference;
 pub use image::{ImageStore, Limits, Prepared, RegistryConfig, unpack_layer};
 pub use local::{LocalRuntime, RuntimeConfig};
 pub use remove::remove_tree;
+pub use watch::DirWatch;

@@ -375,6 +375,8 @@ fn the_node_may_refuse_and_time_may_run_out() {
         *o = Observed { rejected: Some(("OutOfcpu".into(), "m".into())), ..Observed::default() };
     };
     check(json!({}), refused, &["end Failed { reason: \"OutOfcpu\", message: \"m\" } 1s"]);
+    let evicted = |o: &mut Observed| o.evicted = Some("m".into());
+    check(json!({}), evicted, &["end Failed { reason: \"Evicted\", message: \"m\" } 1s"]);
     let limited = json!({"spec": {"activeDeadlineSeconds": 50}, "status": {"startTime": at(0)}});
     check_at(limited.clone(), |_| {}, 49, &[], Some(50));
     let o = observed(vec![container("c", 0, Running)]);

@@ -26,5 +26,12 @@ pub fn answer(context: &Context) -> Value {
         "seccompDefault": context.seccomp_default,
         "maxPods": context.allocatable.get("pods").map(|pods| pods.value()),
         "nodeLeaseDurationSeconds": 40,
+        "evictionHard": crate::eviction::shown(&context.settings.thresholds),
+        "evictionPressureTransitionPeriod": "5m0s",
+        "podPidsLimit": context.settings.pod_pids.unwrap_or(-1),
+        "allowedUnsafeSysctls": context.settings.unsafe_sysctls,
+        "containerLogMaxSize": context.settings.log_size_max.to_string(),
+        "containerLogMaxFiles": context.settings.log_files_max,
+        "staticPodPath": context.settings.manifests,
     }})
 }

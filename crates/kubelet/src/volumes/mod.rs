@@ -226,7 +226,7 @@ fn always_readonly(volume: &core::Volume) -> bool {
 }
 
 /// Where a volume lies on the node.
-fn dir(paths: &Paths, pod: &Pod, volume: &core::Volume) -> PathBuf {
+pub fn dir(paths: &Paths, pod: &Pod, volume: &core::Volume) -> PathBuf {
     let plugin = match volume {
         core::Volume { host_path: Some(host), .. } => return PathBuf::from(&host.path),
         core::Volume { config_map: Some(_), .. } => "kubernetes.io~configmap",
