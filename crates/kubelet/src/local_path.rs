@@ -253,11 +253,11 @@ impl LocalPath {
         match made {
             Ok(()) => {}
             Err(Refusal::TooLarge { free }) => {
-                refused(format!(
-                    "not enough free space on node {}: {wanted} requested, {} free",
-                    self.node,
-                    Quantity::bytes(i64::try_from(free).unwrap_or(i64::MAX))
-                ));
+                // In few digits, so that telling it again is telling the same.
+                let unit = if free >> 30 > 0 { 30 } else { 20 };
+                let free = Quantity::bytes(i64::try_from(free >> unit << unit).unwrap_or(i64::MAX));
+                let node = &self.node;
+                refused(format!("not enough free space on node {node}: {wanted} requested, {free} free"));
                 return self.give_back(&object).await;
             }
             Err(Refusal::Io(error)) => {

@@ -376,7 +376,8 @@ impl ReservePlugin for Binding {
         Some(Box::pin(async move {
             let bound = bind(&*client, &caches, &waiters, &reservation, &node).await;
             bound.map_err(|why| {
-                Status::internal(format!("running PreBind plugin \"VolumeBinding\": binding volumes: {why}"))
+                let message = format!("running PreBind plugin \"VolumeBinding\": binding volumes: {why}");
+                Status { message, ..Status::internal("") }
             })
         }))
     }
