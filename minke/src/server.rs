@@ -1,6 +1,7 @@
 //! `minke server`: the whole cluster in one process, or its control plane alone.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -11,6 +12,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use minke_api::{FieldSelector, Kind};
 use minke_apiserver::{ApiServer, UserInfo};
+use minke_client::leader::{self, Election};
 use minke_client::{Client, Clock, Informers, ListOptions, typed};
 use minke_cluster::control::{self, Handler, Reply, Request};
 use minke_cluster::data_dir::{Lock, SERVER_LOCK, write_file};
@@ -54,6 +56,9 @@ pub struct ServerArgs {
     /// Run no pods in this process: `minke agent` does, or another machine
     #[arg(long)]
     disable_agent: bool,
+    /// A KubeSchedulerConfiguration (v1) for the scheduler: profiles, plugins and their arguments
+    #[arg(long, value_name = "FILE")]
+    scheduler_config: Option<PathBuf>,
     /// Started by `up`: leave the terminal, and tell on standard output how far it is
     #[arg(long, hide = true)]
     detached: bool,
@@ -80,6 +85,7 @@ impl ServerArgs {
         let stop = CancellationToken::new();
         stop_on_signals(&stop)?;
         let progress = Progress::default();
+        let settings = self.scheduler_settings()?;
         let wishes = Wishes {
             api_port: self.port,
             max_pods: None,
@@ -119,18 +125,39 @@ impl ServerArgs {
         let stop_api = CancellationToken::new();
         let api = tokio::spawn(server.run(stop_api.clone()));
 
-        let informers = Informers::new(manager, stop.clone());
         let ca = &setting.keys.ca;
-        let config = minke_controllers::Config {
-            root_ca: ca.certificate.clone(),
-            authority: Some(Arc::new(minke_controllers::Authority::new(&ca.certificate, &ca.key)?)),
-            ..Default::default()
+        let authority = Arc::new(minke_controllers::Authority::new(&ca.certificate, &ca.key)?);
+        let root_ca = ca.certificate.clone();
+        let account = Arc::new(move |name: &str| clients_of(UserInfo::service_account("kube-system", name)));
+        let election = Election {
+            client: manager.clone(),
+            namespace: "kube-system",
+            name: "kube-controller-manager",
+            // The same after a restart, so that nothing is waited for then.
+            identity: format!("{}_{}", setting.node_name, data.id()),
+            clock: Clock::System,
         };
-        let account = move |name: &str| clients_of(UserInfo::service_account("kube-system", name));
-        tasks.spawn(minke_controllers::run(config, account, informers, stop.clone()));
-        let seen = Informers::new(scheduler, stop.clone());
-        let config = minke_scheduler::Config { clock: Clock::System, seed: rand::random() };
-        tasks.spawn(minke_scheduler::run(seen, config, stop.clone()));
+        tasks.spawn(leader::lead(election, stop.clone(), move |term| {
+            let config = minke_controllers::Config {
+                root_ca: root_ca.clone(),
+                authority: Some(authority.clone()),
+                ..Default::default()
+            };
+            let informers = Informers::new(manager.clone(), term.clone());
+            let account = account.clone();
+            let controllers =
+                minke_controllers::run(config, move |name| account(name), informers, term.clone());
+            let config = minke_scheduler::Config {
+                seed: rand::random(),
+                settings: settings.clone(),
+                ..Default::default()
+            };
+            let seen = Informers::new(scheduler.clone(), term.clone());
+            let scheduling = minke_scheduler::run(seen, config, term);
+            async move {
+                tokio::join!(controllers, scheduling);
+            }
+        }));
         addons::ensure(&*admin, setting.config.service_cidr).await?;
 
         if !self.disable_agent {
@@ -163,6 +190,12 @@ impl ServerArgs {
         }
         stop_api.cancel();
         api.await.context("the API server panicked")
+    }
+
+    fn scheduler_settings(&self) -> Result<minke_scheduler::Settings> {
+        let Some(path) = &self.scheduler_config else { return Ok(minke_scheduler::Settings::default()) };
+        let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        minke_scheduler::Settings::parse(&text).with_context(|| format!("{} is refused", path.display()))
     }
 
     async fn api_server(&self, data: &DataDir, setting: &Setting) -> Result<ApiServer> {

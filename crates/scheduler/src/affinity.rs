@@ -1,27 +1,72 @@
 //! What pods say of where they want to be: node selectors, tolerations, selectors of other pods.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{
-    NodeSelectorRequirement, NodeSelectorTerm, Pod, PodAffinityTerm, Taint, Toleration,
+    NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, Pod, PodAffinityTerm, Taint, Toleration,
+    WeightedPodAffinityTerm,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1 as meta;
-use minke_api::LabelSelector;
+use minke_api::{LabelSelector, Labels, Object};
 
-use crate::picture::{Node, PodInfo};
+use crate::picture::Node;
+
+/// The pod's required node affinity.
+pub fn required_node_affinity(pod: &Pod) -> Option<&NodeSelector> {
+    pod.spec
+        .as_ref()?
+        .affinity
+        .as_ref()?
+        .node_affinity
+        .as_ref()?
+        .required_during_scheduling_ignored_during_execution
+        .as_ref()
+}
+
+/// Whether the pod may go to some nodes only, by what it says itself.
+pub fn chooses_nodes(pod: &Pod) -> bool {
+    let selector = pod.spec.as_ref().and_then(|spec| spec.node_selector.as_ref());
+    selector.is_some_and(|selector| !selector.is_empty()) || required_node_affinity(pod).is_some()
+}
 
 /// Whether the node is one that the pod's nodeSelector and required node affinity allow.
 pub fn node_is_wanted(pod: &Pod, node: &Node) -> bool {
     let Some(spec) = &pod.spec else { return true };
     let selected =
         spec.node_selector.iter().flatten().all(|(key, value)| node.labels.get(key) == Some(value));
-    let required = spec
-        .affinity
-        .as_ref()
-        .and_then(|affinity| affinity.node_affinity.as_ref())
-        .and_then(|affinity| affinity.required_during_scheduling_ignored_during_execution.as_ref());
-    selected
-        && required.is_none_or(|required| required.node_selector_terms.iter().any(|t| term_matches(t, node)))
+    selected && required_node_affinity(pod).is_none_or(|required| selector_matches(required, node))
+}
+
+/// Whether one of the terms holds.
+pub fn selector_matches(selector: &NodeSelector, node: &Node) -> bool {
+    selector.node_selector_terms.iter().any(|term| term_matches(term, node))
+}
+
+/// The names of the only nodes that the pod's required node affinity allows, if every one of its terms names them,
+/// as those of DaemonSets do: then no other node need be looked at.
+pub fn only_nodes(pod: &Pod) -> Option<Vec<&str>> {
+    let terms = &required_node_affinity(pod)?.node_selector_terms;
+    let mut names = Vec::new();
+    for term in terms {
+        let mut named: Option<Vec<&str>> = None;
+        for field in term.match_fields.iter().flatten() {
+            if field.key == "metadata.name" && field.operator == "In" {
+                let values: Vec<&str> = field.values.iter().flatten().map(String::as_str).collect();
+                named = Some(match named {
+                    None => values,
+                    Some(before) => before.into_iter().filter(|name| values.contains(name)).collect(),
+                });
+            }
+        }
+        names.extend(named?);
+    }
+    if terms.is_empty() {
+        return None;
+    }
+    names.sort_unstable();
+    names.dedup();
+    Some(names)
 }
 
 /// Whether all of a term holds; a term without requirements matches nothing.
@@ -87,27 +132,28 @@ pub fn pod_selector(spec: Option<&meta::LabelSelector>) -> LabelSelector {
     }
 }
 
-/// An affinity term, resolved for the pod that carries it.
+/// Labels of every namespace, for terms that select namespaces by them.
+pub type Namespaces = BTreeMap<String, Labels>;
+
+/// An affinity term of one pod.
 #[derive(Debug)]
 pub struct Term {
     pub topology_key: String,
     selector: LabelSelector,
     namespaces: Vec<String>,
-    all_namespaces: bool,
+    /// Namespaces by label, besides those that are named.
+    namespace_selector: Option<LabelSelector>,
+    /// All of the above as text: terms with the same text match the same pods.
+    text: Arc<str>,
 }
 
 impl Term {
-    /// `of` is the pod that carries the term. A selector of namespaces by label is taken as all namespaces
-    /// when it is empty; otherwise the labels of namespaces are looked up in `namespaces`.
-    pub fn new(
-        term: &PodAffinityTerm,
-        of: &PodInfo,
-        namespaces: &BTreeMap<String, minke_api::Labels>,
-    ) -> Term {
+    /// `object` is the pod that carries the term.
+    pub fn new(term: &PodAffinityTerm, object: &Object) -> Term {
         let mut selector = term.label_selector.clone();
         for (keys, operator) in [(&term.match_label_keys, "In"), (&term.mismatch_label_keys, "NotIn")] {
             for key in keys.iter().flatten() {
-                let Some(value) = of.object.labels().get(key) else { continue };
+                let Some(value) = object.labels().get(key) else { continue };
                 let requirement = meta::LabelSelectorRequirement {
                     key: key.clone(),
                     operator: operator.to_owned(),
@@ -116,28 +162,87 @@ impl Term {
                 selector.get_or_insert_default().match_expressions.get_or_insert_default().push(requirement);
             }
         }
-        let mut named = term.namespaces.clone().unwrap_or_default();
-        let mut all_namespaces = false;
-        if let Some(wanted) = &term.namespace_selector {
-            let wanted = pod_selector(Some(wanted));
-            all_namespaces = wanted.is_everything();
-            named.extend(
-                namespaces.iter().filter(|(_, labels)| wanted.matches(labels)).map(|(n, _)| n.clone()),
-            );
-        } else if named.is_empty() {
-            named.push(of.object.namespace().to_owned());
+        let mut namespaces = term.namespaces.clone().unwrap_or_default();
+        if namespaces.is_empty() && term.namespace_selector.is_none() {
+            namespaces.push(object.namespace().to_owned());
         }
-        Term {
-            topology_key: term.topology_key.clone(),
-            selector: pod_selector(selector.as_ref()),
-            namespaces: named,
-            all_namespaces,
-        }
+        namespaces.sort_unstable();
+        let selector = pod_selector(selector.as_ref());
+        let namespace_selector = term.namespace_selector.as_ref().map(|wanted| pod_selector(Some(wanted)));
+        let text = format!(
+            "{}|{}|{}|{}",
+            term.topology_key,
+            selector_text(&selector),
+            namespaces.join(","),
+            namespace_selector.as_ref().map_or("-".to_owned(), selector_text),
+        );
+        let topology_key = term.topology_key.clone();
+        Term { topology_key, selector, namespaces, namespace_selector, text: text.into() }
     }
 
-    pub fn matches(&self, pod: &PodInfo) -> bool {
-        (self.all_namespaces || self.namespaces.iter().any(|n| n == pod.object.namespace()))
-            && self.selector.matches(pod.object.labels())
+    pub fn matches(&self, object: &Object, namespaces: &Namespaces) -> bool {
+        self.selects_namespace(object.namespace(), namespaces) && self.selector.matches(object.labels())
+    }
+
+    fn selects_namespace(&self, name: &str, namespaces: &Namespaces) -> bool {
+        self.namespaces.iter().any(|namespace| namespace == name)
+            || self.namespace_selector.as_ref().is_some_and(|selector| match namespaces.get(name) {
+                Some(labels) => selector.matches(labels),
+                None => selector.is_everything(),
+            })
+    }
+
+    pub fn text(&self) -> &Arc<str> {
+        &self.text
+    }
+
+    /// The only namespaces that the term can match, if they can be told without looking at labels.
+    pub fn named_namespaces(&self) -> Option<&[String]> {
+        self.namespace_selector.is_none().then_some(&self.namespaces)
+    }
+}
+
+/// The text of a selector, which for one that selects nothing differs from one that selects all.
+pub fn selector_text(selector: &LabelSelector) -> String {
+    if *selector == LabelSelector::nothing() { "!".to_owned() } else { selector.to_string() }
+}
+
+/// What a pod says of other pods.
+#[derive(Debug, Default)]
+pub struct PodAffinities {
+    pub required: Vec<Arc<Term>>,
+    pub required_anti: Vec<Arc<Term>>,
+    /// With their weights, which are negative for what is shunned.
+    pub preferred: Vec<(Arc<Term>, i64)>,
+}
+
+impl PodAffinities {
+    /// `None` for a pod that says nothing of others, as most do.
+    pub fn of(pod: &Pod, object: &Object) -> Option<Box<PodAffinities>> {
+        let affinity = pod.spec.as_ref()?.affinity.as_ref()?;
+        let (wants, shuns) = (affinity.pod_affinity.as_ref(), affinity.pod_anti_affinity.as_ref());
+        let required =
+            wants.and_then(|wants| wants.required_during_scheduling_ignored_during_execution.as_deref());
+        let required_anti =
+            shuns.and_then(|shuns| shuns.required_during_scheduling_ignored_during_execution.as_deref());
+        let terms = |terms: Option<&[PodAffinityTerm]>| -> Vec<Arc<Term>> {
+            terms.unwrap_or_default().iter().map(|term| Arc::new(Term::new(term, object))).collect()
+        };
+        let liked =
+            wants.and_then(|wants| wants.preferred_during_scheduling_ignored_during_execution.as_deref());
+        let shunned =
+            shuns.and_then(|shuns| shuns.preferred_during_scheduling_ignored_during_execution.as_deref());
+        let weighted = |terms: Option<&[WeightedPodAffinityTerm]>, sign: i64| -> Vec<(Arc<Term>, i64)> {
+            let terms = terms.unwrap_or_default().iter();
+            let term = |t: &WeightedPodAffinityTerm| Arc::new(Term::new(&t.pod_affinity_term, object));
+            terms.map(|t| (term(t), sign * i64::from(t.weight))).collect()
+        };
+        let mut preferred = weighted(liked, 1);
+        preferred.extend(weighted(shunned, -1));
+        let found =
+            PodAffinities { required: terms(required), required_anti: terms(required_anti), preferred };
+        let empty = found.required.is_empty() && found.required_anti.is_empty() && found.preferred.is_empty();
+        if empty { None } else { Some(Box::new(found)) }
     }
 }
 
@@ -169,7 +274,7 @@ mod tests {
         let pod: Pod = serde_json::from_value(json!({"spec": spec})).unwrap();
         let mut picture = crate::picture::Picture::default();
         picture.put_node(&crate::picture::tests::node("n1", json!({}), labels));
-        assert_eq!(node_is_wanted(&pod, &picture.nodes()[0]), want);
+        assert_eq!(node_is_wanted(&pod, picture.node(0)), want);
     }
 
     fn required(terms: Value) -> Value {

@@ -1,7 +1,8 @@
 //! The picture of the nodes: what each has, what runs on it, kept up to date change by change.
 //!
-//! Nodes lie in one array; filters and scores run over it. Pods that were given a node but are not yet
-//! known to be bound (*assumed*) count as if they were.
+//! Nodes lie in one array and keep their places in it (*slots*); filters and scores run over it. Pods that were
+//! given a node but are not yet known to be bound (*assumed*) count as if they were. Pods that made room for
+//! themselves by preemption are *nominated* to a node: they do not count, but hold the room against others.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -10,10 +11,16 @@ use k8s_openapi::api::core::v1::{Node as NodeObject, Pod, Taint};
 use minke_api::{Key, Object};
 use minke_client::typed;
 
+use crate::affinity::{Namespaces, PodAffinities};
+use crate::plugins::wake;
 use crate::resources::{Resources, pod_requests, scored_requests};
+use crate::tally::{Asked, Carry, Carrying, KeyId, Tallies};
 
-/// What scheduling needs to know of a pod, worked out once per revision.
-#[derive(Debug, Clone)]
+/// The label by which nodes are taken in turn from each zone.
+const ZONE: &str = "topology.kubernetes.io/zone";
+
+/// What scheduling needs to know of a pod, worked out once for its specification and labels.
+#[derive(Debug)]
 pub struct PodInfo {
     pub object: Arc<Object>,
     pub pod: Arc<Pod>,
@@ -22,6 +29,9 @@ pub struct PodInfo {
     pub scored: (i64, i64),
     pub host_ports: Vec<HostPort>,
     pub priority: i32,
+    pub affinities: Option<Box<PodAffinities>>,
+    /// The terms by which this pod, once placed, speaks for or against others.
+    pub carries: Vec<Carry>,
 }
 
 /// A port of the node that a pod takes. The address is empty for all addresses.
@@ -36,6 +46,15 @@ impl PodInfo {
     /// `None` when the object does not fit its type; that has been logged.
     pub fn new(object: &Arc<Object>) -> Option<PodInfo> {
         let pod = typed::<Pod>(object)?;
+        let affinities = PodAffinities::of(&pod, object);
+        let mut carries: Vec<Carry> = Vec::new();
+        if let Some(affinities) = &affinities {
+            carries
+                .extend(affinities.required_anti.iter().map(|term| (Carrying::RequiredAnti, term.clone())));
+            carries.extend(affinities.required.iter().map(|term| (Carrying::Required, term.clone())));
+            let preferred = affinities.preferred.iter();
+            carries.extend(preferred.map(|(term, weight)| (Carrying::Preferred(*weight), term.clone())));
+        }
         Some(PodInfo {
             requests: pod_requests(&pod),
             scored: scored_requests(&pod),
@@ -43,16 +62,28 @@ impl PodInfo {
             priority: pod.spec.as_ref().and_then(|spec| spec.priority).unwrap_or_default(),
             object: object.clone(),
             pod,
+            affinities,
+            carries,
         })
     }
 
-    pub fn node_name(&self) -> &str {
-        self.pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()).unwrap_or_default()
+    pub fn key(&self) -> &Key {
+        self.object.key()
     }
 
-    /// Uid of the object that manages the pod, if any.
-    pub fn owner(&self) -> Option<&str> {
-        self.object.controller().map(|owner| &*owner.uid)
+    pub fn node_name(&self) -> &str {
+        self.object.field("spec.nodeName").unwrap_or_default()
+    }
+
+    /// Whether another revision of the pod says nothing new to the scheduler.
+    pub fn says_same(&self, other: &Object) -> bool {
+        self.object.generation() == other.generation() && self.counts_same(other)
+    }
+
+    /// As [`PodInfo::says_same`], when the specification is known to differ by the node at most.
+    fn counts_same(&self, other: &Object) -> bool {
+        let old = &self.object;
+        old.uid() == other.uid() && old.labels() == other.labels() && old.deleted() == other.deleted()
     }
 }
 
@@ -80,80 +111,95 @@ impl HostPort {
     }
 }
 
+/// A pod on a node.
+#[derive(Debug)]
+pub struct Placed {
+    pub info: Arc<PodInfo>,
+    /// The newest revision, which may say more than `info` of what does not matter to other pods.
+    pub object: Arc<Object>,
+}
+
 /// One node and what is on it.
 #[derive(Debug)]
 pub struct Node {
     pub name: Arc<str>,
-    pub labels: BTreeMap<String, String>,
-    pub taints: Vec<Taint>,
+    /// The node's place in the picture, as long as it exists or has pods.
+    pub slot: u32,
+    /// Whether the Node object exists; pods may be known before their node is.
+    pub exists: bool,
     pub unschedulable: bool,
+    pub taints: Vec<Taint>,
     pub allocatable: Resources,
     pub pods_max: i64,
     pub used: Resources,
     /// As `used` for CPU and memory, with scoring's defaults.
     pub scored: (i64, i64),
     pub host_ports: Vec<HostPort>,
+    pub labels: BTreeMap<String, String>,
     /// Sizes in bytes of the images the node has, by every name it has them under.
-    pub images: HashMap<String, i64>,
-    pub pods: BTreeMap<Key, Arc<PodInfo>>,
-    /// How many of `pods` each controlling owner has here.
-    pub by_owner: HashMap<Box<str>, u32>,
-    /// Whether the Node object exists; pods may be known before their node is.
-    pub exists: bool,
+    pub images: HashMap<Box<str>, i64>,
+    pub pods: BTreeMap<Key, Placed>,
+    /// Pods that hold room here without being here.
+    pub nominated: Vec<Arc<PodInfo>>,
 }
 
 impl Node {
-    fn new(name: &str) -> Node {
+    fn new(name: &str, slot: u32) -> Node {
         Node {
             name: name.into(),
-            labels: BTreeMap::new(),
-            taints: Vec::new(),
+            slot,
+            exists: false,
             unschedulable: false,
+            taints: Vec::new(),
             allocatable: Resources::default(),
             pods_max: 0,
             used: Resources::default(),
             scored: (0, 0),
             host_ports: Vec::new(),
+            labels: BTreeMap::new(),
             images: HashMap::new(),
             pods: BTreeMap::new(),
-            by_owner: HashMap::new(),
-            exists: false,
+            nominated: Vec::new(),
         }
     }
 
-    fn describe(&mut self, node: &NodeObject) {
+    /// Takes all but labels and images from a new description; says what that may help with.
+    fn describe(&mut self, node: &NodeObject) -> u32 {
+        let added = !self.exists;
+        let mut bits = 0;
         self.exists = true;
-        self.labels = node.metadata.labels.clone().unwrap_or_default();
         let spec = node.spec.as_ref();
-        self.taints = spec.and_then(|spec| spec.taints.clone()).unwrap_or_default();
-        self.unschedulable = spec.and_then(|spec| spec.unschedulable).unwrap_or_default();
-        let allocatable = node.status.as_ref().and_then(|status| status.allocatable.as_ref());
-        self.allocatable = Resources::read(allocatable);
-        let pods = allocatable.and_then(|list| list.get("pods"));
-        self.pods_max =
+        let taints = spec.and_then(|spec| spec.taints.as_deref()).unwrap_or_default();
+        let unschedulable = spec.and_then(|spec| spec.unschedulable).unwrap_or_default();
+        if self.taints != taints || self.unschedulable != unschedulable {
+            bits |= wake::NODE_TAINTS;
+            self.taints = taints.to_vec();
+            self.unschedulable = unschedulable;
+        }
+        let list = node.status.as_ref().and_then(|status| status.allocatable.as_ref());
+        let allocatable = Resources::read(list);
+        let pods = list.and_then(|list| list.get("pods"));
+        let pods_max =
             pods.and_then(|text| minke_api::Quantity::parse(&text.0).ok()).map_or(0, |n| n.value());
-        let images = node.status.iter().flat_map(|status| status.images.iter().flatten());
-        self.images = images
-            .flat_map(|image| {
-                let size = image.size_bytes.unwrap_or_default();
-                image.names.iter().flatten().map(move |name| (name.clone(), size))
-            })
-            .collect();
+        if self.allocatable != allocatable || self.pods_max != pods_max {
+            bits |= wake::NODE_ALLOCATABLE;
+            self.allocatable = allocatable;
+            self.pods_max = pods_max;
+        }
+        if added { wake::NODE_ADDED } else { bits }
     }
 
-    fn add(&mut self, info: Arc<PodInfo>) {
+    fn add(&mut self, info: Arc<PodInfo>, object: Arc<Object>) {
         self.used.add(&info.requests);
         self.scored.0 += info.scored.0;
         self.scored.1 += info.scored.1;
         self.host_ports.extend(info.host_ports.iter().cloned());
-        if let Some(owner) = info.owner() {
-            *self.by_owner.entry(owner.into()).or_default() += 1;
-        }
-        self.pods.insert(info.object.key().clone(), info);
+        self.pods.insert(info.key().clone(), Placed { info, object });
     }
 
-    fn remove(&mut self, key: &Key) -> Option<Arc<PodInfo>> {
-        let info = self.pods.remove(key)?;
+    fn remove(&mut self, key: &Key) -> Option<Placed> {
+        let placed = self.pods.remove(key)?;
+        let info = &placed.info;
         self.used.subtract(&info.requests);
         self.scored.0 -= info.scored.0;
         self.scored.1 -= info.scored.1;
@@ -162,113 +208,286 @@ impl Node {
                 self.host_ports.swap_remove(at);
             }
         }
-        if let Some(owner) = info.owner()
-            && let Some(count) = self.by_owner.get_mut(owner)
-        {
-            *count -= 1;
-            if *count == 0 {
-                self.by_owner.remove(owner);
-            }
-        }
-        Some(info)
+        Some(placed)
     }
-}
-
-/// What of a node's description differs between two pictures of it, as bits of [`crate::plugins::wake`].
-fn difference(old: &Node, new: &Node) -> u8 {
-    use crate::plugins::wake;
-    let mut bits = 0;
-    if !old.exists {
-        return wake::NODE_ADDED;
-    }
-    if old.allocatable != new.allocatable || old.pods_max != new.pods_max {
-        bits |= wake::NODE_ALLOCATABLE;
-    }
-    if old.labels != new.labels {
-        bits |= wake::NODE_LABELS;
-    }
-    if old.taints != new.taints || old.unschedulable != new.unschedulable {
-        bits |= wake::NODE_TAINTS;
-    }
-    bits
 }
 
 /// All nodes, and the pods that have one.
 #[derive(Debug, Default)]
 pub struct Picture {
     nodes: Vec<Node>,
-    by_name: HashMap<Arc<str>, usize>,
+    free: Vec<u32>,
+    by_name: HashMap<Arc<str>, u32>,
+    /// The nodes that exist, in the order in which they are tried: one of each zone in turn.
+    order: Vec<u32>,
+    order_is_old: bool,
     /// The node of every pod in the picture.
-    placed: HashMap<Key, Arc<str>>,
+    placed: BTreeMap<Key, u32>,
+    /// The node that each nominated pod holds room on.
+    nominated: HashMap<Key, u32>,
+    /// How many nodes have each image.
+    images: HashMap<Box<str>, u32>,
+    pub tallies: Tallies,
+    pub namespaces: Namespaces,
 }
 
 impl Picture {
-    /// All nodes; those that do not exist (any more) but still have pods are among them.
-    pub fn nodes(&self) -> &[Node] {
-        &self.nodes
+    pub fn node(&self, slot: u32) -> &Node {
+        &self.nodes[slot as usize]
     }
 
-    fn node_mut(&mut self, name: &str) -> &mut Node {
-        let at = match self.by_name.get(name) {
-            Some(at) => *at,
-            None => {
-                self.nodes.push(Node::new(name));
-                let at = self.nodes.len() - 1;
-                self.by_name.insert(self.nodes[at].name.clone(), at);
-                at
+    pub fn slot(&self, name: &str) -> Option<u32> {
+        self.by_name.get(name).copied()
+    }
+
+    /// The nodes that exist, in the order in which they are tried.
+    pub fn order(&mut self) -> &[u32] {
+        if self.order_is_old {
+            self.order_is_old = false;
+            let mut zones: BTreeMap<&str, Vec<u32>> = BTreeMap::new();
+            for node in self.nodes.iter().filter(|node| node.exists) {
+                zones.entry(node.labels.get(ZONE).map_or("", String::as_str)).or_default().push(node.slot);
             }
-        };
-        &mut self.nodes[at]
+            let longest = zones.values().map(Vec::len).max().unwrap_or_default();
+            self.order = (0..longest)
+                .flat_map(|n| zones.values().filter_map(move |zone| zone.get(n).copied()))
+                .collect();
+        }
+        &self.order
     }
 
-    /// Takes a node's new description; says what that may help with.
-    pub fn put_node(&mut self, object: &NodeObject) -> u8 {
-        let name = object.metadata.name.clone().unwrap_or_default();
-        let node = self.node_mut(&name);
-        let mut new = Node::new(&name);
-        new.describe(object);
-        let bits = difference(node, &new);
-        node.describe(object);
-        bits
+    /// As [`Picture::order`], when nothing changed since that was asked for.
+    pub fn known_order(&self) -> &[u32] {
+        debug_assert!(!self.order_is_old, "the order is asked for before it is used");
+        &self.order
+    }
+
+    fn slot_or_new(&mut self, name: &str) -> u32 {
+        if let Some(slot) = self.by_name.get(name) {
+            return *slot;
+        }
+        let slot = self.free.pop().unwrap_or(self.nodes.len() as u32);
+        let node = Node::new(name, slot);
+        self.by_name.insert(node.name.clone(), slot);
+        if slot as usize == self.nodes.len() {
+            self.nodes.push(node);
+        } else {
+            self.nodes[slot as usize] = node;
+        }
+        slot
+    }
+
+    /// Takes a node's new description; says what that may help with, and where the node is.
+    pub fn put_node(&mut self, object: &NodeObject) -> (u32, u32) {
+        let slot = self.slot_or_new(object.metadata.name.as_deref().unwrap_or_default());
+        let new_labels = object.metadata.labels.clone().unwrap_or_default();
+        let existed = self.nodes[slot as usize].exists;
+        let mut bits = self.nodes[slot as usize].describe(object);
+        if !existed || self.nodes[slot as usize].labels != new_labels {
+            if existed {
+                bits |= wake::NODE_LABELS;
+            }
+            self.relabel(slot, Some(new_labels));
+        }
+        self.put_images(slot, object);
+        (bits, slot)
+    }
+
+    /// Labels decide what is counted where, so the node's pods are counted out and in again.
+    fn relabel(&mut self, slot: u32, labels: Option<BTreeMap<String, String>>) {
+        self.order_is_old = true;
+        let infos: Vec<Arc<PodInfo>> =
+            self.nodes[slot as usize].pods.values().map(|placed| placed.info.clone()).collect();
+        for info in &infos {
+            self.count(slot, info, -1);
+        }
+        self.tallies.set_node(slot, labels.as_ref());
+        self.nodes[slot as usize].labels = labels.unwrap_or_default();
+        for info in &infos {
+            self.count(slot, info, 1);
+        }
+        if self.tallies.is_stale(self.nodes.len()) {
+            self.tally_anew();
+        }
+    }
+
+    fn tally_anew(&mut self) {
+        self.tallies = Tallies::default();
+        let all: Vec<(u32, Arc<PodInfo>)> = self
+            .nodes
+            .iter()
+            .flat_map(|node| node.pods.values().map(|placed| (node.slot, placed.info.clone())))
+            .collect();
+        for (slot, info) in all {
+            self.count(slot, &info, 1);
+        }
+    }
+
+    fn put_images(&mut self, slot: u32, object: &NodeObject) {
+        let images = object.status.iter().flat_map(|status| status.images.iter().flatten());
+        let images: HashMap<Box<str>, i64> = images
+            .flat_map(|image| {
+                let size = image.size_bytes.unwrap_or_default();
+                image.names.iter().flatten().map(move |name| (name.as_str().into(), size))
+            })
+            .collect();
+        self.forget_images(slot);
+        for name in images.keys() {
+            *self.images.entry(name.clone()).or_default() += 1;
+        }
+        self.nodes[slot as usize].images = images;
+    }
+
+    fn forget_images(&mut self, slot: u32) {
+        for name in std::mem::take(&mut self.nodes[slot as usize].images).into_keys() {
+            if let Some(count) = self.images.get_mut(&name) {
+                *count -= 1;
+                if *count == 0 {
+                    self.images.remove(&name);
+                }
+            }
+        }
+    }
+
+    /// How many nodes have the image.
+    pub fn nodes_with_image(&self, name: &str) -> u32 {
+        self.images.get(name).copied().unwrap_or_default()
     }
 
     pub fn remove_node(&mut self, name: &str) {
-        let Some(&at) = self.by_name.get(name) else { return };
-        self.nodes[at].exists = false;
-        self.drop_if_empty(at);
+        let Some(slot) = self.slot(name) else { return };
+        let node = &mut self.nodes[slot as usize];
+        node.exists = false;
+        node.allocatable = Resources::default();
+        node.pods_max = 0;
+        node.taints.clear();
+        node.unschedulable = false;
+        self.forget_images(slot);
+        self.relabel(slot, None);
+        self.drop_if_empty(slot);
     }
 
-    fn drop_if_empty(&mut self, at: usize) {
-        if self.nodes[at].exists || !self.nodes[at].pods.is_empty() {
+    fn drop_if_empty(&mut self, slot: u32) {
+        let node = &self.nodes[slot as usize];
+        if node.exists || !node.pods.is_empty() || !node.nominated.is_empty() {
             return;
         }
-        let gone = self.nodes.swap_remove(at);
-        self.by_name.remove(&gone.name);
-        if let Some(moved) = self.nodes.get(at) {
-            self.by_name.insert(moved.name.clone(), at);
+        if self.by_name.remove(&node.name).is_some() {
+            self.free.push(slot);
         }
+    }
+
+    /// Counts a pod in or out of the tallies.
+    fn count(&mut self, slot: u32, info: &PodInfo, count: i64) {
+        for (_, term) in &info.carries {
+            self.key_of(&term.topology_key);
+        }
+        self.tallies.count(slot, &info.object, &info.carries, count, &self.namespaces);
+    }
+
+    /// The number of a topology key.
+    pub fn key_of(&mut self, name: &str) -> KeyId {
+        let nodes = self.nodes.iter().filter(|node| node.exists).map(|node| (node.slot, &node.labels));
+        self.tallies.key(name, nodes)
+    }
+
+    /// The tally of the pods that `asked` describes, which `text` tells apart from others.
+    pub fn tally(&mut self, text: &str, keys: &[KeyId], asked: impl FnOnce() -> Asked) -> usize {
+        if let Some(id) = self.tallies.find(text, keys) {
+            return id;
+        }
+        let nodes = &self.nodes;
+        let object = |(key, slot): (&Key, &u32)| {
+            let placed = nodes[*slot as usize].pods.get(key)?;
+            Some((*slot, &*placed.info.object))
+        };
+        let pods = self.placed.iter().filter_map(object);
+        self.tallies.start(text, asked(), keys, pods, &self.namespaces)
     }
 
     /// Puts a pod on a node, from wherever it was.
-    pub fn put_pod(&mut self, info: PodInfo, node: &str) {
-        let key = info.object.key().clone();
-        self.remove_pod(&key);
-        let node = self.node_mut(node);
-        node.add(Arc::new(info));
-        let name = node.name.clone();
-        self.placed.insert(key, name);
+    pub fn put_pod(&mut self, info: Arc<PodInfo>, node: &str) -> u32 {
+        self.remove_pod(&info.object.key().clone());
+        let slot = self.slot_or_new(node);
+        self.place(info, slot);
+        slot
     }
 
-    pub fn remove_pod(&mut self, key: &Key) -> Option<Arc<PodInfo>> {
-        let name = self.placed.remove(key)?;
-        let at = *self.by_name.get(&name)?;
-        let info = self.nodes[at].remove(key);
-        self.drop_if_empty(at);
-        info
+    fn place(&mut self, info: Arc<PodInfo>, slot: u32) {
+        self.count(slot, &info, 1);
+        self.placed.insert(info.key().clone(), slot);
+        let object = info.object.clone();
+        self.nodes[slot as usize].add(info, object);
     }
 
-    pub fn has_pod(&self, key: &Key) -> bool {
-        self.placed.contains_key(key)
+    /// Takes a pod that has a node out of the picture for a moment: [`Picture::put_back`] follows.
+    pub fn take(&mut self, key: &Key) -> Option<Placed> {
+        let slot = self.placed.remove(key)?;
+        let placed = self.nodes[slot as usize].remove(key)?;
+        self.count(slot, &placed.info, -1);
+        Some(placed)
+    }
+
+    pub fn put_back(&mut self, placed: Placed, slot: u32) {
+        self.count(slot, &placed.info, 1);
+        self.placed.insert(placed.info.key().clone(), slot);
+        self.nodes[slot as usize].add(placed.info, placed.object);
+    }
+
+    /// The pod that was removed, and where it was.
+    pub fn remove_pod(&mut self, key: &Key) -> Option<(Arc<PodInfo>, u32)> {
+        let slot = *self.placed.get(key)?;
+        let placed = self.take(key)?;
+        self.drop_if_empty(slot);
+        Some((placed.info, slot))
+    }
+
+    pub fn pod(&self, key: &Key) -> Option<(&Placed, u32)> {
+        let slot = *self.placed.get(key)?;
+        Some((self.nodes[slot as usize].pods.get(key)?, slot))
+    }
+
+    /// Takes note of a new revision of a pod that is in the picture, if that changes nothing in it. `assumed`:
+    /// it is the first one with the node that the pod was put on.
+    pub fn refresh(&mut self, object: &Arc<Object>, assumed: bool) -> bool {
+        let Some(slot) = self.placed.get(object.key()).copied() else { return false };
+        let node = &mut self.nodes[slot as usize];
+        let Some(placed) = node.pods.get_mut(object.key()) else { return false };
+        let here = object.field("spec.nodeName") == Some(&*node.name);
+        let same_spec = assumed || placed.object.generation() == object.generation();
+        if !here || !same_spec || !placed.info.counts_same(object) {
+            return false;
+        }
+        placed.object = object.clone();
+        true
+    }
+
+    /// Lets a pod hold room on a node, in place of where it did before.
+    pub fn nominate(&mut self, info: Arc<PodInfo>, node: &str) {
+        self.forget_nomination(info.key());
+        let slot = self.slot_or_new(node);
+        self.nominated.insert(info.key().clone(), slot);
+        self.nodes[slot as usize].nominated.push(info);
+    }
+
+    /// The pod no longer holds room; says where it did.
+    pub fn forget_nomination(&mut self, key: &Key) -> Option<u32> {
+        let slot = self.nominated.remove(key)?;
+        self.nodes[slot as usize].nominated.retain(|info| info.key() != key);
+        self.drop_if_empty(slot);
+        Some(slot)
+    }
+
+    pub fn nominated_node(&self, key: &Key) -> Option<&Node> {
+        self.nominated.get(key).map(|slot| self.node(*slot))
+    }
+
+    pub fn set_namespace(&mut self, name: &str, labels: Option<minke_api::Labels>) {
+        match labels {
+            Some(labels) => drop(self.namespaces.insert(name.to_owned(), labels)),
+            None => drop(self.namespaces.remove(name)),
+        }
+        self.tallies.namespaces_changed();
     }
 }
 
@@ -297,6 +516,15 @@ pub(crate) mod tests {
         .unwrap()
     }
 
+    fn place(name: &str) -> Arc<PodInfo> {
+        Arc::new(web(name))
+    }
+
+    /// The nodes that exist or have pods.
+    fn known(picture: &Picture) -> Vec<&Node> {
+        picture.nodes.iter().filter(|node| node.exists || !node.pods.is_empty()).collect()
+    }
+
     fn web(name: &str) -> PodInfo {
         pod(
             name,
@@ -309,24 +537,24 @@ pub(crate) mod tests {
     fn pods_come_and_go_and_leave_nothing_behind() {
         let mut picture = Picture::default();
         picture.put_node(&node("n1", json!({}), json!({})));
-        picture.put_pod(web("a"), "n1");
-        picture.put_pod(web("b"), "n1");
-        let n1 = &picture.nodes()[0];
-        assert_eq!((n1.used.cpu_milli, n1.used.extended["example.com/x"], n1.by_owner["rs"]), (2000, 4, 2));
+        picture.put_pod(place("a"), "n1");
+        picture.put_pod(place("b"), "n1");
+        let n1 = picture.node(0);
+        assert_eq!((n1.used.cpu_milli, n1.used.extended["example.com/x"]), (2000, 4));
         assert_eq!((n1.pods.len(), n1.host_ports.len()), (2, 2));
         picture.remove_pod(&Key::new("default", "a"));
         picture.remove_pod(&Key::new("default", "b"));
-        let n1 = &picture.nodes()[0];
+        let n1 = picture.node(0);
         assert_eq!((n1.used.cpu_milli, n1.scored, n1.pods.len()), (0, (0, 0), 0));
-        assert!(n1.host_ports.is_empty() && n1.by_owner.is_empty());
+        assert!(n1.host_ports.is_empty());
     }
 
     #[test]
     fn a_pod_known_twice_is_counted_once() {
         let mut picture = Picture::default();
-        picture.put_pod(web("a"), "n1");
-        picture.put_pod(web("a"), "n2");
-        let used: Vec<i64> = picture.nodes().iter().map(|n| n.used.cpu_milli).collect();
+        picture.put_pod(place("a"), "n1");
+        picture.put_pod(place("a"), "n2");
+        let used: Vec<i64> = known(&picture).iter().map(|n| n.used.cpu_milli).collect();
         assert_eq!(used, [1000], "the node that never existed is gone with its last pod");
     }
 
@@ -335,28 +563,27 @@ pub(crate) mod tests {
         let mut picture = Picture::default();
         picture.put_node(&node("n1", json!({}), json!({})));
         picture.put_node(&node("n2", json!({}), json!({})));
-        picture.put_pod(web("a"), "n1");
+        picture.put_pod(place("a"), "n1");
         picture.remove_node("n1");
-        assert_eq!(picture.nodes().iter().filter(|n| n.exists).count(), 1);
+        assert_eq!(picture.order().len(), 1);
         picture.remove_pod(&Key::new("default", "a"));
-        assert_eq!(picture.nodes().len(), 1);
-        assert_eq!(&*picture.nodes()[0].name, "n2");
-        picture.put_pod(web("b"), "n2");
-        assert_eq!(picture.nodes()[0].pods.len(), 1);
+        assert_eq!(known(&picture).len(), 1);
+        assert_eq!(&*known(&picture)[0].name, "n2");
+        picture.put_pod(place("b"), "n2");
+        assert_eq!(known(&picture)[0].pods.len(), 1);
     }
 
     #[test]
     fn a_change_of_a_node_says_what_it_may_help_with() {
-        use crate::plugins::wake;
         let mut picture = Picture::default();
-        assert_eq!(picture.put_node(&node("n1", json!({}), json!({}))), wake::NODE_ADDED);
-        assert_eq!(picture.put_node(&node("n1", json!({}), json!({}))), 0);
+        assert_eq!(picture.put_node(&node("n1", json!({}), json!({}))).0, wake::NODE_ADDED);
+        assert_eq!(picture.put_node(&node("n1", json!({}), json!({}))).0, 0);
         assert_eq!(
-            picture.put_node(&node("n1", json!({"unschedulable": true}), json!({}))),
+            picture.put_node(&node("n1", json!({"unschedulable": true}), json!({}))).0,
             wake::NODE_TAINTS
         );
         assert_eq!(
-            picture.put_node(&node("n1", json!({}), json!({"a": "b"}))),
+            picture.put_node(&node("n1", json!({}), json!({"a": "b"}))).0,
             wake::NODE_TAINTS | wake::NODE_LABELS
         );
     }

@@ -12,24 +12,36 @@ use minke_api::{Key, Object};
 use minke_client::backoff;
 use tokio::time::Instant;
 
-const BACKOFF_BASE: Duration = Duration::from_secs(1);
-const BACKOFF_MAX: Duration = Duration::from_secs(10);
+use crate::decide::helped_by;
+use crate::hints::Hint;
+use crate::picture::PodInfo;
+
 const PARKED_MAX: Duration = Duration::from_secs(300);
+/// Bits that a parked pod may wait for.
+const BITS: usize = 9;
 
 /// Highest priority first, then who has waited longest.
 type Order = (Reverse<i32>, u64);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Queue {
     waiting: HashMap<Key, Waiting>,
     ready: BTreeSet<(Order, Key)>,
     /// When pods that back off or are parked become ready by themselves.
     timers: BTreeSet<(Instant, Key)>,
+    /// Parked pods, by each bit that may help them.
+    parked: [BTreeSet<Key>; BITS],
+    /// Pods that were handed out and not yet decided about.
+    tried: BTreeSet<Key>,
     arrivals: u64,
+    backoff_base: Duration,
+    backoff_max: Duration,
 }
 
 #[derive(Debug)]
 struct Waiting {
+    info: Arc<PodInfo>,
+    /// The newest revision; `info` is as good.
     object: Arc<Object>,
     order: Order,
     attempts: u32,
@@ -43,38 +55,84 @@ enum State {
         until: Instant,
     },
     Parked {
-        helped_by: u8,
+        why: Why,
         not_before: Instant,
         until: Instant,
     },
-    /// Handed out by [`Queue::pop`]. `missed` collects what happened meanwhile.
+    /// Handed out by [`Queue::pop`], or making room for itself. `missed` collects what happened meanwhile.
     Tried {
-        missed: u8,
+        missed: u32,
     },
 }
 
+/// Why a pod is parked.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Why {
+    /// What may help, as bits of [`crate::plugins::wake`].
+    pub helped_by: u32,
+    /// The plugins that objected, as bits of their rows.
+    pub rejecting: u32,
+}
+
+impl Why {
+    pub fn new(rejecting: u32) -> Why {
+        Why { helped_by: helped_by(rejecting), rejecting }
+    }
+}
+
+impl Default for Queue {
+    fn default() -> Queue {
+        Queue::new(Duration::from_secs(1), Duration::from_secs(10))
+    }
+}
+
 impl Queue {
-    /// Adds a pod that has no node, or takes its new revision. A pod whose specification or labels changed
-    /// (`changed`) is worth another try at once.
-    pub fn put(&mut self, object: Arc<Object>, priority: i32, changed: bool) {
-        let key = object.key().clone();
+    pub fn new(backoff_base: Duration, backoff_max: Duration) -> Queue {
+        Queue {
+            waiting: HashMap::new(),
+            ready: BTreeSet::new(),
+            timers: BTreeSet::new(),
+            parked: Default::default(),
+            tried: BTreeSet::new(),
+            arrivals: 0,
+            backoff_base,
+            backoff_max,
+        }
+    }
+
+    /// Adds a pod that has no node, or takes what it says now: then it is worth another try at once.
+    pub fn put(&mut self, info: Arc<PodInfo>) {
+        let key = info.key().clone();
+        let object = info.object.clone();
         match self.waiting.get_mut(&key) {
             None => {
                 self.arrivals += 1;
-                let order = (Reverse(priority), self.arrivals);
-                self.waiting.insert(key.clone(), Waiting { object, order, attempts: 0, state: State::Ready });
+                let order = (Reverse(info.priority), self.arrivals);
+                self.waiting
+                    .insert(key.clone(), Waiting { info, object, order, attempts: 0, state: State::Ready });
                 self.ready.insert((order, key));
             }
             Some(waiting) => {
+                waiting.info = info;
                 waiting.object = object;
-                if changed {
-                    match &mut waiting.state {
-                        State::Parked { .. } => self.make_ready(&key),
-                        State::Tried { missed } => *missed = u8::MAX,
-                        State::Ready | State::BackingOff { .. } => {}
-                    }
+                match &mut waiting.state {
+                    State::Parked { .. } => self.enter(&key, State::Ready),
+                    State::Tried { missed } => *missed = u32::MAX,
+                    State::Ready | State::BackingOff { .. } => {}
                 }
             }
+        }
+    }
+
+    /// Takes a new revision of a waiting pod that says nothing new to the scheduler; `false` when it does, or is
+    /// not waiting.
+    pub fn refresh(&mut self, object: &Arc<Object>) -> bool {
+        match self.waiting.get_mut(object.key()) {
+            Some(waiting) if waiting.info.says_same(object) => {
+                waiting.object = object.clone();
+                true
+            }
+            _ => false,
         }
     }
 
@@ -89,10 +147,14 @@ impl Queue {
         let Some(waiting) = self.waiting.get(key) else { return };
         match waiting.state {
             State::Ready => drop(self.ready.remove(&(waiting.order, key.clone()))),
-            State::BackingOff { until } | State::Parked { until, .. } => {
+            State::BackingOff { until } => drop(self.timers.remove(&(until, key.clone()))),
+            State::Parked { why, until, .. } => {
                 self.timers.remove(&(until, key.clone()));
+                for bit in bits(why.helped_by) {
+                    self.parked[bit].remove(key);
+                }
             }
-            State::Tried { .. } => {}
+            State::Tried { .. } => drop(self.tried.remove(key)),
         }
     }
 
@@ -102,45 +164,48 @@ impl Queue {
         waiting.state = state;
         match state {
             State::Ready => drop(self.ready.insert((waiting.order, key.clone()))),
-            State::BackingOff { until } | State::Parked { until, .. } => {
+            State::BackingOff { until } => drop(self.timers.insert((until, key.clone()))),
+            State::Parked { why, until, .. } => {
                 self.timers.insert((until, key.clone()));
+                for bit in bits(why.helped_by) {
+                    self.parked[bit].insert(key.clone());
+                }
             }
-            State::Tried { .. } => {}
+            State::Tried { .. } => drop(self.tried.insert(key.clone())),
         }
     }
 
-    fn make_ready(&mut self, key: &Key) {
-        self.enter(key, State::Ready);
-    }
-
-    /// The next pod to try; it stays known until it is removed, parked or retried.
-    pub fn pop(&mut self, now: Instant) -> Option<Arc<Object>> {
+    /// The next pod to try, with its newest revision; it stays known until it is removed, parked or retried.
+    pub fn pop(&mut self, now: Instant) -> Option<(Arc<PodInfo>, Arc<Object>)> {
         while let Some((at, key)) = self.timers.first().cloned() {
             if at > now {
                 break;
             }
-            self.make_ready(&key);
+            self.enter(&key, State::Ready);
         }
         let (_, key) = self.ready.first()?.clone();
         self.enter(&key, State::Tried { missed: 0 });
+        // Once tried, it stands behind those of its priority that have not been.
+        self.arrivals += 1;
         let waiting = self.waiting.get_mut(&key)?;
+        waiting.order.1 = self.arrivals;
         waiting.attempts += 1;
-        Some(waiting.object.clone())
+        Some((waiting.info.clone(), waiting.object.clone()))
     }
 
-    /// No node would do for the pod that was handed out: wait for one of the events in `helped_by`, and no
-    /// shorter than the back-off.
-    pub fn park(&mut self, key: &Key, helped_by: u8, now: Instant) {
+    /// No node would do for the pod that was handed out: wait for an event that may help, and no shorter than
+    /// the back-off.
+    pub fn park(&mut self, key: &Key, why: Why, now: Instant) {
         let Some(waiting) = self.waiting.get(key) else { return };
-        let not_before = now + backoff(BACKOFF_BASE, BACKOFF_MAX, waiting.attempts.saturating_sub(1));
+        let not_before = now + self.pause(waiting);
         let missed = match waiting.state {
-            State::Tried { missed } => missed & helped_by != 0,
+            State::Tried { missed } => missed & why.helped_by != 0,
             _ => false,
         };
         let state = if missed {
             State::BackingOff { until: not_before }
         } else {
-            State::Parked { helped_by, not_before, until: now + PARKED_MAX }
+            State::Parked { why, not_before, until: now + PARKED_MAX }
         };
         self.enter(key, state);
     }
@@ -148,28 +213,40 @@ impl Queue {
     /// Trying failed for a reason that has nothing to do with the nodes: again after the back-off.
     pub fn retry(&mut self, key: &Key, now: Instant) {
         let Some(waiting) = self.waiting.get(key) else { return };
-        let until = now + backoff(BACKOFF_BASE, BACKOFF_MAX, waiting.attempts.saturating_sub(1));
+        let until = now + self.pause(waiting);
         self.enter(key, State::BackingOff { until });
     }
 
-    /// Something happened that may help pods which wait for it.
-    pub fn wake(&mut self, bits: u8, now: Instant) {
-        if bits == 0 {
-            return;
-        }
-        let mut helped = Vec::new();
-        for (key, waiting) in &mut self.waiting {
-            match &mut waiting.state {
-                State::Tried { missed } => *missed |= bits,
-                State::Parked { helped_by, not_before, .. } if *helped_by & bits != 0 => {
-                    helped.push((key.clone(), *not_before));
-                }
-                _ => {}
+    fn pause(&self, waiting: &Waiting) -> Duration {
+        backoff(self.backoff_base, self.backoff_max, waiting.attempts.saturating_sub(1))
+    }
+
+    /// Something happened that may help pods which wait for it; `hint` says what it means to a pod, given the
+    /// plugins that objected to it.
+    pub fn wake(&mut self, what: u32, now: Instant, mut hint: impl FnMut(&PodInfo, u32) -> Hint) {
+        for key in &self.tried {
+            if let Some(Waiting { state: State::Tried { missed }, .. }) = self.waiting.get_mut(key) {
+                *missed |= what;
             }
         }
-        for (key, not_before) in helped {
-            let state =
-                if not_before <= now { State::Ready } else { State::BackingOff { until: not_before } };
+        let mut changed: Vec<(Key, State)> = Vec::new();
+        let mut asked = BTreeSet::new();
+        for key in bits(what).flat_map(|bit| &self.parked[bit]) {
+            let Some(waiting) = self.waiting.get(key) else { continue };
+            let State::Parked { why, not_before, until } = waiting.state else { continue };
+            // A pod may wait for several of the bits.
+            if what.count_ones() > 1 && !asked.insert(key) {
+                continue;
+            }
+            let state = match hint(&waiting.info, why.rejecting) {
+                Hint::Helps if not_before <= now => State::Ready,
+                Hint::Helps => State::BackingOff { until: not_before },
+                Hint::Not(0) => continue,
+                Hint::Not(more) => State::Parked { why: Why::new(why.rejecting | more), not_before, until },
+            };
+            changed.push((key.clone(), state));
+        }
+        for (key, state) in changed {
             self.enter(&key, state);
         }
     }
@@ -178,6 +255,17 @@ impl Queue {
     pub fn next_timer(&self) -> Option<Instant> {
         self.timers.first().map(|(at, _)| *at)
     }
+
+    /// Pods that wait for something to happen.
+    #[cfg(test)]
+    pub fn parked(&self) -> impl Iterator<Item = &Arc<PodInfo>> {
+        let parked = |waiting: &&Waiting| matches!(waiting.state, State::Parked { .. });
+        self.waiting.values().filter(parked).map(|waiting| &waiting.info)
+    }
+}
+
+fn bits(of: u32) -> impl Iterator<Item = usize> {
+    (0..BITS).filter(move |bit| of & (1 << bit) != 0)
 }
 
 #[cfg(test)]
@@ -187,23 +275,28 @@ mod tests {
     use crate::plugins::wake;
     use serde_json::json;
 
-    fn object(name: &str) -> Arc<Object> {
-        pod(name, json!({"containers": []})).object
+    fn info(name: &str, priority: i32) -> Arc<PodInfo> {
+        Arc::new(pod(name, json!({"containers": [], "priority": priority})))
+    }
+
+    /// Helped by pods that go, and not by labels.
+    fn why() -> Why {
+        Why::new(1 << crate::plugins::row("NodePorts"))
     }
 
     fn key(name: &str) -> Key {
         Key::new("default", name)
     }
 
-    fn name(popped: Option<Arc<Object>>) -> Option<String> {
-        popped.map(|object| object.name().to_owned())
+    fn name(popped: Option<(Arc<PodInfo>, Arc<Object>)>) -> Option<String> {
+        popped.map(|(_, object)| object.name().to_owned())
     }
 
     #[tokio::test(start_paused = true)]
     async fn priority_goes_first_and_then_who_came_first() {
         let (mut queue, now) = (Queue::default(), Instant::now());
         for (pod, priority) in [("a", 0), ("b", 0), ("c", 5)] {
-            queue.put(object(pod), priority, false);
+            queue.put(info(pod, priority));
         }
         let order: Vec<_> = std::iter::from_fn(|| name(queue.pop(now))).collect();
         assert_eq!(order, ["c", "a", "b"]);
@@ -212,12 +305,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_parked_pod_waits_for_what_can_help_it() {
         let (mut queue, now) = (Queue::default(), Instant::now());
-        queue.put(object("a"), 0, false);
+        queue.put(info("a", 0));
         queue.pop(now);
-        queue.park(&key("a"), wake::POD_GONE, now);
-        queue.wake(wake::NODE_LABELS, now);
+        queue.park(&key("a"), why(), now);
+        queue.wake(wake::NODE_LABELS, now, |_, _| Hint::Helps);
         assert_eq!(queue.pop(now + Duration::from_secs(20)).map(|_| ()), None);
-        queue.wake(wake::POD_GONE, now);
+        queue.wake(wake::POD_GONE, now, |_, _| Hint::Helps);
         assert!(queue.pop(now).is_none(), "not before its back-off is over");
         assert_eq!(name(queue.pop(now + Duration::from_secs(1))).as_deref(), Some("a"));
     }
@@ -225,17 +318,17 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_happens_during_a_try_is_not_missed() {
         let (mut queue, now) = (Queue::default(), Instant::now());
-        queue.put(object("a"), 0, false);
+        queue.put(info("a", 0));
         queue.pop(now);
-        queue.wake(wake::POD_GONE, now);
-        queue.park(&key("a"), wake::POD_GONE, now);
+        queue.wake(wake::POD_GONE, now, |_, _| Hint::Helps);
+        queue.park(&key("a"), why(), now);
         assert_eq!(name(queue.pop(now + Duration::from_secs(1))).as_deref(), Some("a"));
     }
 
     #[tokio::test(start_paused = true)]
     async fn back_off_doubles_and_parking_ends_after_five_minutes() {
         let (mut queue, mut now) = (Queue::default(), Instant::now());
-        queue.put(object("a"), 0, false);
+        queue.put(info("a", 0));
         for want in [1, 2, 4, 8, 10, 10] {
             queue.pop(now).unwrap();
             queue.retry(&key("a"), now);
@@ -243,7 +336,7 @@ mod tests {
             now += Duration::from_secs(want);
         }
         queue.pop(now).unwrap();
-        queue.park(&key("a"), wake::POD_GONE, now);
+        queue.park(&key("a"), why(), now);
         assert_eq!(queue.next_timer(), Some(now + Duration::from_secs(300)));
         queue.remove(&key("a"));
         assert_eq!(queue.next_timer(), None);
@@ -252,12 +345,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_changed_pod_is_tried_again_at_once() {
         let (mut queue, now) = (Queue::default(), Instant::now());
-        queue.put(object("a"), 0, false);
+        queue.put(info("a", 0));
         queue.pop(now);
-        queue.park(&key("a"), wake::POD_GONE, now);
-        queue.put(object("a"), 0, false);
+        queue.park(&key("a"), why(), now);
+        assert!(queue.refresh(&info("a", 0).object), "it says nothing new");
         assert!(queue.pop(now).is_none());
-        queue.put(object("a"), 0, true);
+        queue.put(info("a", 0));
         assert!(queue.pop(now).is_some());
     }
 }

@@ -42,8 +42,11 @@ pub trait ReservePlugin: Send {
     fn pre_bind(&mut self, pod: &PodInfo, node: &str) -> Option<PreBind>;
 }
 
+/// The names of upstream's plugins that reserve, whether they are among [`all`] or not.
+pub const NAMES: &[&str] = &["VolumeRestrictions", "NodeVolumeLimits", "VolumeBinding", "VolumeZone"];
+
 /// All of them, in the order in which they are asked; they stand between NodeResourcesFit and
 /// PodTopologySpread. Informers asked for here are waited for before the first pod is tried.
-pub fn all(_informers: &Informers) -> Vec<Box<dyn ReservePlugin>> {
-    Vec::new()
+pub fn all(informers: &Informers) -> Vec<Box<dyn ReservePlugin>> {
+    crate::volumes::plugins(informers)
 }

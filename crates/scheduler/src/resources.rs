@@ -40,6 +40,16 @@ impl Resources {
         resources
     }
 
+    /// The amount of one resource by its name; `cpu` in thousandths.
+    pub fn get(&self, name: &str) -> i64 {
+        match name {
+            "cpu" => self.cpu_milli,
+            "memory" => self.memory,
+            "ephemeral-storage" => self.ephemeral_storage,
+            _ => self.extended.get(name).copied().unwrap_or_default(),
+        }
+    }
+
     pub fn add(&mut self, other: &Resources) {
         self.cpu_milli += other.cpu_milli;
         self.memory += other.memory;

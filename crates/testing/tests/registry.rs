@@ -80,7 +80,7 @@ impl Cluster {
             Informers::new(manager, stop.clone()),
             stop.clone(),
         ));
-        let config = minke_scheduler::Config { clock: Clock::System, seed: 1 };
+        let config = minke_scheduler::Config { seed: 1, ..Default::default() };
         tokio::spawn(minke_scheduler::run(Informers::new(scheduler, stop.clone()), config, stop.clone()));
         for name in ["node1", "node2"] {
             let slowness = Duration::from_millis(100);

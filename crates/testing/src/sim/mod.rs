@@ -6,6 +6,7 @@
 
 mod api;
 mod kubelet;
+mod provisioner;
 
 pub use api::{Api, Write};
 pub use kubelet::Kubelet;
@@ -66,6 +67,7 @@ impl Sim {
                 seed: self.seed,
                 slowness: Duration::from_secs(3),
             };
+            provisioner::start(kubelet.client.clone(), &name);
             kubelet.start(stop.clone());
             self.nodes.push((name, stop));
         }
@@ -112,7 +114,7 @@ impl Sim {
         };
         tokio::spawn(minke_controllers::run(config, client.clone(), informers, stop.clone()));
         let seen = Informers::new(Arc::new(api.client("scheduler", self.lag, None)), stop.clone());
-        let config = minke_scheduler::Config { clock: api.clock(), seed: self.seed };
+        let config = minke_scheduler::Config { clock: api.clock(), seed: self.seed, ..Default::default() };
         tokio::spawn(minke_scheduler::run(seen, config, stop));
     }
 
@@ -179,6 +181,17 @@ impl Sim {
     /// Creates an object, as a user.
     pub fn create(&self, object: Value) -> Arc<Object> {
         self.api.must_create(object)
+    }
+
+    /// Creates an object, or puts it in the place of the one that has its name, as a user.
+    pub async fn put(&self, object: Value) {
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let kind = Kind::by_api_version(&text(&object["apiVersion"]), &text(&object["kind"]));
+        let (kind, name) = (kind.expect("a known kind"), text(&object["metadata"]["name"]));
+        let namespace = if kind.namespaced { "default" } else { "" };
+        let target = Target::object(kind, namespace, &name);
+        let _ = self.user().delete(target, DeleteOptions::default()).await;
+        self.create(object);
     }
 
     /// Merges into an object, as a user.

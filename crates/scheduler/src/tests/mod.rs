@@ -1,0 +1,6 @@
+//! Whole decisions on random clusters.
+
+mod events;
+mod preemption;
+mod random;
+mod reference;
