@@ -2,7 +2,7 @@
 //!
 //! An [`Object`] is a header (what selectors, indexes and the garbage collector need) and its JSON bytes.
 //! The store, every watcher and every in-process reader hold the same `Arc<Object>`. Nothing on a read
-//! path parses or prints JSON; [`Object::view`] makes a typed view at most once per revision.
+//! path parses or prints JSON; [`Object::view`] makes a typed view once for all readers of the current revision.
 //!
 //! The bytes always begin `{"kind":K,"apiVersion":V,"metadata":{"resourceVersion":"N"`, so that a commit,
 //! which alone knows N, splices it into a [`Draft`] without looking at the rest.
@@ -10,7 +10,7 @@
 use std::any::Any;
 use std::cmp::Ordering;
 use std::fmt;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use jiff::Timestamp;
@@ -130,7 +130,15 @@ pub struct Object {
     json: Bytes,
     /// Length of `json` up to and with the resourceVersion.
     tail_at: usize,
-    view: OnceLock<Arc<dyn Any + Send + Sync>>,
+    view: Mutex<View>,
+}
+
+/// What is kept of the typed views that were asked for.
+enum View {
+    None,
+    Made(Arc<dyn Any + Send + Sync>),
+    /// There is a newer revision: a view that someone still wants is made for him alone.
+    Superseded,
 }
 
 /// Why a value cannot be an object.
@@ -291,7 +299,7 @@ impl Object {
         }
         let tail_at = json.len();
         json.extend_from_slice(tail);
-        Object { header, revision, json: json.into(), tail_at, view: OnceLock::new() }
+        Object { header, revision, json: json.into(), tail_at, view: Mutex::new(View::None) }
     }
 
     /// Reads an object that was encoded by anyone: our own store, or another API server.
@@ -389,15 +397,33 @@ impl Object {
         serde_json::from_slice(&self.json).expect("an object's bytes were encoded by us")
     }
 
-    /// The typed view, parsed on first use and then shared by all who ask for the same type.
+    /// The typed view, parsed on first use and then shared by all who ask for the same type, until there is a
+    /// newer revision.
     pub fn view<T: DeserializeOwned + Send + Sync + 'static>(&self) -> Result<Arc<T>, serde_json::Error> {
-        if let Some(Ok(view)) = self.view.get().map(|view| view.clone().downcast::<T>()) {
+        // The lock is held while the first one parses, so that the others wait instead of parsing as well.
+        let mut kept = self.kept_view();
+        if let View::Made(view) = &*kept
+            && let Ok(view) = view.clone().downcast::<T>()
+        {
             return Ok(view);
         }
         let view: Arc<T> = Arc::new(serde_json::from_slice(&self.json)?);
-        // Someone else may have been first, perhaps with another type; then ours is just not kept.
-        let _ = self.view.set(view.clone());
+        // Someone may have been first with another type; then this one is just not kept.
+        if matches!(*kept, View::None) {
+            *kept = View::Made(view.clone());
+        }
         Ok(view)
+    }
+
+    /// Says that there is a newer revision: the typed view is given up by all who do not hold it. What is kept of
+    /// the past, for watches that resume, is bytes.
+    pub fn supersede(&self) {
+        *self.kept_view() = View::Superseded;
+    }
+
+    fn kept_view(&self) -> std::sync::MutexGuard<'_, View> {
+        // Parsing may panic in a type's own code; what is kept is whole nevertheless.
+        self.view.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -483,6 +509,16 @@ mod tests {
         let first = object.view::<k8s_openapi::api::core::v1::Pod>().unwrap();
         let second = object.view::<k8s_openapi::api::core::v1::Pod>().unwrap();
         assert!(Arc::ptr_eq(&first, &second));
+    }
+
+    #[test]
+    fn views_of_the_past_are_not_kept() {
+        let object = Object::from_value(kind(), &pod()).unwrap();
+        let first = object.view::<k8s_openapi::api::core::v1::Pod>().unwrap();
+        object.supersede();
+        assert_eq!(Arc::strong_count(&first), 1);
+        let second = object.view::<k8s_openapi::api::core::v1::Pod>().unwrap();
+        assert_eq!((&first, Arc::strong_count(&second)), (&second, 1));
     }
 
     #[test]

@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::Error;
+use crate::lanes::Lanes;
 
 /// How long events are kept, if there is room. Lists that are read in pages and clients that lost their
 /// connection come back sooner.
@@ -121,6 +122,7 @@ pub(crate) struct Shelf {
     forgotten: Revision,
     /// The number that the next event will have.
     next: watch::Sender<u64>,
+    lanes: Lanes,
 }
 
 impl Shelf {
@@ -133,6 +135,7 @@ impl Shelf {
             first: 0,
             forgotten,
             next: watch::Sender::new(0),
+            lanes: Lanes::default(),
         }
     }
 
@@ -269,6 +272,37 @@ impl State {
         Ok((shelf.first + seen as u64, shelf.next.subscribe()))
     }
 
+    /// As [`State::place`], for the events of one lane.
+    pub(crate) fn place_in_lane(
+        &mut self,
+        kind: &'static Kind,
+        from: Revision,
+        value: &str,
+    ) -> Result<(u64, watch::Receiver<u64>), Error> {
+        let (place, _) = self.place(kind, from)?;
+        let Some(shelf) = self.shelves.get_mut(kind) else { return Err(self.compacted(kind)) };
+        let ring = shelf.events.range((place - shelf.first) as usize..);
+        Ok((place, shelf.lanes.open(value, place, ring)))
+    }
+
+    /// As [`State::events_from`], in one lane; with the place after them.
+    pub(crate) fn lane_events_from(
+        &self,
+        kind: &'static Kind,
+        value: &str,
+        next: u64,
+        max: usize,
+    ) -> Result<(Vec<Arc<Event>>, u64), Error> {
+        let Some(shelf) = self.shelves.get(kind) else { return Ok((Vec::new(), next)) };
+        shelf.lanes.events_from(value, next, max, shelf.end()).ok_or_else(|| self.compacted(kind))
+    }
+
+    /// As [`State::caught_up`], in one lane.
+    pub(crate) fn lane_caught_up(&self, kind: &'static Kind, value: &str, next: u64) -> Option<Revision> {
+        let shelf = self.shelves.get(kind)?;
+        shelf.lanes.is_caught_up(value, next).then(|| self.revision())
+    }
+
     /// Up to `max` events of `kind` from place `next` on, or `Compacted` when they are gone.
     pub(crate) fn events_from(
         &self,
@@ -295,20 +329,27 @@ impl State {
         revision: Revision,
     ) {
         let mut touched: Vec<&'static Kind> = Vec::new();
+        let mut woken: Vec<Box<str>> = Vec::new();
         for (change, object, old) in writes {
             let kind = object.kind();
             let forgotten = self.forgotten;
             let shelf = self.shelves.entry(kind).or_insert_with(|| Shelf::new(forgotten));
             if change == Change::Deleted {
                 shelf.revision = object.revision();
+                object.supersede();
                 if let Some(old) = shelf.objects.remove(object.key()) {
                     shelf.bytes -= old.json().len() as u64;
                 }
             } else {
                 shelf.put(object.clone());
             }
+            if let Some(old) = &old {
+                old.supersede();
+            }
             let event = Arc::new(Event::new(change, object, old));
             self.event_bytes += event.bytes();
+            let number = shelf.end();
+            shelf.lanes.push(number, &event, &mut woken);
             shelf.events.push_back(event);
             self.order.push_back(kind);
             if !touched.contains(&kind) {
@@ -319,6 +360,7 @@ impl State {
         for kind in touched {
             if let Some(shelf) = self.shelves.get(kind) {
                 shelf.next.send_replace(shelf.end());
+                shelf.lanes.wake(&woken, shelf.end());
             }
         }
         self.revision.send_replace(revision);
@@ -338,6 +380,7 @@ impl State {
             let oldest = self.order.pop_front().and_then(|kind| self.shelves.get_mut(kind));
             let Some(shelf) = oldest else { return };
             let Some(event) = shelf.events.pop_front() else { return };
+            shelf.lanes.forget(shelf.first, &event);
             shelf.first += 1;
             shelf.forgotten = event.revision();
             self.event_bytes -= event.bytes();
