@@ -43,6 +43,8 @@ enum Command {
     Pull {
         #[arg(required = true, value_name = "REFERENCE")]
         references: Vec<String>,
+        #[command(flatten)]
+        login: LoginArgs,
     },
     /// List the images
     #[command(visible_alias = "list")]
@@ -76,7 +78,25 @@ enum Command {
     Push {
         #[arg(value_name = "REFERENCE")]
         reference: String,
+        #[command(flatten)]
+        login: LoginArgs,
     },
+}
+
+/// Who we are to a registry.
+#[derive(Debug, Args)]
+struct LoginArgs {
+    /// User and password for the registry; else what `docker login` has kept in ~/.docker/config.json
+    #[arg(long, value_name = "USER:PASSWORD", env = "MINKE_REGISTRY_CREDS", hide_env_values = true)]
+    creds: Option<String>,
+}
+
+impl LoginArgs {
+    fn auth(&self, reference: &str) -> Result<Auth> {
+        let Some(creds) = &self.creds else { return credentials(reference) };
+        let (username, password) = creds.split_once(':').context("--creds takes USER:PASSWORD")?;
+        Ok(Auth::Basic { username: username.to_owned(), password: password.to_owned() })
+    }
 }
 
 impl ImageArgs {
@@ -109,9 +129,9 @@ impl Command {
                     }
                 }
             }
-            Command::Pull { references } => {
+            Command::Pull { references, login } => {
                 for reference in references {
-                    let auth = credentials(&reference)?;
+                    let auth = login.auth(&reference)?;
                     let meter = Meter::new(io, &format!("Pulling {reference}"));
                     let image = store.pull(&reference, auth, Some(meter.progress())).await;
                     meter.clear(io);
@@ -149,8 +169,8 @@ impl Command {
                 None => store.save(&references, std::io::stdout()).await?,
             },
             Command::Tag { source, target } => store.tag(&source, &target).await?,
-            Command::Push { reference } => {
-                let auth = credentials(&reference)?;
+            Command::Push { reference, login } => {
+                let auth = login.auth(&reference)?;
                 let meter = Meter::new(io, &format!("Pushing {reference}"));
                 let pushed = store.push(&reference, auth, Some(meter.progress())).await;
                 meter.clear(io);

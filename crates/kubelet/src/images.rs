@@ -11,12 +11,14 @@ use serde::Deserialize;
 use tokio::time::Instant;
 
 use crate::events::Recorder;
+use crate::image_access::ImageAccess;
 use crate::pod::{Pod, go_duration};
 use crate::references::{self, Held};
 
 pub struct Images {
     pub service: Arc<dyn ImageService>,
     pub events: Recorder,
+    pub access: ImageAccess,
 }
 
 /// Why there is no image: what the container's status shows.
@@ -51,7 +53,22 @@ impl Images {
                 return Err(failure("ImageInspectError", message));
             }
         };
-        match (policy(container), present) {
+        let policy = policy(container);
+        if let ("IfNotPresent" | "Never", Some(image)) = (policy, &present)
+            && !self.access.is_free(image)
+            && !self.access.allows(image, &self.logins(pod, container, reference, held).await)
+        {
+            // Whoever could not have pulled it shall not find it by chance.
+            if policy == "IfNotPresent" {
+                return self.pull(pod, container, reference, held).await;
+            }
+            let message = format!(
+                "Container image \"{reference}\" is present with pull policy of Never but does not have the proper credentials"
+            );
+            self.events.warning(pod, name, "ErrImageNeverPull", &message);
+            return Err(failure("ErrImageNeverPull", message));
+        }
+        match (policy, present) {
             ("IfNotPresent" | "Never", Some(image)) => {
                 let message = format!(
                     "Container image \"{reference}\" already present on machine and can be accessed by the pod"
@@ -69,6 +86,43 @@ impl Images {
         }
     }
 
+    /// The ways to ask the registry of an image.
+    async fn logins(
+        &self,
+        pod: &Pod,
+        container: &core::Container,
+        reference: &str,
+        held: &Held,
+    ) -> Vec<Auth> {
+        let secrets = held.fetch(references::of_pulls(pod)).await.secrets;
+        let missing = secrets.iter().filter(|(_, secret)| !matches!(secret, Ok(Some(_))));
+        let missing: Vec<&str> = missing.map(|(name, _)| name.as_str()).collect();
+        if !missing.is_empty() {
+            let message = format!(
+                "Unable to retrieve some image pull secrets ({}); attempting to pull the image may not succeed.",
+                missing.join(", ")
+            );
+            self.events.warning(
+                pod,
+                Some(container.name.as_str()),
+                "FailedToRetrieveImagePullSecret",
+                message,
+            );
+        }
+        credentials(reference, secrets.into_values().filter_map(|secret| secret.ok().flatten()))
+    }
+
+    /// Remembers with which login an image could be had.
+    async fn note(&self, image: &Image, auth: &Auth) {
+        let present = match self.service.list().await {
+            Ok(images) => images.into_iter().map(|image| image.id).collect(),
+            Err(_) => std::collections::BTreeSet::from([image.id.clone()]),
+        };
+        if let Err(error) = self.access.note(image, auth, &present) {
+            tracing::warn!(%error, image = image.id, "How an image was pulled could not be written down");
+        }
+    }
+
     async fn pull(
         &self,
         pod: &Pod,
@@ -78,15 +132,14 @@ impl Images {
     ) -> Result<Image, ImageFailure> {
         let name = Some(container.name.as_str());
         let waited = Instant::now();
-        let secrets = held.fetch(references::of_pulls(pod)).await;
-        let secrets = secrets.secrets.into_values().filter_map(|secret| secret.ok().flatten());
-        let auths = credentials(reference, secrets);
+        let auths = self.logins(pod, container, reference, held).await;
         self.events.normal(pod, name, "Pulling", format!("Pulling image \"{reference}\""));
         let started = Instant::now();
         let mut last = None;
         for auth in auths {
-            match self.service.pull(reference, auth, None).await {
+            match self.service.pull(reference, auth.clone(), None).await {
                 Ok(image) => {
+                    self.note(&image, &auth).await;
                     let millis = |since: Instant| {
                         go_duration(Duration::from_millis(since.elapsed().as_millis() as u64))
                     };

@@ -17,6 +17,8 @@ mod eviction;
 #[doc(hidden)]
 pub mod fuzzing;
 mod handlers;
+mod image_access;
+mod image_gc;
 mod images;
 mod jobs;
 mod local_path;
@@ -112,6 +114,7 @@ pub struct Kubelet {
     server: server::Server,
     api: server::Api,
     local_path: local_path::LocalPath,
+    image_gc: image_gc::ImageGc,
     stop: CancellationToken,
 }
 
@@ -147,7 +150,11 @@ impl Kubelet {
                 host: std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
             },
             runtime: config.runtime,
-            images: images::Images { service: config.images, events: events.clone() },
+            images: images::Images {
+                service: config.images,
+                events: events.clone(),
+                access: image_access::ImageAccess::open(&config.data_dir.join("pulled-images.json")),
+            },
             network: config.network,
             drain: config.drain,
             references: references::References::new(config.client.clone()),
@@ -177,9 +184,10 @@ impl Kubelet {
         let identity = node::Identity { labels: config.node_labels, pod_cidr: config.pod_cidr, port };
         let api = server::Api::new(context.clone(), pods.clone());
         let local_path = local_path::LocalPath::new(&context, &informers, &stop);
+        let image_gc = image_gc::ImageGc::new(context.clone(), pods.clone());
         let agent = agent::Agent::adopt(context.clone(), pods, nodes).await.map_err(Error::Runtime)?;
         let node = node::Node::new(context, machine, identity);
-        Ok(Kubelet { agent, node, server, api, local_path, stop })
+        Ok(Kubelet { agent, node, server, api, local_path, image_gc, stop })
     }
 
     /// Runs until `shutdown`; every pod goes on without the agent.
@@ -192,6 +200,7 @@ impl Kubelet {
                 self.agent.run(stop.clone()),
                 self.server.run(self.api, stop.clone()),
                 self.local_path.run(),
+                self.image_gc.run(stop.clone()),
             )
         };
         tokio::select! { _ = work => {}, () = shutdown.cancelled() => {} }

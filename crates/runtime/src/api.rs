@@ -538,6 +538,12 @@ pub trait ImageService: Send + Sync {
 
     /// Bytes the store takes on disk: contents and snapshots.
     async fn disk_usage(&self) -> Result<u64>;
+
+    /// Removes what no image needs: the rest of pulls that were given up; with `all`, also what is kept only to be
+    /// quicker the next time.
+    async fn clean_up(&self, _all: bool) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// Reads a stream to its end, keeping at most `max` bytes.

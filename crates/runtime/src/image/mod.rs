@@ -537,6 +537,21 @@ impl ImageService for ImageStore {
         .await
     }
 
+    async fn clean_up(&self, all: bool) -> Result<()> {
+        let store = self.clone();
+        blocking(move || {
+            if all && !store.index()?.built.is_empty() {
+                store.change(|index| {
+                    index.built.clear();
+                    Ok(())
+                })?;
+            }
+            store.collect_garbage();
+            Ok(())
+        })
+        .await
+    }
+
     async fn disk_usage(&self) -> Result<u64> {
         let dirs = [self.images_dir(), self.snapshots_dir()];
         blocking(move || Ok(dirs.iter().map(|d| blobs::disk_usage(d)).sum())).await

@@ -180,6 +180,10 @@ impl Fetch<'_> {
         let response = match answer {
             Ok(response) if response.status().is_success() => response,
             Ok(response) => return Err(self.resolve_error(Failure::of(&named, &url, response).await)),
+            Err(Failure::Network { text, timeout }) => {
+                let text = text.replacen("request: Get", "request: Head", 1);
+                return Err(self.resolve_error(Failure::Network { text, timeout }));
+            }
             Err(failure) => return Err(self.resolve_error(failure)),
         };
         let bytes = bounded(response, DOCUMENT_MAX as usize).await;
