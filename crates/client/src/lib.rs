@@ -9,6 +9,7 @@ mod clock;
 mod events;
 pub mod https;
 mod informer;
+pub mod leader;
 mod queue;
 
 pub use clock::Clock;

@@ -22,6 +22,7 @@ mod hpa;
 mod job;
 mod namespace;
 mod node_lifecycle;
+mod node_zones;
 mod persistent_volume;
 mod pod_gc;
 mod pods;

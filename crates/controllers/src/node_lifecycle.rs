@@ -1,8 +1,8 @@
 //! Notices nodes that fall silent, and taints nodes as their conditions say.
 //!
 //! A node is heard of by its lease and by its Ready condition. Every sign of life only moves a deadline; work is
-//! done when the deadline passes. When no node at all is ready, the fault is more likely ours, and pods are not
-//! driven from their nodes. Upstream: pkg/controller/nodelifecycle (its zones and rate limits are not here).
+//! done when the deadline passes. Pods are driven from one node after another, at a rate that depends on how much
+//! of a zone is in trouble. Upstream: pkg/controller/nodelifecycle.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -19,6 +19,7 @@ use tokio::time::Instant;
 
 use crate::Config;
 use crate::context::{Ctx, Item, Requeue, Shared, Typed, seconds};
+use crate::node_zones::{Turn, Zones, zone_of};
 use crate::pods;
 use crate::run::Controller;
 
@@ -40,6 +41,7 @@ pub(crate) struct NodeLifecycle {
     grace: Duration,
     startup_grace: Duration,
     nodes: Mutex<HashMap<String, Health>>,
+    zones: Mutex<Zones>,
 }
 
 /// What we have heard of a node. Kept here and not in the node, since clocks of machines differ.
@@ -146,11 +148,53 @@ fn tainted(node: &Node, evicting: bool, now: Timestamp) -> Vec<Taint> {
 impl NodeLifecycle {
     pub fn new(config: &Config) -> NodeLifecycle {
         let (grace, startup_grace) = (config.node_monitor_grace, config.node_startup_grace);
-        NodeLifecycle { grace, startup_grace, nodes: Mutex::default() }
+        NodeLifecycle { grace, startup_grace, nodes: Mutex::default(), zones: Mutex::default() }
     }
 
     fn nodes(&self) -> std::sync::MutexGuard<'_, HashMap<String, Health>> {
         self.nodes.lock().expect("nothing panics under the lock")
+    }
+
+    fn zones(&self) -> std::sync::MutexGuard<'_, Zones> {
+        self.zones.lock().expect("nothing panics under the lock")
+    }
+
+    /// Those that may be given up sooner or later than before, now that this node is so.
+    fn note_zone(&self, name: &str, node: Option<&Typed<Node>>) -> Vec<Item> {
+        let now = node.map(|node| (zone_of(&node.object), value(node, "Ready") == "True"));
+        let mut zones = self.zones();
+        match zones.set(name, now) {
+            true => zones.troubled().map(|node| Item::new(Kind::of::<Node>(), "", node)).collect(),
+            false => Vec::new(),
+        }
+    }
+
+    /// Whether the pods of a node in trouble may be driven away now; else when to ask again.
+    fn may_evict(&self, ctx: &Ctx, node: &Typed<Node>) -> Result<(), Option<Duration>> {
+        let all = ctx.informer::<Node>().snapshot();
+        let mut zones = self.zones();
+        if zones.len() < all.len() {
+            // Not all have been told of yet; few would look like nearly none.
+            for node in all.values().cloned().filter_map(Typed::<Node>::new) {
+                zones.set(node.object.name(), Some((zone_of(&node.object), value(&node, "Ready") == "True")));
+            }
+        }
+        if zones.all_silent() {
+            return Err(None);
+        }
+        let taints = node.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
+        let given_up = |taint: &Taint| {
+            taint.effect == "NoExecute" && [NOT_READY, UNREACHABLE].contains(&taint.key.as_str())
+        };
+        if taints.into_iter().any(given_up) {
+            return Ok(());
+        }
+        let now = Instant::now();
+        match zones.take(node.object.name(), now) {
+            Turn::Now => Ok(()),
+            Turn::At(at) => Err(Some(at - now)),
+            Turn::Never => Err(None),
+        }
     }
 
     /// A sign of life. Says whether the node had been given up.
@@ -185,7 +229,7 @@ impl Controller for NodeLifecycle {
             self.nodes().remove(object.name());
             let message = format!("Node {0} event: Removing Node {0} from Controller", object.name());
             ctx.events.normal(object, "RemovingNode", message);
-            return all_nodes(ctx);
+            return self.note_zone(object.name(), None);
         };
         let view = |object: &std::sync::Arc<Object>| Typed::<Node>::new(object.clone());
         let (Some(node), old) = (view(new), change.old.as_ref().and_then(view)) else { return Vec::new() };
@@ -208,12 +252,11 @@ impl Controller for NodeLifecycle {
             let spec = node.spec.clone().unwrap_or_default();
             (types.map(|type_| value(node, type_).to_owned()).collect(), spec.taints, spec.unschedulable)
         };
-        match old {
-            Some(old) if facts(&old) == facts(&node) => Vec::new(),
-            // Whether pods may be driven away depends on all nodes.
-            Some(old) if value(&old, "Ready") == value(&node, "Ready") => vec![Item::of(new)],
-            _ => all_nodes(ctx),
+        let mut items = self.note_zone(new.name(), Some(&node));
+        if old.is_none_or(|old| facts(&old) != facts(&node)) && !items.contains(&Item::of(new)) {
+            items.push(Item::of(new));
         }
+        items
     }
 
     async fn reconcile(&self, ctx: &Ctx, item: &Item) -> Result<Requeue, Status> {
@@ -256,8 +299,11 @@ impl Controller for NodeLifecycle {
                 return Err(error);
             }
         }
-        let evicting = ready || any_ready(ctx);
-        let taints = tainted(&node, evicting, ctx.now());
+        let evicting = match value(&node, "Ready") {
+            "False" | "Unknown" => self.may_evict(ctx, &node),
+            _ => Err(None),
+        };
+        let taints = tainted(&node, evicting.is_ok(), ctx.now());
         if taints != node.spec.as_ref().and_then(|spec| spec.taints.clone()).unwrap_or_default() {
             let taints = if taints.is_empty() { serde_json::Value::Null } else { json!(taints) };
             let revision = node.object.revision().to_string();
@@ -265,7 +311,8 @@ impl Controller for NodeLifecycle {
             ctx.patch(Target::of(&node.object), Patch::Merge(patch)).await?;
         }
         // While it is silent, the next sign of life queues it.
-        Ok(if left.is_zero() { Requeue::Never } else { Requeue::After(left) })
+        let next = [(!left.is_zero()).then_some(left), evicting.err().flatten()].into_iter().flatten().min();
+        Ok(next.map_or(Requeue::Never, Requeue::After))
     }
 }
 
@@ -289,15 +336,6 @@ impl NodeLifecycle {
         }
         Ok(())
     }
-}
-
-fn all_nodes(ctx: &Shared) -> Vec<Item> {
-    ctx.informers.of_type::<Node>().snapshot().values().map(|node| Item::of(node)).collect()
-}
-
-fn any_ready(ctx: &Ctx) -> bool {
-    let nodes = ctx.informer::<Node>().snapshot();
-    nodes.values().cloned().filter_map(Typed::<Node>::new).any(|node| value(&node, "Ready") == "True")
 }
 
 #[cfg(test)]
