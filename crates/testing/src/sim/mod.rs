@@ -90,6 +90,11 @@ impl Sim {
         self.crashes > 0
     }
 
+    /// A way in for someone else, who sees everything at once.
+    pub fn client(&self, who: &str) -> Arc<dyn Client> {
+        Arc::new(self.api.client(who, Duration::ZERO, None))
+    }
+
     /// Stops the signs of life of a node. Its pods go on.
     pub fn silence(&mut self, node: &str) {
         let (_, stop) = self.nodes.iter().find(|(name, _)| name == node).expect("there is such a node");
