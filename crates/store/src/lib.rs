@@ -8,6 +8,7 @@
 
 mod embedded;
 mod engine;
+mod lanes;
 mod memory;
 mod state;
 mod watch;
@@ -196,15 +197,27 @@ impl Store {
 
     /// The events of `kind` after revision `from`.
     pub fn watch(&self, kind: &'static Kind, from: Revision) -> Result<Watch, Error> {
-        Watch::new(self.state.clone(), kind, from)
+        Watch::new(self.state.clone(), kind, from, None)
+    }
+
+    /// As [`Store::watch`], but only what happens to objects of which `spec.nodeName` is or was `node`. Costs
+    /// nothing while others change.
+    pub fn watch_node(&self, kind: &'static Kind, from: Revision, node: &str) -> Result<Watch, Error> {
+        Watch::new(self.state.clone(), kind, from, Some(node))
     }
 
     /// Everything there is of `kind`, and what happens after.
     pub fn snapshot_and_watch(&self, kind: &'static Kind) -> (Snapshot, Watch) {
+        self.snapshot_and_watch_node(kind, None)
+    }
+
+    /// As [`Store::snapshot_and_watch`], but of what happens only what [`Store::watch_node`] tells, if a node is
+    /// given.
+    pub fn snapshot_and_watch_node(&self, kind: &'static Kind, node: Option<&str>) -> (Snapshot, Watch) {
         loop {
             let snapshot = self.snapshot(kind);
             // Between the two the ring could only lose this position if it were all overwritten.
-            if let Ok(watch) = self.watch(kind, snapshot.revision) {
+            if let Ok(watch) = Watch::new(self.state.clone(), kind, snapshot.revision, node) {
                 return (snapshot, watch);
             }
         }

@@ -21,6 +21,8 @@ pub struct Watch {
     /// Number of the event that comes next.
     next: u64,
     written: watch::Receiver<u64>,
+    /// Only the events of objects on this node, and no waking by others.
+    lane: Option<Box<str>>,
 }
 
 impl Watch {
@@ -28,10 +30,16 @@ impl Watch {
         state: Arc<RwLock<State>>,
         kind: &'static Kind,
         from: Revision,
+        lane: Option<&str>,
     ) -> Result<Watch, Error> {
-        let place = state.write().expect("publishing a batch does not panic").place(kind, from);
+        let mut locked = state.write().expect("publishing a batch does not panic");
+        let place = match lane {
+            None => locked.place(kind, from),
+            Some(value) => locked.place_in_lane(kind, from, value),
+        };
+        drop(locked);
         let (next, written) = place?;
-        Ok(Watch { state, kind, next, written })
+        Ok(Watch { state, kind, next, written, lane: lane.map(Into::into) })
     }
 
     /// Waits for events, and returns those that are there, in order; never an empty list.
@@ -52,14 +60,22 @@ impl Watch {
 
     /// The events that are there already; perhaps none.
     pub fn ready(&mut self) -> Result<Vec<Arc<Event>>, Error> {
-        let events = self.read().events_from(self.kind, self.next, TAKE)?;
-        self.next += events.len() as u64;
+        let Some(lane) = &self.lane else {
+            let events = self.read().events_from(self.kind, self.next, TAKE)?;
+            self.next += events.len() as u64;
+            return Ok(events);
+        };
+        let (events, next) = self.read().lane_events_from(self.kind, lane, self.next, TAKE)?;
+        self.next = next;
         Ok(events)
     }
 
     /// The revision up to which everything was handed out, if nothing waits: what a bookmark may say.
     pub fn caught_up(&self) -> Option<Revision> {
-        self.read().caught_up(self.kind, self.next)
+        match &self.lane {
+            None => self.read().caught_up(self.kind, self.next),
+            Some(lane) => self.read().lane_caught_up(self.kind, lane, self.next),
+        }
     }
 
     fn read(&self) -> std::sync::RwLockReadGuard<'_, State> {

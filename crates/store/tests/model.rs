@@ -255,6 +255,42 @@ async fn old_events_make_room_and_slow_watchers_are_told() {
     assert_eq!(idle.next().await.unwrap()[0].object.key(), &key(2));
 }
 
+#[tokio::test]
+async fn a_node_is_told_of_its_own_pods_and_of_no_others() {
+    let pods = Kind::by_plural("", "v1", "pods").unwrap();
+    let pod = |name: &str, node: &str| {
+        let value = json!({"metadata": {"name": name, "namespace": "a"}, "spec": {"nodeName": node}});
+        Op::Put { draft: Draft::new(pods, &value).unwrap(), expect: Expect::Any }
+    };
+    let told = |events: Vec<Arc<minke_store::Event>>| -> Vec<String> {
+        events.iter().map(|event| event.object.name().to_owned()).collect()
+    };
+    let store = Store::open(Memory::default(), 20_000).unwrap();
+    let start = store.revision();
+    store.commit(vec![pod("one", "n1"), pod("two", "n2"), pod("three", "")]).await.unwrap();
+    let mut late = store.watch_node(pods, start, "n1").unwrap();
+    assert_eq!(told(late.next().await.unwrap()), ["one"], "what is in the ring already is told as well");
+    let (_, mut n1) = store.snapshot_and_watch_node(pods, Some("n1"));
+    let mut n2 = store.watch_node(pods, store.revision(), "n2").unwrap();
+    store.commit(vec![pod("three", "n1"), pod("two", "n1")]).await.unwrap();
+    assert_eq!(told(n1.next().await.unwrap()), ["three", "two"]);
+    assert_eq!(told(n2.next().await.unwrap()), ["two"], "who leaves is told of where it was");
+    assert_eq!(n2.caught_up(), Some(store.revision()));
+    // Others' pods come and go until the ring has forgotten everything: nobody loses a place by that.
+    for _ in 0..200 {
+        store.commit(vec![pod("other", "n3")]).await.unwrap();
+    }
+    assert!(matches!(store.watch_node(pods, start, "n1").err(), Some(Error::Compacted { .. })));
+    assert!(n1.ready().unwrap().is_empty() && n2.ready().unwrap().is_empty());
+    store.commit(vec![pod("four", "n2")]).await.unwrap();
+    assert_eq!(told(n2.next().await.unwrap()), ["four"]);
+    // But one that does not read while its own pods change does.
+    for _ in 0..400 {
+        store.commit(vec![pod("four", "n2")]).await.unwrap();
+    }
+    assert!(matches!(n2.next().await, Err(Error::Compacted { .. })));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn one_of_many_writers_wins_each_round() {
     let store = Store::in_memory();

@@ -44,9 +44,11 @@ impl Registry {
         if with_state {
             self.not_older_than(asked).await?;
         }
+        // Every node watches its own pods: they have a way that others' pods don't come by.
+        let node = query.fields.requires("spec.nodeName").filter(|_| kind.fields.contains(&"spec.nodeName"));
         let mut initial = VecDeque::new();
         let (from, watch) = if with_state {
-            let (snapshot, watch) = self.store.snapshot_and_watch(kind);
+            let (snapshot, watch) = self.store.snapshot_and_watch_node(kind, node);
             let selection = Selection { kind: call.kind, labels: &query.labels, fields: &query.fields };
             let objects = snapshot
                 .objects
@@ -61,7 +63,11 @@ impl Registry {
             (snapshot.revision, watch)
         } else {
             let from = if asked.0 == 0 { self.store.revision() } else { asked };
-            let watch = self.store.watch(kind, from).map_err(|error| match error {
+            let watch = match node {
+                None => self.store.watch(kind, from),
+                Some(node) => self.store.watch_node(kind, from, node),
+            };
+            let watch = watch.map_err(|error| match error {
                 Error::Compacted { oldest, .. } => too_old(from, oldest),
                 other => store_status(other, kind, ""),
             })?;
