@@ -209,7 +209,7 @@ fn pod_grace(pod: &Value, options: &DeleteOptions) -> i64 {
 fn finalizers_for(kind: &Kind, metadata: &Value, propagation: Option<Propagation>) -> Vec<Value> {
     let mut finalizers: Vec<Value> = metadata.items("finalizers").to_vec();
     let has = |name: &str| metadata.items("finalizers").iter().any(|f| f == name);
-    let orphans_by_default = kind.kind == "ReplicationController";
+    let orphans_by_default = matches!(kind.kind, "ReplicationController" | "Job");
     let added = match propagation {
         Some(Propagation::Orphan) => Some(ORPHAN),
         Some(Propagation::Foreground) => Some(FOREGROUND),

@@ -90,7 +90,7 @@ impl Kubelet {
             let pause = self.slowness.mul_f64(rng.random_range(0.1..1.0));
             if pod.deleted().is_some() {
                 if stopping.insert(uid) {
-                    tokio::spawn(stop(self.client.clone(), pod, pause));
+                    tokio::spawn(stop(self.client.clone(), self.clock, pod, pause));
                 }
             } else if started.insert(uid) {
                 let address = format!("10.244.{}.{}", self.number() % 250, started.len());
@@ -100,12 +100,28 @@ impl Kubelet {
     }
 }
 
-async fn stop(client: Arc<dyn Client>, pod: Arc<Object>, pause: Duration) {
+async fn stop(client: Arc<dyn Client>, clock: Clock, pod: Arc<Object>, pause: Duration) {
     tokio::time::sleep(pause).await;
+    if !matches!(pod.field("status.phase"), Some("Succeeded" | "Failed")) {
+        // What was stopped has not succeeded.
+        let status = ended(&pod, 137, &time::format_seconds(clock.now()));
+        let patch = Patch::Strategic(json!({ "metadata": { "uid": pod.uid() }, "status": status }));
+        let _ = client.patch(Target::of(&pod).sub("status"), patch).await;
+    }
     let options =
         DeleteOptions { grace_period: Some(0), uid: Some(pod.uid().to_owned()), ..DeleteOptions::default() };
     // What keeps the pod now is not the kubelet's business.
     let _ = client.delete(Target::of(&pod), options).await;
+}
+
+/// The status of a pod whose container has ended with `code`.
+fn ended(pod: &Object, code: i32, now: &str) -> Value {
+    let spec = pod.value()["spec"]["containers"][0].take();
+    let state = json!({ "terminated": { "exitCode": code, "finishedAt": now } });
+    let container = json!({ "name": spec["name"], "state": state, "image": spec["image"], "imageID": "", "ready": false, "restartCount": 0 });
+    let ready = json!({ "type": "Ready", "status": "False", "lastTransitionTime": now });
+    let phase = if code == 0 { "Succeeded" } else { "Failed" };
+    json!({ "phase": phase, "conditions": [ready], "containerStatuses": [container] })
 }
 
 async fn run(client: Arc<dyn Client>, clock: Clock, pod: Arc<Object>, address: String, pause: Duration) {
@@ -123,14 +139,13 @@ async fn run(client: Arc<dyn Client>, clock: Clock, pod: Arc<Object>, address: S
     let works = !image.starts_with("broken");
     let condition = ready(if works { "True" } else { "False" });
     let _ = write(json!({ "phase": "Running", "podIP": address, "podIPs": [{ "ip": address }], "conditions": [condition] })).await;
-    if matches!(image.as_str(), "once" | "fails") {
+    let code = match image.as_str() {
+        "once" => Some(0),
+        "fails" => Some(1),
+        other => other.strip_prefix("exit-").and_then(|code| code.parse().ok()),
+    };
+    if let Some(code) = code {
         tokio::time::sleep(pause).await;
-        let phase = if image == "once" { "Succeeded" } else { "Failed" };
-        let ended = json!({ "terminated": { "exitCode": 0, "finishedAt": now() } });
-        let container = json!({ "name": "c", "state": ended, "image": image, "imageID": "", "ready": false, "restartCount": 0 });
-        let _ = write(
-            json!({ "phase": phase, "conditions": [ready("False")], "containerStatuses": [container] }),
-        )
-        .await;
+        let _ = write(ended(&pod, code, &now())).await;
     }
 }
