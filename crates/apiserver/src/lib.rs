@@ -22,6 +22,7 @@ mod snapshots;
 mod strategy;
 #[cfg(test)]
 mod testing;
+mod token_secrets;
 mod tokens;
 mod usage;
 mod user;

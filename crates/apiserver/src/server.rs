@@ -70,6 +70,7 @@ impl ApiServer {
             snapshots,
             authenticator: Arc::new(authenticator),
             tokens,
+            ca: config.serving_ca.clone(),
             allocator: Allocator::new(config.service_cidr, config.node_ports.clone(), &services),
             usage,
         });

@@ -36,6 +36,7 @@ mod serviceaccount;
 mod services;
 mod statefulset;
 mod taint_eviction;
+mod token_secrets;
 mod ttl_after_finished;
 mod volume_protection;
 
@@ -108,6 +109,7 @@ static CONTROLLERS: &[Row] = &[
     Row { name: "service-lb", account: "service-controller", component: "service-controller", make: |_| Box::new(service_lb::ServiceLb) },
     Row { name: "namespace", account: "namespace-controller", component: "namespace-controller", make: |_| Box::new(namespace::Namespaces) },
     Row { name: "serviceaccount", account: "service-account-controller", component: "service-account-controller", make: |_| Box::new(serviceaccount::ServiceAccounts) },
+    Row { name: "serviceaccount-token", account: "generic-garbage-collector", component: "serviceaccount-token-controller", make: |_| Box::new(token_secrets::TokenSecrets) },
     Row { name: "root-ca-certificate-publisher", account: "root-ca-cert-publisher", component: "root-ca-cert-publisher", make: |config| Box::new(root_ca::RootCa { pem: config.root_ca.clone() }) },
     Row { name: "garbage-collector", account: "generic-garbage-collector", component: "garbage-collector-controller", make: |_| Box::new(garbage_collector::GarbageCollector::default()) },
     Row { name: "node-lifecycle", account: "node-controller", component: "node-controller", make: |config| Box::new(node_lifecycle::NodeLifecycle::new(config)) },

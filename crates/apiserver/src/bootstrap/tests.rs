@@ -60,6 +60,7 @@ fn cluster() -> Cluster {
         snapshots,
         authenticator: Arc::new(authenticator),
         tokens,
+        ca: String::new(),
         allocator: Allocator::new(config.service_cidr, config.node_ports.clone(), []),
         usage: None,
     });

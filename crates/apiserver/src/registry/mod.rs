@@ -4,6 +4,7 @@
 //! its strategy; what the cluster as a whole has to say is admission's. Nothing here knows HTTP.
 //! Upstream: apiserver pkg/registry/{generic,rest}.
 
+mod autoscaler;
 mod body;
 mod convert;
 mod delete;
@@ -65,6 +66,8 @@ pub struct Registry {
     pub authorizer: Arc<Authorizer>,
     pub authenticator: Arc<Authenticator>,
     pub tokens: Arc<Tokens>,
+    /// What those who come with a token verify us with, in PEM.
+    pub ca: String,
     pub allocator: Arc<Allocator>,
     /// None where nothing can be asked, as in tests of the registry alone.
     pub usage: Option<Usage>,

@@ -18,7 +18,7 @@ use crate::admission::{self, Operation};
 use crate::allocate::Allocation;
 use crate::kinds::tree::Tree;
 use crate::strategy::{Strategy, strategy};
-use crate::validation;
+use crate::{token_secrets, validation};
 
 /// How often a generated name is tried, and a write whose object was changed meanwhile.
 const TRIES: usize = 8;
@@ -135,6 +135,9 @@ impl Registry {
             value.unset("status");
         }
         (strategy.set_defaults)(&mut value);
+        if kind.kind == "Secret" {
+            token_secrets::fill(&self.tokens, &*self.snapshots, &self.ca, &mut value);
+        }
         let name = value.at("metadata").text("name").to_owned();
         let admission = self.admission();
         let request = call.admission(Operation::Create, &name, None);
@@ -266,6 +269,9 @@ impl Registry {
         // Nothing in the status of a Pod has a default, and no part of any object is written as often.
         if part != Part::Status || kind.kind != "Pod" {
             (strategy.set_defaults)(&mut new);
+        }
+        if kind.kind == "Secret" {
+            token_secrets::fill(&self.tokens, &*self.snapshots, &self.ca, &mut new);
         }
         warnings.extend(admission::mutate(&admission, &request, &mut new)?);
         if part != Part::Status {
