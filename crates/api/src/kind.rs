@@ -254,8 +254,8 @@ pub static KINDS: &[Kind] = &[
     Kind { group: "node.k8s.io", kind: "RuntimeClass", plural: "runtimeclasses", singular: "runtimeclass", storage_version_hash: "WQTu1GL3T2Q=", ..Kind::CLUSTER },
     Kind { group: "discovery.k8s.io", kind: "EndpointSlice", plural: "endpointslices", singular: "endpointslice", storage_version_hash: "qgS0xkrxYAI=", ..Kind::NAMESPACED },
     // Last, so that `pods` and `nodes` alone mean those of the core group.
-    Kind { group: "metrics.k8s.io", version: "v1beta1", kind: "NodeMetrics", plural: "nodes", singular: "node", verbs: GET_LIST, ..Kind::CLUSTER },
-    Kind { group: "metrics.k8s.io", version: "v1beta1", kind: "PodMetrics", plural: "pods", singular: "pod", verbs: GET_LIST, ..Kind::NAMESPACED },
+    Kind { group: "metrics.k8s.io", version: "v1beta1", kind: "NodeMetrics", plural: "nodes", singular: "nodemetrics", verbs: GET_LIST, ..Kind::CLUSTER },
+    Kind { group: "metrics.k8s.io", version: "v1beta1", kind: "PodMetrics", plural: "pods", singular: "podmetrics", verbs: GET_LIST, ..Kind::NAMESPACED },
 ];
 
 #[cfg(test)]

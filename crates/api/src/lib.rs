@@ -16,8 +16,8 @@ pub mod quantity;
 pub mod schema;
 mod selector;
 mod status;
-pub mod table;
 pub mod storage;
+pub mod table;
 pub mod time;
 
 pub use field_errors::FieldErrors;

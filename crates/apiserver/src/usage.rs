@@ -11,7 +11,7 @@ use std::time::Duration;
 use futures_util::{StreamExt, stream};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Node, Pod};
-use minke_api::{FieldSelector, Kind, LabelSelector, Object, Quantity, Revision, Status, time};
+use minke_api::{FieldSelector, Key, Kind, LabelSelector, Object, Quantity, Revision, Status, time};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -111,7 +111,7 @@ impl Usage {
         now: Timestamp,
     ) -> Page {
         let nodes = call.kind.kind == "NodeMetrics";
-        let subject = if nodes { Kind::of::<Node>() } else { Kind::of::<Pod>() };
+        let subject = subject(call.kind);
         let subjects = match call.name {
             "" => snapshots.list(subject, call.namespace),
             name => snapshots.get(subject, call.namespace, name).into_iter().collect(),
@@ -149,8 +149,18 @@ impl Usage {
         call: &Call<'_>,
         now: Timestamp,
     ) -> Result<Arc<Object>, Status> {
+        let subject = subject(call.kind);
+        if snapshots.get(subject, call.namespace, call.name).is_none() {
+            return Err(Status::not_found(subject, call.name));
+        }
         let page = self.list(snapshots, call, &ListQuery::default(), now).await;
-        page.items.into_iter().next().ok_or_else(|| Status::not_found(call.kind, call.name))
+        page.items.into_iter().next().ok_or_else(|| {
+            // It is there, but nothing is known of it yet.
+            let mut status = Status::not_found(call.kind, call.name);
+            let (kind, key) = (call.kind.singular, Key::new(call.namespace, call.name));
+            status.message = format!("{kind}.{GROUP} \"{key}\" not found");
+            status
+        })
     }
 
     async fn summary(&self, snapshots: &dyn Snapshots, node: &str) -> Result<Arc<Summary>, String> {
@@ -172,6 +182,11 @@ impl Usage {
         *place = Some(Answer { at: Instant::now(), summary: summary.clone() });
         Ok(summary)
     }
+}
+
+/// What metrics of `kind` are about.
+fn subject(kind: &Kind) -> &'static Kind {
+    if kind.kind == "NodeMetrics" { Kind::of::<Node>() } else { Kind::of::<Pod>() }
 }
 
 fn selected(object: &Object, labels: &LabelSelector, fields: &FieldSelector) -> bool {

@@ -26,7 +26,11 @@ pub struct ListMeta {
 impl ListMeta {
     /// The `metadata` of a list.
     pub fn json(&self) -> Value {
-        let mut metadata = json!({"resourceVersion": self.revision.to_string()});
+        let mut metadata = json!({});
+        // What is worked out when it is read has no revision.
+        if self.revision != Revision(0) {
+            metadata["resourceVersion"] = self.revision.to_string().into();
+        }
         if let Some(token) = &self.continue_ {
             metadata["continue"] = token.as_str().into();
         }

@@ -29,9 +29,16 @@ pub struct ProbeCounts(Mutex<Counts>);
 
 #[derive(Debug, Default)]
 struct Counts {
-    /// By pod: when it was last probed (a count of all probes), and by container and type of probe.
-    pods: BTreeMap<PodId, (u64, BTreeMap<(String, &'static str), Count>)>,
+    pods: BTreeMap<PodId, OfPod>,
     probes: u64,
+}
+
+#[derive(Debug, Default)]
+struct OfPod {
+    /// When it was last probed, as a count of all probes.
+    last: u64,
+    /// By container and type of probe.
+    counts: BTreeMap<(String, &'static str), Count>,
 }
 
 impl ProbeCounts {
@@ -43,14 +50,14 @@ impl ProbeCounts {
         if !counts.pods.contains_key(pod) {
             if counts.pods.len() >= PODS_MAX {
                 let oldest =
-                    counts.pods.iter().min_by_key(|(_, (turn, _))| *turn).map(|(pod, _)| pod.clone());
+                    counts.pods.iter().min_by_key(|(_, of_pod)| of_pod.last).map(|(pod, _)| pod.clone());
                 oldest.map(|pod| counts.pods.remove(&pod));
             }
             counts.pods.insert(pod.clone(), Default::default());
         }
-        let Some((last, of_pod)) = counts.pods.get_mut(pod) else { return };
-        *last = turn;
-        let count = of_pod.entry((container.to_owned(), kind)).or_default();
+        let Some(of_pod) = counts.pods.get_mut(pod) else { return };
+        of_pod.last = turn;
+        let count = of_pod.counts.entry((container.to_owned(), kind)).or_default();
         let result = match ok {
             Some(true) => 0,
             Some(false) => 1,
@@ -67,8 +74,8 @@ impl ProbeCounts {
     pub fn each(&self, is_here: impl Fn(&PodId) -> bool, mut each: impl FnMut(&PodId, &str, &str, &Count)) {
         let mut counts = self.0.lock().expect("nothing panics while counting");
         counts.pods.retain(|pod, _| is_here(pod));
-        for (pod, (_, of_pod)) in &counts.pods {
-            for ((container, kind), count) in of_pod {
+        for (pod, of_pod) in &counts.pods {
+            for ((container, kind), count) in &of_pod.counts {
                 each(pod, container, kind, count);
             }
         }

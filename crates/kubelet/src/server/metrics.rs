@@ -10,11 +10,12 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use minke_runtime::{ContainerState, SandboxState, Stats};
+use minke_runtime::{ContainerState, ContainerStatus, SandboxState, Stats};
 
 use super::Api;
 use super::stats::{boot_time, interfaces, of_pod};
 use super::usage::{ContainerUse, PodUse, Use};
+use crate::observed::IMAGE_ANNOTATION;
 use crate::probe_counts::{BOUNDS, RESULTS};
 
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -218,6 +219,11 @@ const NETWORK_FAMILIES: &[Counts] = &[
     ("container_network_transmit_packets_total", "Cumulative count of packets transmitted", |i| i.tx_packets),
 ];
 
+/// The image as the pod names it, where that is known.
+fn image(status: &ContainerStatus) -> &str {
+    status.annotations.get(IMAGE_ANNOTATION).unwrap_or(&status.image)
+}
+
 /// `/metrics/cadvisor`: each cgroup in detail, under the names that dashboards know.
 pub async fn cadvisor(api: &Api) -> String {
     let reading = api.meter.read().await;
@@ -266,7 +272,7 @@ pub async fn cadvisor(api: &Api) -> String {
         });
         for (c, id) in pod.containers.iter().zip(containers) {
             cgroups.push(Cgroup {
-                labels: labels(&c.status.name, id, &c.status.image, &c.status.id),
+                labels: labels(&c.status.name, id, image(&c.status), &c.status.id),
                 used: &c.used,
                 started: c.status.started_at.unwrap_or(c.status.created_at),
                 container: Some(c),
@@ -386,10 +392,16 @@ pub fn probes(api: &Api) -> String {
 #[derive(Default)]
 pub struct Requests {
     inflight: AtomicI64,
-    served: Mutex<BTreeMap<(&'static str, &'static str), (u64, [u64; REQUEST_BOUNDS.len() + 1], f64)>>,
+    /// By method and path.
+    served: Mutex<BTreeMap<(&'static str, &'static str), Served>>,
 }
 
-const REQUEST_BOUNDS: [f64; 11] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+#[derive(Clone, Default)]
+struct Served {
+    count: u64,
+    buckets: [u64; BOUNDS.len() + 1],
+    seconds: f64,
+}
 
 /// Paths that requests are counted under, by their first word; any other is counted under the empty one.
 const PATHS: &[&str] = &[
@@ -417,12 +429,12 @@ impl Requests {
         let known = |words: &'static [&'static str], word| words.iter().find(|w| **w == word).copied();
         let key = (known(METHODS, method).unwrap_or("other"), known(PATHS, first).unwrap_or_default());
         let seconds = took.as_secs_f64();
-        let bucket = REQUEST_BOUNDS.iter().position(|bound| seconds <= *bound);
+        let bucket = BOUNDS.iter().position(|bound| seconds <= *bound).unwrap_or(BOUNDS.len());
         let mut served = self.served.lock().expect("nothing panics while counting");
-        let (count, buckets, sum) = served.entry(key).or_default();
-        *count += 1;
-        buckets[bucket.unwrap_or(REQUEST_BOUNDS.len())] += 1;
-        *sum += seconds;
+        let served = served.entry(key).or_default();
+        served.count += 1;
+        served.buckets[bucket] += 1;
+        served.seconds += seconds;
     }
 
     fn write(&self, text: &mut Text) {
@@ -442,16 +454,16 @@ impl Requests {
             "histogram",
             "[ALPHA] Duration in seconds to serve http requests",
         );
-        for ((method, path), (_, buckets, sum)) in &served {
-            text.histogram(&labels(*method, *path), &REQUEST_BOUNDS, buckets, *sum);
+        for ((method, path), served) in &served {
+            text.histogram(&labels(*method, *path), &BOUNDS, &served.buckets, served.seconds);
         }
         text.family(
             "kubelet_http_requests_total",
             "counter",
             "[ALPHA] Number of the http requests received since the server started",
         );
-        for ((method, path), (count, ..)) in &served {
-            text.sample(&labels(*method, *path), *count as f64);
+        for ((method, path), served) in &served {
+            text.sample(&labels(*method, *path), served.count as f64);
         }
     }
 }

@@ -213,7 +213,12 @@ async fn node_stats(api: &Api, reading: &Reading, disk: Option<Value>) -> Value 
     });
     let Some(disk) = disk else { return stats };
     let routes = text("/proc/net/route");
-    stats["network"] = network(&interfaces(&text("/proc/net/dev")), default_interface(&routes));
+    let main = default_interface(&routes);
+    // Those of pods, and what else is made of nothing, are left out.
+    let is_real = |name: &str| name == main || Path::new("/sys/class/net").join(name).join("device").exists();
+    let mut interfaces = interfaces(&text("/proc/net/dev"));
+    interfaces.retain(|interface| is_real(&interface.name));
+    stats["network"] = network(&interfaces, main);
     let images = part(&disk, api.walks.of_images(api).await);
     stats["runtime"] = json!({"imageFs": images, "containerFs": disk});
     stats["fs"] = disk;
