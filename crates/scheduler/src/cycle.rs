@@ -36,14 +36,12 @@ pub enum Outcome {
         object: Arc<Object>,
         node: String,
         reserving: Reserving,
+        /// How often the pod was tried.
+        attempts: u32,
         result: Result<(), BindError>,
     },
     /// The victims of a pod were told to go, or could not be.
-    Preempted {
-        info: Arc<PodInfo>,
-        why: Why,
-        result: Result<(), Box<Status>>,
-    },
+    Preempted { info: Arc<PodInfo>, why: Why, result: Result<(), Box<Status>> },
 }
 
 /// Where binding a pod failed.
@@ -269,7 +267,7 @@ impl Scheduler {
             return failed_scheduling(events, object, message);
         }
         let before: Vec<_> = reserving.iter().filter_map(|at| plugins[*at].pre_bind(info, &node)).collect();
-        self.queue.remove(object.key());
+        let attempts = self.queue.take(object.key());
         self.assumed.insert(object.key().clone());
         self.world.picture.put_pod(info.clone(), &node);
         let (client, done, object) = (self.client.clone(), self.done.clone(), object.clone());
@@ -290,7 +288,7 @@ impl Scheduler {
                 bound.map(drop).map_err(|error| BindError::Binding(Box::new(error)))
             }
             .await;
-            let _ = done.send(Outcome::Bound { object, node, reserving, result });
+            let _ = done.send(Outcome::Bound { object, node, reserving, attempts, result });
             drop(permit);
         });
     }
@@ -407,8 +405,8 @@ impl Scheduler {
 
     pub fn ended(&mut self, outcome: Outcome) {
         match outcome {
-            Outcome::Bound { object, node, reserving, result } => {
-                self.binding_ended(&object, &node, &reserving, result);
+            Outcome::Bound { object, node, reserving, attempts, result } => {
+                self.binding_ended(&object, &node, &reserving, attempts, result);
             }
             Outcome::Preempted { info, why, result: Ok(()) } => {
                 self.queue.park(info.key(), why, Instant::now());
@@ -425,6 +423,7 @@ impl Scheduler {
         object: &Arc<Object>,
         node: &str,
         reserving: &Reserving,
+        attempts: u32,
         result: Result<(), BindError>,
     ) {
         let Some((_, events)) = self.profile_of(object).cloned() else { return };
@@ -461,8 +460,7 @@ impl Scheduler {
             }
             BindError::Before(message) => failed_scheduling(&events, object, message),
         }
-        self.queue.put(info);
-        self.queue.retry(object.key(), Instant::now());
+        self.queue.put_back(info, attempts, Instant::now());
     }
 
     /// Tells the user why the pod has no node: an event, and a condition if it says something new. `nominated`

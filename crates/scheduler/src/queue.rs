@@ -142,6 +142,23 @@ impl Queue {
         self.waiting.remove(key);
     }
 
+    /// As [`Queue::remove`], for a pod that has a node unless binding fails: how often it was tried.
+    pub fn take(&mut self, key: &Key) -> u32 {
+        let attempts = self.waiting.get(key).map_or(0, |waiting| waiting.attempts);
+        self.remove(key);
+        attempts
+    }
+
+    /// Takes a pod back whose binding failed, to be tried again after a back-off that counts all its attempts.
+    pub fn put_back(&mut self, info: Arc<PodInfo>, attempts: u32, now: Instant) {
+        let key = info.key().clone();
+        self.put(info);
+        if let Some(waiting) = self.waiting.get_mut(&key) {
+            waiting.attempts = waiting.attempts.max(attempts);
+        }
+        self.retry(&key, now);
+    }
+
     /// Takes a pod out of the lists of its state.
     fn unlist(&mut self, key: &Key) {
         let Some(waiting) = self.waiting.get(key) else { return };
@@ -300,6 +317,20 @@ mod tests {
         }
         let order: Vec<_> = std::iter::from_fn(|| name(queue.pop(now))).collect();
         assert_eq!(order, ["c", "a", "b"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_that_could_not_be_bound_waits_longer_each_time() {
+        let (mut queue, mut now) = (Queue::default(), Instant::now());
+        queue.put(info("a", 0));
+        for want in [1, 2, 4, 8, 10] {
+            queue.pop(now).unwrap();
+            let attempts = queue.take(&key("a"));
+            assert_eq!(queue.next_timer(), None);
+            queue.put_back(info("a", 0), attempts, now);
+            assert_eq!(queue.next_timer(), Some(now + Duration::from_secs(want)));
+            now += Duration::from_secs(want);
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -232,6 +232,9 @@ async fn a_claim_that_no_node_has_room_for_is_offered_again_and_again_but_ever_m
     let why =
         "running PreBind plugin \"VolumeBinding\": binding volumes: provisioning failed for PVC \"huge\"";
     assert!(told.iter().any(|text| text == why), "{told:?}");
+    let log = sim.api.last(10_000);
+    let offers = log.iter().filter(|write| write.who == "scheduler" && write.what.contains("claims")).count();
+    assert!((5..40).contains(&offers), "{offers} in five minutes");
     sim.delete::<Pod>("p", Propagation::Background).await.unwrap();
     sim.settle(minutes(5)).await;
 }

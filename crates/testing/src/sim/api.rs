@@ -231,6 +231,11 @@ impl Api {
         match target.subresource {
             "status" => after["status"] = new["status"].clone(),
             "finalize" => after["spec"]["finalizers"] = new["spec"]["finalizers"].clone(),
+            "scale" if after["spec"]["replicas"] != new["spec"]["replicas"] => {
+                after["spec"]["replicas"] = new["spec"]["replicas"].clone();
+                after["metadata"]["generation"] = (old.generation() + 1).into();
+            }
+            "scale" => {}
             "" => {
                 after = new;
                 if kind.subresource("status").is_some() {
@@ -366,6 +371,22 @@ fn namespaces() -> &'static Kind {
     Kind::of::<k8s_openapi::api::core::v1::Namespace>()
 }
 
+/// The scale of a workload with labels to match.
+fn scale(workload: &Object) -> Arc<Object> {
+    let value = workload.value();
+    let labels = value["spec"]["selector"]["matchLabels"].as_object().into_iter().flatten();
+    let selector = labels.map(|(key, value)| format!("{key}={}", value.as_str().unwrap_or_default()));
+    let scale = json!({
+        "metadata": value["metadata"],
+        "spec": { "replicas": value["spec"]["replicas"] },
+        "status": {
+            "replicas": value["status"]["replicas"],
+            "selector": selector.collect::<Vec<_>>().join(","),
+        },
+    });
+    Arc::new(Object::from_value(workload.kind(), &scale).expect("it has the metadata of an object"))
+}
+
 /// Takes out nulls and empty lists of metadata, as encoding does.
 fn tidy(object: &mut Value) {
     let Some(metadata) = object["metadata"].as_object_mut() else { return };
@@ -432,7 +453,8 @@ impl Client for SimClient {
     async fn get(&self, target: Target<'_>) -> Result<Arc<Object>, Status> {
         self.alive().await;
         let found = self.api.get(target.kind, &Key::new(target.namespace, target.name));
-        found.ok_or_else(|| Status::not_found(target.kind, target.name))
+        let found = found.ok_or_else(|| Status::not_found(target.kind, target.name))?;
+        if target.subresource == "scale" { Ok(scale(&found)) } else { Ok(found) }
     }
 
     async fn list(&self, kind: &'static Kind, namespace: &str, options: ListOptions) -> Result<List, Status> {
