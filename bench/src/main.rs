@@ -9,6 +9,7 @@ mod etcd;
 mod load;
 mod node;
 mod pods;
+mod scale;
 
 use std::path::PathBuf;
 
@@ -33,6 +34,12 @@ struct Args {
     /// Only the figures whose name has this in it
     #[arg(long, default_value = "")]
     only: String,
+    /// Hollow nodes of the large cluster
+    #[arg(long, default_value_t = 5000)]
+    scale_nodes: usize,
+    /// Plain pods of the large cluster
+    #[arg(long, default_value_t = 50_000)]
+    scale_pods: usize,
 }
 
 /// One line of the table.
@@ -96,6 +103,7 @@ fn main() -> Result<()> {
         node::all(&args, &mut table).await?;
         load::all(&args, &mut table).await?;
         etcd::all(&args, &mut table).await?;
+        scale::all(&args, &mut table).await?;
         anyhow::Ok(())
     })?;
     if let Some(file) = &args.into {
