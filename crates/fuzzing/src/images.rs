@@ -26,7 +26,7 @@ fn with_dir(work: impl FnOnce(&Path)) {
 
 /// Makes the checksums of an archive's headers right, so that other damage is looked at.
 fn with_checksums(mut tar: Vec<u8>) -> Vec<u8> {
-    let mut at = 0;
+    let mut at = 0_usize;
     while let Some(block) = tar.get_mut(at..at.saturating_add(BLOCK)) {
         let header = tar::Header::from_byte_slice(block);
         let size = header.entry_size().unwrap_or(0);

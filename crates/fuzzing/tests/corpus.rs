@@ -66,6 +66,7 @@ fn damage(rng: &mut StdRng, data: &mut Vec<u8>, other: &[u8]) {
 
 /// `FUZZ_SECONDS` is for how long each target is tried; `FUZZ_TARGET` names a single one.
 #[test]
+#[expect(clippy::disallowed_methods, reason = "the time of the machine is what it tries them for")]
 fn damaged_inputs_are_survived() {
     let seconds = std::env::var("FUZZ_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(0.25);
     let only = std::env::var("FUZZ_TARGET").ok();

@@ -22,7 +22,8 @@ const ENDS_WITHIN: Duration = Duration::from_secs(20);
 
 fn block_on(work: impl Future<Output = ()>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
-    let work = async { tokio::time::timeout(ENDS_WITHIN, work).await.expect("it ends when the peer is gone") };
+    let work =
+        async { tokio::time::timeout(ENDS_WITHIN, work).await.expect("it ends when the peer is gone") };
     runtime.expect("a runtime can be made").block_on(work);
 }
 
@@ -119,10 +120,9 @@ pub fn pull_secret(data: &[u8]) {
     if let Ok(text) = std::str::from_utf8(data) {
         let _ = Query::ports(text);
     }
-    for (kind, key) in [
-        ("kubernetes.io/dockerconfigjson", ".dockerconfigjson"),
-        ("kubernetes.io/dockercfg", ".dockercfg"),
-    ] {
+    for (kind, key) in
+        [("kubernetes.io/dockerconfigjson", ".dockerconfigjson"), ("kubernetes.io/dockercfg", ".dockercfg")]
+    {
         let secret = core::Secret {
             type_: Some(kind.to_owned()),
             data: Some(BTreeMap::from([(key.to_owned(), ByteString(data.to_vec()))])),

@@ -134,14 +134,14 @@ fn name_of(claim_uid: &str) -> String {
 
 /// Why the work was not done.
 enum Trouble {
-    Api(Status),
+    Api(Box<Status>),
     /// On the disk.
     Disk(String),
 }
 
 impl From<Status> for Trouble {
     fn from(status: Status) -> Trouble {
-        Trouble::Api(status)
+        Trouble::Api(Box::new(status))
     }
 }
 

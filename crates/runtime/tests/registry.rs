@@ -35,6 +35,11 @@ impl Registry {
         Self::start_with("auth: {htpasswd: {realm: minke, path: '%DIR%/htpasswd'}}\n")
     }
 
+    fn start_tls(tls: &str) -> Option<Self> {
+        // Below `http`, which is what the file ends with.
+        Self::start_with(tls)
+    }
+
     fn start_with(more: &str) -> Option<Self> {
         if !rustix::process::geteuid().is_root() {
             eprintln!("skipped: unpacking images needs root");
@@ -43,7 +48,7 @@ impl Registry {
         let dir = tempfile::tempdir().unwrap();
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let config = format!(
-            "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: '127.0.0.1:{port}'}}\n",
+            "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp:\n  addr: '127.0.0.1:{port}'\n",
             dir.path().join("data").display()
         );
         let more = more.replace("%DIR%", dir.path().to_str().unwrap());
@@ -565,4 +570,82 @@ async fn tokens_are_fetched_with_the_credentials() {
         store.resolve(&name).await.unwrap().unwrap().digests[0].split('@').nth(1).unwrap()
     );
     store.pull(&other, Auth::Bearer { token: "good".into() }, None).await.unwrap();
+}
+
+/// A CA of the test's own, the registry's certificate, and ours.
+struct Pki {
+    ca: String,
+    server: (String, String),
+    client: (String, String),
+}
+
+fn pki() -> Pki {
+    use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
+    let key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let ca = params.self_signed(&key).unwrap().pem();
+    let issuer = Issuer::new(params, key);
+    let signed = |purpose| {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+        params.extended_key_usages = vec![purpose];
+        (params.signed_by(&key, &issuer).unwrap().pem(), key.serialize_pem())
+    };
+    let server = signed(ExtendedKeyUsagePurpose::ServerAuth);
+    Pki { ca, server, client: signed(ExtendedKeyUsagePurpose::ClientAuth) }
+}
+
+#[tokio::test]
+async fn a_registry_with_its_own_ca_is_trusted_when_told_so() {
+    let pki = pki();
+    let tmp = tempfile::tempdir().unwrap();
+    let files = [
+        ("ca.pem", &pki.ca),
+        ("server.pem", &pki.server.0),
+        ("server.key", &pki.server.1),
+        ("client.pem", &pki.client.0),
+        ("client.key", &pki.client.1),
+    ];
+    let at = |name: &str| tmp.path().join(name).display().to_string();
+    for (name, text) in files {
+        std::fs::write(at(name), text).unwrap();
+    }
+    let tls = format!(
+        "  tls: {{certificate: {}, key: {}, clientcas: [{}]}}\n",
+        at("server.pem"),
+        at("server.key"),
+        at("ca.pem")
+    );
+    let Some(registry) = Registry::start_tls(&tls) else { return };
+    let name = format!("localhost:{}/team/box:v1", registry.port);
+    let host = format!("localhost:{}", registry.port);
+    let server = format!("server = \"https://{host}\"\n");
+    let client = format!("client = [[{:?}, {:?}]]\n", at("client.pem"), at("client.key"));
+    let with = |more: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        let config = configured(dir.path(), &host, &format!("{server}{more}"));
+        (store(dir.path(), config), dir)
+    };
+    let (from, _dir) = with(&format!("ca = {:?}\n{client}", at("ca.pem")));
+    from.load(Cursor::new(busybox("SIGTERM", IMAGE)), None, None).await.unwrap();
+    from.tag(IMAGE, &name).await.unwrap();
+    from.push(&name, Auth::Anonymous, None).await.unwrap();
+    let (to, _dir) = with(&format!("skip_verify = true\n{client}"));
+    to.pull(&name, Auth::Anonymous, None).await.unwrap();
+    let (to, _dir) = with(&client);
+    let error = to.pull(&name, Auth::Anonymous, None).await.unwrap_err().to_string();
+    let want = "tls: failed to verify certificate: x509: certificate signed by unknown authority";
+    assert!(error.ends_with(want), "{error}");
+    // Without our own certificate the registry does not talk to us.
+    let (to, _dir) = with(&format!("ca = {:?}\n", at("ca.pem")));
+    to.pull(&name, Auth::Anonymous, None).await.unwrap_err();
+    // And plain HTTP is not what we are told to speak.
+    let plain = Registry::start().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let text = format!("server = \"https://localhost:{}\"\n", plain.port);
+    let config = configured(dir.path(), "p.example", &text);
+    let error =
+        store(dir.path(), config).pull("p.example/x:1", Auth::Anonymous, None).await.unwrap_err().to_string();
+    assert!(error.ends_with("http: server gave HTTP response to HTTPS client"), "{error}");
 }

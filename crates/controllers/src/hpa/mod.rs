@@ -386,8 +386,8 @@ impl Pass<'_> {
         combine(proposals, scale.spec)
     }
 
-    /// The selector of the target, and the pods that it selects; the error is a reason and a text.
-    fn pods(&self, scale: &Scale) -> Result<(LabelSelector, Vec<Typed<Pod>>), (&'static str, String)> {
+    /// The selector of the target, and the pods that it selects.
+    fn pods(&self, scale: &Scale) -> Result<(LabelSelector, Vec<Typed<Pod>>), NotSelected> {
         if scale.selector.is_empty() {
             return Err(("SelectorRequired", "selector is required".to_owned()));
         }
@@ -418,6 +418,9 @@ impl Pass<'_> {
         Ok((selector, pods))
     }
 }
+
+/// Why the pods of a target cannot be told: a reason and a text.
+type NotSelected = (&'static str, String);
 
 /// What all metrics ask for together.
 #[derive(Debug, PartialEq)]

@@ -92,7 +92,8 @@ fn bound_volume(pod: &Pod, claim: &core::PersistentVolumeClaim, own: bool) -> Re
     let phase = claim.status.as_ref().and_then(|status| status.phase.as_deref());
     let named = claim.spec.as_ref().and_then(|spec| spec.volume_name.clone()).unwrap_or_default();
     // The status follows the binding by a moment, in which the pod may be here already.
-    if named.is_empty() || (phase != Some("Bound") && !(storage::is_bound(claim) && phase == Some("Pending"))) {
+    if named.is_empty() || (phase != Some("Bound") && !(storage::is_bound(claim) && phase == Some("Pending")))
+    {
         return Err("PVC is not bound".to_owned());
     }
     Ok(named)
