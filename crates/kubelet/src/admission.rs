@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use k8s_openapi::api::core::v1 as core;
-use minke_api::Quantity;
+use minke_api::{Quantity, placement};
 
 use crate::pod::Pod;
 use crate::resources;
@@ -53,7 +53,8 @@ pub fn check<'a>(
         }
     }
     let node = node?;
-    if !fits(pod, node) {
+    let (name, labels) = (node.metadata.name.as_deref().unwrap_or_default(), node.metadata.labels.clone());
+    if !placement::selects_node(pod.spec(), name, &labels.unwrap_or_default()) {
         let message = "Predicate NodeAffinity failed: node(s) didn't match Pod's node affinity/selector";
         return Some(("NodeAffinity", message.to_owned()));
     }
@@ -126,45 +127,6 @@ fn confinement(pod: &Pod) -> Option<(&'static str, String)> {
         return Some(("SELinux", format!("Cannot enforce SELinux: {why}")));
     }
     None
-}
-
-fn fits(pod: &Pod, node: &core::Node) -> bool {
-    let empty = BTreeMap::new();
-    let labels = node.metadata.labels.as_ref().unwrap_or(&empty);
-    let selector = pod.spec().node_selector.as_ref().unwrap_or(&empty);
-    if !selector.iter().all(|(key, value)| labels.get(key) == Some(value)) {
-        return false;
-    }
-    let affinity = pod.spec().affinity.as_ref().and_then(|affinity| affinity.node_affinity.as_ref());
-    let required = affinity.and_then(|a| a.required_during_scheduling_ignored_during_execution.as_ref());
-    let Some(required) = required else { return true };
-    let name = node.metadata.name.as_deref();
-    required.node_selector_terms.iter().any(|term| {
-        let expressions = term.match_expressions.as_deref().unwrap_or_default();
-        let fields = term.match_fields.as_deref().unwrap_or_default();
-        let by_label = |r: &core::NodeSelectorRequirement| matches(r, labels.get(&r.key).map(String::as_str));
-        let by_field =
-            |r: &core::NodeSelectorRequirement| matches(r, name.filter(|_| r.key == "metadata.name"));
-        // A term that asks for nothing matches nothing.
-        !(expressions.is_empty() && fields.is_empty())
-            && expressions.iter().all(by_label)
-            && fields.iter().all(by_field)
-    })
-}
-
-fn matches(requirement: &core::NodeSelectorRequirement, value: Option<&str>) -> bool {
-    let values = requirement.values.as_deref().unwrap_or_default();
-    let listed = || value.is_some_and(|value| values.iter().any(|wanted| wanted == value));
-    let numbers = || Some((value?.parse::<i64>().ok()?, values.first()?.parse::<i64>().ok()?));
-    match requirement.operator.as_str() {
-        "In" => listed(),
-        "NotIn" => !listed(),
-        "Exists" => value.is_some(),
-        "DoesNotExist" => value.is_none(),
-        "Gt" => numbers().is_some_and(|(have, limit)| have > limit),
-        "Lt" => numbers().is_some_and(|(have, limit)| have < limit),
-        _ => false,
-    }
 }
 
 #[cfg(test)]
