@@ -351,7 +351,10 @@ impl<'a> Rollout<'a> {
         if !self.rolling() {
             return self.replicas;
         }
-        let room = self.replicas + self.surge - self.total();
+        // A ReplicaSet that was just made smaller may not have come to it. (Upstream goes by what it was told, and
+        // so can have more pods for a moment than surge allows.)
+        let there: i32 = self.all().map(|set| set.replicas.max(set.actual())).sum();
+        let room = self.replicas + self.surge - there;
         if room <= 0 { present } else { present + room.min(self.replicas - present) }
     }
 

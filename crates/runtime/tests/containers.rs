@@ -45,7 +45,6 @@ const TESTS: &[(&str, TestFn)] = tests![
     the_nodes_own_namespaces,
     many_at_once,
     unfinished_creations_are_cleared,
-    speed_and_size,
 ];
 
 fn main() {
@@ -760,40 +759,4 @@ async fn unfinished_creations_are_cleared() {
     node.sandbox("pod").await;
     assert!(matches!(node.runtime.run_sandbox(node.sandbox_spec("pod")).await, Err(Error::AlreadyExists(_))));
     node.close().await;
-}
-
-/// Prints what the budgets ask for. Nothing is asserted: a busy machine is slow.
-async fn speed_and_size() {
-    let node = Node::new().await;
-    let (mut sandboxes, mut starts, mut execs) = (Vec::new(), Vec::new(), Vec::new());
-    for n in 0..10 {
-        let begun = Instant::now();
-        node.runtime.run_sandbox(node.sandbox_spec(&format!("pod{n}"))).await.unwrap();
-        sandboxes.push(begun.elapsed());
-        let begun = Instant::now();
-        node.runtime
-            .create_container(&format!("pod{n}"), node.spec(&format!("c{n}"), "sleep 1000"))
-            .await
-            .unwrap();
-        node.runtime.start_container(&format!("c{n}")).await.unwrap();
-        starts.push(begun.elapsed());
-        let begun = Instant::now();
-        node.runtime.exec_sync(&format!("c{n}"), vec!["true".into()], Duration::ZERO).await.unwrap();
-        execs.push(begun.elapsed());
-    }
-    let median = |mut all: Vec<Duration>| {
-        all.sort();
-        all[all.len() / 2]
-    };
-    let shim = node.runtime.list().await.unwrap()[0].pid.unwrap();
-    println!(
-        "    sandbox {:?}, create+start {:?}, exec {:?} (medians of 10)",
-        median(sandboxes),
-        median(starts),
-        median(execs)
-    );
-    println!("    shim: {}", memory(shim));
-    let begun = Instant::now();
-    node.close().await;
-    println!("    removing all of it: {:?}", begun.elapsed());
 }

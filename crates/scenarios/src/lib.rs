@@ -4,5 +4,6 @@
 #![allow(clippy::disallowed_methods, reason = "what a person waits for is measured in real time")]
 
 pub mod cluster;
+pub mod inventory;
 pub mod process;
 pub mod scenario;

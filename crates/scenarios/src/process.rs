@@ -1,10 +1,54 @@
-//! What the kernel says of processes.
+//! Starting a server, and what the kernel says of processes.
 
-use std::fs;
-use std::time::Duration;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use minke_cluster::startup::Stage;
 use rustix::process::Pid;
+
+/// How long a server may take to become ready.
+const START_MAX: Duration = Duration::from_secs(60);
+
+/// Starts the server without a node, and waits until it is ready. What it says goes to `logs/server.log`.
+pub fn start_server(minke: &Path, data: &Path, logs: &Path) -> Result<Child> {
+    let path = logs.join("server.log");
+    let log = File::options().create(true).append(true).open(&path)?;
+    let mut child = Command::new(minke)
+        .args(["server", "--disable-agent", "--detached", "--data-dir"])
+        .arg(data)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(log)
+        .spawn()
+        .with_context(|| format!("start {}", minke.display()))?;
+    let (sender, stages) = std::sync::mpsc::channel();
+    let out = child.stdout.take().context("the server has no output")?;
+    std::thread::spawn(move || {
+        for line in BufReader::new(out).lines().map_while(Result::ok) {
+            let stage: Option<Stage> = serde_json::from_str(&line).ok();
+            if sender.send(stage).is_err() {
+                return;
+            }
+        }
+    });
+    let end = Instant::now() + START_MAX;
+    loop {
+        match stages.recv_timeout(end.saturating_duration_since(Instant::now())) {
+            Ok(Some(Stage::Ready)) => return Ok(child),
+            Ok(Some(Stage::Failed(why))) => bail!("the server does not start: {why}"),
+            Ok(_) => {}
+            Err(_) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                bail!("the server does not become ready: {}", fs::read_to_string(path)?);
+            }
+        }
+    }
+}
 
 /// CPU time used so far, by all threads.
 pub fn cpu_time(pid: Pid) -> Result<Duration> {

@@ -309,13 +309,16 @@ impl Scheduler {
         let mut message = nofit.message.clone();
         // What the pod's status is to say of the node where it holds room.
         let mut nominated: Option<String> = None;
-        if profile.preemption && nofit.nodes > 0 {
+        if nofit.nodes > 0 {
             let budgets: Vec<Budget> =
                 self.budgets.snapshot().values().filter_map(|object| Budget::of(object)).collect();
             // The same plugins looked at the pod a moment ago; those that are concerned remember it.
             let chosen = match Try::begin(info, profile, &mut self.world) {
-                Ok(attempt) => preempt::choose(&attempt, &mut self.world, &nofit, &budgets, &mut self.rng),
-                Err(_) => Err(preempt::nowhere(info, nofit.nodes)),
+                Ok(attempt) if profile.preemption => {
+                    preempt::choose(&attempt, &mut self.world, &nofit, &budgets, &mut self.rng)
+                }
+                Ok(_) => Err(preempt::Refusal::off()),
+                Err(_) => Err(preempt::Refusal::nowhere()),
             };
             match chosen {
                 Ok(candidate) => {
@@ -325,7 +328,7 @@ impl Scheduler {
                     return;
                 }
                 Err(refusal) => {
-                    message.push_str(&format!(" preemption: {}", refusal.message));
+                    message.push_str(&format!(" {}", refusal.message));
                     if refusal.forget_nomination {
                         let slot = self.world.picture.forget_nomination(key);
                         let said =

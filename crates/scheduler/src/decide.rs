@@ -331,7 +331,7 @@ mod tests {
             .map(|slot| world.picture.node(slot).name.to_string())
             .map_err(|nofit| match crate::preempt::choose(&attempt, world, &nofit, &[], &mut rng) {
                 Ok(_) => nofit.message,
-                Err(refusal) => format!("{} preemption: {}", nofit.message, refusal.message),
+                Err(refusal) => format!("{} {}", nofit.message, refusal.message),
             })
     }
 
@@ -359,7 +359,7 @@ mod tests {
         check(
             &mut one,
             asks("64"),
-            Err("0/1 nodes are available: 1 Insufficient cpu. preemption: 0/1 nodes are available: \
+            Err("0/1 nodes are available: 1 Insufficient cpu. no new claims to deallocate, preemption: 0/1 nodes are available: \
                  1 Preemption is not helpful for scheduling."),
         );
         let mut busy = world(&[("n1", json!({}), json!({}))]);
@@ -367,7 +367,7 @@ mod tests {
         check(
             &mut busy,
             asks("2"),
-            Err("0/1 nodes are available: 1 Insufficient cpu. preemption: 0/1 nodes are available: \
+            Err("0/1 nodes are available: 1 Insufficient cpu. no new claims to deallocate, preemption: 0/1 nodes are available: \
                  1 No preemption victims found for incoming pod."),
         );
         let mut mixed = world(&[
@@ -381,7 +381,7 @@ mod tests {
             &mut mixed,
             spec,
             Err("0/3 nodes are available: 1 node(s) didn't match Pod's node affinity/selector, \
-                 1 node(s) had untolerated taint(s), 1 node(s) were unschedulable. preemption: 0/3 nodes are \
+                 1 node(s) had untolerated taint(s), 1 node(s) were unschedulable. no new claims to deallocate, preemption: 0/3 nodes are \
                  available: 3 Preemption is not helpful for scheduling."),
         );
     }

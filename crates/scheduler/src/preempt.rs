@@ -38,10 +38,27 @@ pub struct Candidate {
 /// Why nobody is preempted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
-    /// For the user, after `preemption: `.
+    /// For the user, after why the nodes will not do.
     pub message: String,
     /// The pod holds no room any more where it did.
     pub forget_nomination: bool,
+}
+
+/// Upstream asks its DynamicResources plugin first whether devices could be taken back, and that is its answer for
+/// pods without claims of devices.
+const NO_DEVICES: &str = "no new claims to deallocate";
+
+impl Refusal {
+    /// A plugin keeps the pod from all nodes at once. Upstream's DynamicResources was then never shown the pod, and
+    /// says so in these words; nothing else is tried.
+    pub fn nowhere() -> Refusal {
+        Refusal { message: "not found".to_owned(), forget_nomination: true }
+    }
+
+    /// The profile does without preemption.
+    pub fn off() -> Refusal {
+        Refusal { message: NO_DEVICES.to_owned(), forget_nomination: false }
+    }
 }
 
 /// A disruption budget as preemption sees it.
@@ -83,9 +100,12 @@ pub fn choose(
     budgets: &[Budget],
     rng: &mut impl Rng,
 ) -> Result<Candidate, Refusal> {
-    let refuse = |message: String, forget_nomination| Err(Refusal { message, forget_nomination });
+    let refuse = |why: &str, forget_nomination| {
+        let message = format!("{NO_DEVICES}, preemption: {why}");
+        Err(Refusal { message, forget_nomination })
+    };
     if let Some(why) = ineligible(attempt.info, world, nofit) {
-        return refuse(why.to_owned(), false);
+        return refuse(why, false);
     }
     let nodes: Vec<u32> =
         nofit.objections.iter().filter(|(_, why)| !why.hopeless).map(|(slot, _)| *slot).collect();
@@ -118,17 +138,7 @@ pub fn choose(
         let rest = Objection::new("Preemption is not helpful for scheduling", true);
         reasons.add(&rest, nofit.nodes - told);
     }
-    refuse(format!("0/{} nodes are available: {reasons}.", nofit.nodes), true)
-}
-
-/// What to say of a pod that a plugin keeps from all nodes at once: no victim would help.
-pub fn nowhere(info: &PodInfo, nodes: usize) -> Refusal {
-    let message = if never(info) {
-        NEVER.to_owned()
-    } else {
-        format!("0/{nodes} nodes are available: {nodes} Preemption is not helpful for scheduling.")
-    };
-    Refusal { message, forget_nomination: true }
+    refuse(&format!("0/{} nodes are available: {reasons}.", nofit.nodes), true)
 }
 
 const NEVER: &str = "not eligible due to preemptionPolicy=Never.";

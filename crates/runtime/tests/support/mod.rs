@@ -229,16 +229,6 @@ pub fn kill(pid: i32) {
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
 }
 
-pub fn memory(pid: i32) -> String {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
-    let wanted = |l: &&str| ["Rss:", "Pss:", "Pss_Dirty:", "Private_Dirty:"].iter().any(|k| l.starts_with(k));
-    text.lines()
-        .filter(wanted)
-        .map(|l| l.split_whitespace().collect::<Vec<_>>().join(" "))
-        .collect::<Vec<_>>()
-        .join(", ")
-}
-
 /// A `docker save` archive of an image with the node's busybox in it.
 pub fn busybox(stop_signal: &str, tag: &str) -> Vec<u8> {
     let busybox = std::fs::read("/bin/busybox").unwrap();

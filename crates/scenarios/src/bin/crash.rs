@@ -3,21 +3,19 @@
 #![allow(clippy::disallowed_methods, reason = "what a person waits for is measured in real time")]
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use clap::Parser;
 use k8s_openapi::api::core::v1::ConfigMap;
 use minke_api::{Kind, Object, Revision};
 use minke_client::https::HttpsClient;
 use minke_client::{Client, DeleteOptions, ListOptions, Target};
 use minke_cluster::kubeconfig;
-use minke_cluster::startup::Stage;
+use minke_scenarios::process::start_server;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::json;
@@ -27,7 +25,6 @@ const WRITERS: usize = 16;
 const NAMES_EACH: usize = 8;
 /// How long the writers write before the server is killed, in milliseconds.
 const BEFORE_KILL: std::ops::Range<u64> = 5..600;
-const START_MAX: Duration = Duration::from_secs(30);
 
 /// Check that the server loses nothing it acknowledged when it is killed.
 #[derive(Parser)]
@@ -69,7 +66,7 @@ async fn run(args: &Args, seed: u64) -> Result<(), (u32, anyhow::Error)> {
     }
     // What the last kill left is looked at as well.
     let last = async {
-        let mut server = start(&args.minke, dir.path())?;
+        let mut server = start_server(&args.minke, &dir.path().join("data"), dir.path())?;
         let checked = ledger.check(&*client(dir.path())?).await;
         server.kill()?;
         server.wait()?;
@@ -82,7 +79,7 @@ async fn run(args: &Args, seed: u64) -> Result<(), (u32, anyhow::Error)> {
 
 /// The number of writes that were acknowledged.
 async fn one_round(minke: &Path, dir: &Path, ledger: &mut Ledger, rng: &mut StdRng) -> Result<usize> {
-    let mut server = start(minke, dir)?;
+    let mut server = start_server(minke, &dir.join("data"), dir)?;
     let client = client(dir)?;
     ledger.check(&*client).await?;
     let shared = Arc::new(Mutex::new(std::mem::take(ledger)));
@@ -100,43 +97,6 @@ async fn one_round(minke: &Path, dir: &Path, ledger: &mut Ledger, rng: &mut StdR
     }
     *ledger = std::mem::take(&mut *shared.lock().expect("no writer panics"));
     Ok(written)
-}
-
-fn start(minke: &Path, dir: &Path) -> Result<Child> {
-    let log = File::options().create(true).append(true).open(dir.join("crash.log"))?;
-    let mut child = Command::new(minke)
-        .args(["server", "--disable-agent", "--detached", "--data-dir"])
-        .arg(dir.join("data"))
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(log)
-        .spawn()
-        .with_context(|| format!("start {}", minke.display()))?;
-    let (sender, stages) = std::sync::mpsc::channel();
-    let out = child.stdout.take().context("the server has no output")?;
-    std::thread::spawn(move || {
-        for line in BufReader::new(out).lines().map_while(Result::ok) {
-            let stage: Option<Stage> = serde_json::from_str(&line).ok();
-            if sender.send(stage).is_err() {
-                return;
-            }
-        }
-    });
-    let end = Instant::now() + START_MAX;
-    loop {
-        match stages.recv_timeout(end.saturating_duration_since(Instant::now())) {
-            Ok(Some(Stage::Ready)) => return Ok(child),
-            Ok(Some(Stage::Failed(why))) => bail!("the server does not start: {why}"),
-            Ok(_) => {}
-            Err(_) => {
-                let _ = child.kill();
-                bail!(
-                    "the server does not become ready: {}",
-                    std::fs::read_to_string(dir.join("crash.log"))?
-                );
-            }
-        }
-    }
 }
 
 fn client(dir: &Path) -> Result<Arc<dyn Client>> {

@@ -66,7 +66,10 @@ fn outcome(world: &mut World, pod: &Value, budgets: &[Budget]) -> String {
             let victims: Vec<&str> = candidate.victims.iter().map(|victim| victim.name()).collect();
             format!("{}: {}", world.picture.node(candidate.slot).name, victims.join(" "))
         }
-        Err(refusal) => refusal.message,
+        Err(refusal) => {
+            let why = refusal.message.strip_prefix("no new claims to deallocate, preemption: ");
+            why.expect("every refusal begins so").to_owned()
+        }
     }
 }
 
