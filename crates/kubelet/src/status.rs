@@ -234,15 +234,15 @@ fn container_status(
         Class::Ephemeral => false,
         _ => running && probes.is_some_and(|probes| probes.ready()),
     };
-    let annotation = |key| latest.and_then(|c| c.annotations.get(key)).cloned();
+    // One that is made but was not started yet is nothing to tell of: starting it follows at once.
+    let started_once = latest.filter(|c| c.state != ContainerState::Created);
+    let annotation = |key| started_once.and_then(|c| c.annotations.get(key)).cloned();
     let image = annotation(IMAGE_ANNOTATION).or(container.image.clone()).unwrap_or_default();
     core::ContainerStatus {
         name: name.clone(),
         image,
         image_id: annotation(IMAGE_ID_ANNOTATION).unwrap_or_default(),
-        container_id: latest
-            .filter(|c| c.state != ContainerState::Created)
-            .map(|c| format!("{ID_PREFIX}{}", c.id)),
+        container_id: started_once.map(|c| format!("{ID_PREFIX}{}", c.id)),
         restart_count: match latest {
             Some(latest) => i32::try_from(latest.attempt).unwrap_or(i32::MAX),
             None => known.map_or(0, |known| known.restart_count),
