@@ -22,6 +22,34 @@ const CAPACITY: usize = 1000;
 const OVER_CAPACITY: &str = "endpoints.kubernetes.io/over-capacity";
 const MANAGED_BY: (&str, &str) = ("endpoints.kubernetes.io/managed-by", "endpoint-controller");
 
+/// Leaves out what is more than [`CAPACITY`]: those that are not ready first, and of each subset its share, so that no
+/// port is without addresses. Says whether there was too much.
+fn truncate(subsets: &mut Vec<EndpointSubset>) -> bool {
+    let count = |list: &Option<Vec<EndpointAddress>>| list.as_ref().map_or(0, Vec::len);
+    let ready: usize = subsets.iter().map(|subset| count(&subset.addresses)).sum();
+    let unready: usize = subsets.iter().map(|subset| count(&subset.not_ready_addresses)).sum();
+    if ready + unready <= CAPACITY {
+        return false;
+    }
+    let too_many_ready = ready > CAPACITY;
+    let (room, total) = if too_many_ready { (CAPACITY, ready) } else { (CAPACITY - ready, unready) };
+    let mut left = room;
+    for subset in subsets.iter_mut() {
+        if too_many_ready {
+            subset.not_ready_addresses = None;
+        }
+        let list = if too_many_ready { &mut subset.addresses } else { &mut subset.not_ready_addresses };
+        let Some(addresses) = list else { continue };
+        addresses.truncate((addresses.len() * room).div_ceil(total).min(left));
+        left -= addresses.len();
+        if addresses.is_empty() {
+            *list = None;
+        }
+    }
+    subsets.retain(|subset| subset.addresses.is_some() || subset.not_ready_addresses.is_some());
+    true
+}
+
 /// The subsets of a service: pods with the same ports together, ready and not. True if some had to be left out.
 pub(crate) fn subsets(service: &Typed<Service>, pods: &[Typed<Pod>]) -> (Vec<EndpointSubset>, bool) {
     type Ports = Vec<(String, String, i32, Option<String>)>;
@@ -29,12 +57,7 @@ pub(crate) fn subsets(service: &Typed<Service>, pods: &[Typed<Pod>]) -> (Vec<End
     let anyway = services::publishes_unready(service);
     let declared = service.spec.as_ref().and_then(|spec| spec.ports.clone()).unwrap_or_default();
     let mut groups: BTreeMap<Ports, [Vec<EndpointAddress>; 2]> = BTreeMap::new();
-    let mut left = CAPACITY;
-    let mut over = false;
-    let mut candidates: Vec<&Typed<Pod>> =
-        pods.iter().filter(|pod| anyway || pod.object.deleted().is_none()).collect();
-    candidates.sort_by_key(|pod| !pods::is_ready(pod));
-    for pod in candidates {
+    for pod in pods.iter().filter(|pod| anyway || pod.object.deleted().is_none()) {
         let is_v4 = |address: &String| !address.contains(':');
         let Some(ip) = services::addresses(pod).into_iter().find(|ip| is_v4(ip) == (family == "IPv4")) else {
             continue;
@@ -49,11 +72,6 @@ pub(crate) fn subsets(service: &Typed<Service>, pods: &[Typed<Pod>]) -> (Vec<End
         if ports.is_empty() && !declared.is_empty() {
             continue;
         }
-        if left == 0 {
-            over = true;
-            break;
-        }
-        left -= 1;
         let address = EndpointAddress {
             ip,
             hostname: services::hostname(pod, service),
@@ -83,7 +101,9 @@ pub(crate) fn subsets(service: &Typed<Service>, pods: &[Typed<Pod>]) -> (Vec<End
             ports: (!ports.is_empty()).then_some(ports),
         }
     });
-    (subsets.collect(), over)
+    let mut subsets = subsets.collect();
+    let over = truncate(&mut subsets);
+    (subsets, over)
 }
 
 #[derive(Default)]
@@ -201,18 +221,32 @@ mod tests {
         assert_eq!(subsets[0].ports.as_ref().unwrap()[0].port, 80);
     }
 
+    /// Sizes of subsets, ready and not, before and after.
+    #[track_caller]
+    fn check_truncated(before: &[[usize; 2]], want: &[[usize; 2]], want_over: bool) {
+        let some = |size: usize| (size > 0).then(|| vec![EndpointAddress::default(); size]);
+        let subset = |&[ready, unready]: &[usize; 2]| EndpointSubset {
+            addresses: some(ready),
+            not_ready_addresses: some(unready),
+            ports: None,
+        };
+        let mut subsets: Vec<EndpointSubset> = before.iter().map(subset).collect();
+        assert_eq!(truncate(&mut subsets), want_over);
+        let size = |list: &Option<Vec<EndpointAddress>>| list.as_ref().map_or(0, Vec::len);
+        let after: Vec<[usize; 2]> = subsets
+            .iter()
+            .map(|subset| [size(&subset.addresses), size(&subset.not_ready_addresses)])
+            .collect();
+        assert_eq!(after, want);
+    }
+
     #[test]
     fn a_crowd_is_cut_at_a_thousand() {
-        let service = service(json!({"selector": {"app": "web"}, "ports": [{"port": 80}]}));
-        let pods: Vec<_> = (0..1001)
-            .map(|n| {
-                pod(&format!("p{n}"), |p| {
-                    p["status"]["podIP"] = format!("10.1.{}.{}", n / 250, n % 250).into()
-                })
-            })
-            .collect();
-        let (subsets, over) = subsets(&service, &pods);
-        assert!(over);
-        assert_eq!(subsets[0].addresses.as_ref().unwrap().len(), 1000);
+        check_truncated(&[[600, 400]], &[[600, 400]], false);
+        check_truncated(&[[1001, 0]], &[[1000, 0]], true);
+        check_truncated(&[[900, 300]], &[[900, 100]], true);
+        check_truncated(&[[1500, 7], [500, 0]], &[[750, 0], [250, 0]], true);
+        check_truncated(&[[500, 300], [0, 900]], &[[500, 125], [0, 375]], true);
+        check_truncated(&[[1000, 0], [0, 1]], &[[1000, 0]], true);
     }
 }

@@ -2,10 +2,11 @@
 //!
 //! There is no graph of its own: who depends on whom is read from the caches of all kinds, which index
 //! objects by owner. Before anything is deleted for want of an owner, that the owner is absent is asked of the
-//! API server. Upstream: pkg/controller/garbagecollector.
+//! API server. Objects that own each other in a circle, and all wait for each other to go, do not: where upstream takes
+//! the blocking mark off one of their references, the circle is looked for here. Upstream: pkg/controller/garbagecollector.
 
-use std::collections::HashSet;
-use std::sync::Mutex;
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use minke_api::{KINDS, Kind, Object, OwnerReference, Status};
@@ -22,7 +23,8 @@ const ABSENT_MAX: usize = 500;
 
 #[derive(Default)]
 pub(crate) struct GarbageCollector {
-    absent: Mutex<HashSet<Box<str>>>,
+    /// With whether an object of this uid is in another namespace.
+    absent: Mutex<HashMap<Box<str>, bool>>,
 }
 
 /// Every kind of which objects are kept, once. Events depend on nothing.
@@ -44,8 +46,41 @@ fn waits_for_orphans(object: &Object) -> bool {
     object.deleted().is_some() && has_finalizer(object, ORPHAN)
 }
 
-fn dependents(ctx: &Shared, uid: &str) -> Vec<std::sync::Arc<Object>> {
+fn dependents(ctx: &Shared, uid: &str) -> Vec<Arc<Object>> {
     kinds().into_iter().flat_map(|kind| ctx.informers.of(kind).owned_by(uid)).collect()
+}
+
+/// The dependents that `owner` has to wait for.
+fn blockers(ctx: &Shared, owner: &Object) -> Vec<Arc<Object>> {
+    let mut all = dependents(ctx, owner.uid());
+    all.retain(|dependent| {
+        let mut owners = dependent.owners().iter();
+        owners.any(|reference| *reference.uid == *owner.uid() && reference.block_owner_deletion)
+    });
+    all
+}
+
+/// Whether something has to go before `owner` can.
+fn is_blocked(owner: &Arc<Object>, blockers: impl Fn(&Object) -> Vec<Arc<Object>>) -> bool {
+    let direct = blockers(owner);
+    if direct.iter().any(|blocker| !waits_for_dependents(blocker)) {
+        return true;
+    }
+    direct.into_iter().any(|blocker| !waits_for(blocker, owner, &blockers))
+}
+
+/// Whether `from` can only go after `to`, by way of objects that all wait: then they are in a circle.
+fn waits_for(from: Arc<Object>, to: &Object, blockers: &impl Fn(&Object) -> Vec<Arc<Object>>) -> bool {
+    let mut seen = HashSet::from([from.uid().to_owned()]);
+    let mut left = vec![from];
+    while let Some(one) = left.pop() {
+        if one.uid() == to.uid() {
+            return true;
+        }
+        let next = blockers(&one).into_iter().filter(|next| waits_for_dependents(next));
+        left.extend(next.filter(|next| seen.insert(next.uid().to_owned())));
+    }
+    false
 }
 
 /// The kind and namespace in which an owner is to be looked for. `None` for kinds that are not known here, and
@@ -144,15 +179,10 @@ impl Controller for GarbageCollector {
             return remove_finalizer(ctx, &object, ORPHAN).await;
         }
         if waits_for_dependents(&object) {
-            let all = dependents(ctx, object.uid());
-            let blocks = |dependent: &std::sync::Arc<Object>| {
-                let mut owners = dependent.owners().iter();
-                owners.any(|owner| *owner.uid == *object.uid() && owner.block_owner_deletion)
-            };
-            if !all.iter().any(blocks) {
+            if !is_blocked(&object, |owner| blockers(ctx, owner)) {
                 return remove_finalizer(ctx, &object, FOREGROUND).await;
             }
-            // Each dependent was queued when this began, and this is queued when one of them is gone.
+            // Each dependent was queued when this began, and this is queued when one of them is gone or waits itself.
             return Ok(Requeue::Never);
         }
         if object.deleted().is_some() || object.owners().is_empty() {
@@ -187,78 +217,79 @@ impl GarbageCollector {
         for owner in object.owners() {
             let Some((kind, namespace)) = whereabouts(owner, object) else {
                 // Nothing is deleted for an owner that cannot be looked for.
+                if Kind::by_api_version(&owner.api_version, &owner.kind)
+                    .is_some_and(|kind| is_anywhere(ctx, kind, owner))
+                {
+                    warn_of_other_namespace(ctx, owner, object);
+                }
                 owners.solid.push(owner);
                 continue;
             };
             let cached =
                 ctx.informers.of(kind).get(namespace, &owner.name).filter(|found| *found.uid() == *owner.uid);
             let found = match cached {
-                Some(found) => Some(found),
+                Some(found) => Ok(found),
                 None => self.ask(ctx, kind, namespace, owner).await?,
             };
             match found {
-                None => {
-                    self.warn_of_other_namespace(ctx, kind, owner, object);
+                Err(elsewhere) => {
+                    if elsewhere {
+                        warn_of_other_namespace(ctx, owner, object);
+                    }
                     owners.dangling.push(owner);
                 }
-                Some(found) if waits_for_dependents(&found) => owners.waiting.push(owner),
-                Some(_) => owners.solid.push(owner),
+                Ok(found) if waits_for_dependents(&found) => owners.waiting.push(owner),
+                Ok(_) => owners.solid.push(owner),
             }
         }
         Ok(owners)
     }
 
-    /// The owner as the API server has it.
+    /// The owner as the API server has it; if it is not there, whether it is in another namespace.
     async fn ask(
         &self,
         ctx: &Ctx,
         kind: &'static Kind,
         namespace: &str,
         owner: &OwnerReference,
-    ) -> Result<Option<std::sync::Arc<Object>>, Status> {
+    ) -> Result<Result<Arc<Object>, bool>, Status> {
         let remembered = || self.absent.lock().expect("nothing panics under the lock");
         // Uids are never used again, so what was absent once stays so. Its namespace is part of the question.
         let key = format!("{} {namespace}", owner.uid).into_boxed_str();
-        if remembered().contains(&key) {
-            return Ok(None);
+        if let Some(elsewhere) = remembered().get(&key) {
+            return Ok(Err(*elsewhere));
         }
-        let found = match ctx.client.get(Target::object(kind, namespace, &owner.name)).await {
-            Ok(found) => Some(found).filter(|found| *found.uid() == *owner.uid),
-            Err(error) if error.is_not_found() => None,
-            Err(error) => return Err(error),
-        };
-        if found.is_none() {
-            let mut absent = remembered();
-            if absent.len() >= ABSENT_MAX {
-                absent.clear();
-            }
-            absent.insert(key);
+        match ctx.client.get(Target::object(kind, namespace, &owner.name)).await {
+            Ok(found) if *found.uid() == *owner.uid => return Ok(Ok(found)),
+            Err(error) if !error.is_not_found() => return Err(error),
+            _ => {}
         }
-        Ok(found)
+        let elsewhere = kind.namespaced && is_anywhere(ctx, kind, owner);
+        let mut absent = remembered();
+        if absent.len() >= ABSENT_MAX {
+            absent.clear();
+        }
+        absent.insert(key, elsewhere);
+        Ok(Err(elsewhere))
     }
+}
 
-    fn warn_of_other_namespace(
-        &self,
-        ctx: &Ctx,
-        kind: &'static Kind,
-        owner: &OwnerReference,
-        object: &Object,
-    ) {
-        let objects = ctx.informers.of(kind);
-        let elsewhere = objects.snapshot().values().any(|other| *other.uid() == *owner.uid);
-        if kind.namespaced && elsewhere {
-            let message = format!(
-                "ownerRef [{}/{}, namespace: {}, name: {}, uid: {}] does not exist in namespace {:?}",
-                owner.api_version,
-                owner.kind,
-                object.namespace(),
-                owner.name,
-                owner.uid,
-                object.namespace()
-            );
-            ctx.events.warning(object, "OwnerRefInvalidNamespace", message);
-        }
-    }
+/// Whether there is an object of the owner's name and uid in any namespace.
+fn is_anywhere(ctx: &Ctx, kind: &'static Kind, owner: &OwnerReference) -> bool {
+    ctx.informers.of(kind.storage()).snapshot().values().any(|other| *other.uid() == *owner.uid)
+}
+
+fn warn_of_other_namespace(ctx: &Ctx, owner: &OwnerReference, object: &Object) {
+    let message = format!(
+        "ownerRef [{}/{}, namespace: {}, name: {}, uid: {}] does not exist in namespace {:?}",
+        owner.api_version,
+        owner.kind,
+        object.namespace(),
+        owner.name,
+        owner.uid,
+        object.namespace()
+    );
+    ctx.events.warning(object, "OwnerRefInvalidNamespace", message);
 }
 
 async fn orphan_dependents(ctx: &Ctx, owner: &Object) -> Result<(), Status> {
@@ -330,6 +361,46 @@ mod tests {
         check(&[], [false, false, true], true, Verdict::Delete(Foreground));
         check(&[ORPHAN], [false, true, false], false, Verdict::Delete(Orphan));
         check(&[FOREGROUND], [false, true, false], false, Verdict::Delete(Foreground));
+    }
+
+    /// Objects by name, each with the objects that own it and whether it waits.
+    fn world(objects: &[(&str, &[&str], bool)]) -> Vec<Arc<Object>> {
+        let object = |(name, owners, waits): &(&str, &[&str], bool)| {
+            let owner = |n: &&str| json!({"apiVersion": "v1", "kind": "Pod", "name": n, "uid": n, "blockOwnerDeletion": true});
+            let mut value = json!({"metadata": {"name": name, "namespace": "ns", "uid": name,
+                "ownerReferences": owners.iter().map(owner).collect::<Vec<_>>()}});
+            if *waits {
+                value["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z".into();
+                value["metadata"]["finalizers"] = json!([FOREGROUND]);
+            }
+            Arc::new(Object::from_value(Kind::by_kind("", "v1", "Pod").unwrap(), &value).unwrap())
+        };
+        objects.iter().map(object).collect()
+    }
+
+    #[track_caller]
+    fn check_blocked(objects: &[(&str, &[&str], bool)], want: bool) {
+        let all = world(objects);
+        let blockers = |owner: &Object| {
+            let owned =
+                |one: &&Arc<Object>| one.owners().iter().any(|reference| *reference.uid == *owner.uid());
+            all.iter().filter(owned).cloned().collect::<Vec<_>>()
+        };
+        assert_eq!(is_blocked(&all[0], blockers), want);
+    }
+
+    #[test]
+    fn what_waits_for_itself_in_a_circle_goes() {
+        check_blocked(&[("a", &[], true)], false);
+        check_blocked(&[("a", &[], true), ("b", &["a"], false)], true);
+        check_blocked(&[("a", &[], true), ("b", &["a"], true)], true);
+        check_blocked(&[("a", &["a"], true)], false);
+        check_blocked(&[("a", &["b"], true), ("b", &["a"], true)], false);
+        check_blocked(&[("a", &["b"], true), ("b", &["c"], true), ("c", &["a"], true)], false);
+        check_blocked(&[("a", &["b"], true), ("b", &["c"], false), ("c", &["a"], true)], true);
+        // One that hangs on the circle has to go first.
+        check_blocked(&[("a", &["b"], true), ("b", &["a"], true), ("c", &["a"], true)], true);
+        check_blocked(&[("a", &["b"], true), ("b", &["a"], true), ("c", &["b"], false)], false);
     }
 
     #[test]

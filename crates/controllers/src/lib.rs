@@ -113,7 +113,7 @@ static CONTROLLERS: &[Row] = &[
     Row { name: "root-ca-certificate-publisher", account: "root-ca-cert-publisher", component: "root-ca-cert-publisher", make: |config| Box::new(root_ca::RootCa { pem: config.root_ca.clone() }) },
     Row { name: "garbage-collector", account: "generic-garbage-collector", component: "garbage-collector-controller", make: |_| Box::new(garbage_collector::GarbageCollector::default()) },
     Row { name: "node-lifecycle", account: "node-controller", component: "node-controller", make: |config| Box::new(node_lifecycle::NodeLifecycle::new(config)) },
-    Row { name: "taint-eviction", account: "node-controller", component: "taint-eviction-controller", make: |_| Box::new(taint_eviction::TaintEviction) },
+    Row { name: "taint-eviction", account: "node-controller", component: "taint-eviction-controller", make: |_| Box::<taint_eviction::TaintEviction>::default() },
     Row { name: "pod-garbage-collector", account: "pod-garbage-collector", component: "pod-garbage-collector", make: |config| Box::new(pod_gc::PodGc::new(config)) },
     Row { name: "persistentvolume-binder", account: "persistent-volume-binder", component: "persistentvolume-controller", make: |_| Box::new(persistent_volume::Binder::default()) },
     Row { name: "persistentvolumeclaim-protection", account: "pvc-protection-controller", component: "pvc-protection-controller", make: |_| Box::new(volume_protection::ClaimProtection) },

@@ -1,10 +1,10 @@
-//! Deletes pods that nobody will ever finish: those of nodes that are gone, those that were deleted before
-//! they had a node, and the oldest finished ones when there are too many.
+//! Deletes pods that nobody will ever finish: those of nodes that are gone or out of service, those that were deleted
+//! before they had a node, and the oldest finished ones when there are too many.
 //!
 //! Upstream: pkg/controller/podgc.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -22,6 +22,19 @@ use crate::run::Controller;
 
 /// How long a node must have been away before its pods are given up.
 const QUARANTINE: Duration = Duration::from_secs(40);
+/// Put on nodes by people who know that nothing runs there any more.
+const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
+
+/// Evicted pods first, then by age.
+type Rank = (bool, Option<Timestamp>, Key);
+
+fn rank(pod: &Object) -> Rank {
+    let evicted = pod.field("status.phase") == Some("Failed")
+        && pod
+            .view::<Pod>()
+            .is_ok_and(|pod| pod.status.as_ref().is_some_and(|s| s.reason.as_deref() == Some("Evicted")));
+    (!evicted, pod.created(), pod.key().clone())
+}
 
 pub(crate) struct PodGc {
     finished_max: usize,
@@ -30,8 +43,8 @@ pub(crate) struct PodGc {
 
 #[derive(Default)]
 struct State {
-    /// Finished pods, oldest first.
-    finished: BTreeSet<(Option<Timestamp>, Key)>,
+    /// Finished pods, those that are to go first first.
+    finished: BTreeSet<Rank>,
     /// When nodes that pods name were first found missing.
     missing: HashMap<String, Instant>,
 }
@@ -47,9 +60,25 @@ impl PodGc {
 
     fn is_surplus(&self, pod: &Object) -> bool {
         let state = self.state();
-        let surplus = state.finished.len().saturating_sub(self.finished_max);
-        self.finished_max > 0 && state.finished.iter().take(surplus).any(|(_, key)| key == pod.key())
+        is_finished(pod) && state.last_surplus(self.finished_max).is_some_and(|last| rank(pod) <= *last)
     }
+}
+
+impl State {
+    /// The last of those that are too many.
+    fn last_surplus(&self, max: usize) -> Option<&Rank> {
+        let surplus = self.finished.len().checked_sub(max).filter(|_| max > 0)?;
+        self.finished.iter().nth(surplus.checked_sub(1)?)
+    }
+}
+
+/// Whether people have said of a node that what ran there runs no more.
+fn is_out_of_service(node: &Arc<Object>) -> bool {
+    let Some(node) = Typed::<Node>::new(node.clone()) else { return false };
+    let mut taints = node.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
+    let mut conditions = node.status.iter().flat_map(|status| status.conditions.iter().flatten());
+    let is_ready = conditions.any(|condition| condition.type_ == "Ready" && condition.status == "True");
+    !is_ready && taints.any(|taint| taint.key == OUT_OF_SERVICE)
 }
 
 fn node_of(pod: &Object) -> Option<&str> {
@@ -70,33 +99,38 @@ impl Controller for PodGc {
         let object = change.object();
         let pods = Kind::of::<Pod>();
         if object.kind() != pods {
-            if change.new.is_some() {
-                self.state().missing.remove(object.name());
-                return Vec::new();
-            }
             let all = ctx.informers.of(pods).snapshot();
             let here = all.values().filter(|pod| node_of(pod) == Some(object.name()));
-            return here.map(|pod| Item::of(pod)).collect();
+            let Some(node) = &change.new else {
+                return here.map(|pod| Item::of(pod)).collect();
+            };
+            self.state().missing.remove(object.name());
+            if !is_out_of_service(node) || change.old.as_ref().is_some_and(is_out_of_service) {
+                return Vec::new();
+            }
+            return here.filter(|pod| pod.deleted().is_some()).map(|pod| Item::of(pod)).collect();
         }
         let mut items = Vec::new();
         let mut state = self.state();
-        if let Some(old) = &change.old {
-            state.finished.remove(&(old.created(), old.key().clone()));
+        if let Some(old) = change.old.as_ref().filter(|old| is_finished(old)) {
+            state.finished.remove(&rank(old));
         }
         let Some(pod) = &change.new else { return items };
         if is_finished(pod) {
-            state.finished.insert((pod.created(), pod.key().clone()));
-            let surplus = state.finished.len().saturating_sub(self.finished_max);
-            if self.finished_max > 0 {
-                items.extend(
-                    state.finished.iter().take(surplus).map(|(_, key)| Item { kind: pods, key: key.clone() }),
-                );
-            }
+            // It is too many itself, or it makes another one so.
+            state.finished.insert(rank(pod));
+            let last = state.last_surplus(self.finished_max).map(|(_, _, key)| key.clone());
+            items.extend(
+                last.into_iter()
+                    .flat_map(|last| [last, pod.key().clone()])
+                    .map(|key| Item { kind: pods, key }),
+            );
         }
-        let nodes = ctx.informers.of_type::<Node>();
-        let suspicious = match node_of(pod) {
-            Some(node) => nodes.get("", node).is_none(),
-            None => pod.deleted().is_some(),
+        let node = node_of(pod).and_then(|node| ctx.informers.of_type::<Node>().get("", node));
+        let suspicious = match (node, pod.deleted()) {
+            (Some(node), Some(_)) => is_out_of_service(&node),
+            (Some(_), None) => false,
+            (None, deleted) => node_of(pod).is_some() || deleted.is_some(),
         };
         if suspicious {
             items.push(Item::of(pod));
@@ -112,12 +146,15 @@ impl Controller for PodGc {
         }
         let Some(node) = node_of(object) else {
             return match object.deleted() {
-                Some(_) => delete_now(ctx, object).await,
+                Some(_) => give_up(ctx, &pod, None).await,
                 None => Ok(Requeue::Never),
             };
         };
-        if ctx.informer::<Node>().get("", node).is_some() {
-            return Ok(Requeue::Never);
+        if let Some(node) = ctx.informer::<Node>().get("", node) {
+            return match object.deleted() {
+                Some(_) if is_out_of_service(&node) => give_up(ctx, &pod, None).await,
+                _ => Ok(Requeue::Never),
+            };
         }
         let since = *self.state().missing.entry(node.to_owned()).or_insert_with(Instant::now);
         let left = QUARANTINE.saturating_sub(since.elapsed());
@@ -127,30 +164,34 @@ impl Controller for PodGc {
         match ctx.client.get(Target::object(Kind::of::<Node>(), "", node)).await {
             Ok(_) => Ok(Requeue::Never),
             Err(error) if error.is_not_found() => {
-                give_up(ctx, &pod).await?;
-                delete_now(ctx, object).await
+                give_up(ctx, &pod, Some("PodGC: node no longer exists")).await
             }
             Err(error) => Err(error),
         }
     }
 }
 
-/// Says in the status of a pod why it failed, before it goes.
-async fn give_up(ctx: &Ctx, pod: &Typed<Pod>) -> Result<(), Status> {
-    if pods::is_finished(pod) {
-        return Ok(());
+/// Fails a pod that has not ended, so that it is counted, and deletes it. `why` becomes a condition.
+async fn give_up(ctx: &Ctx, pod: &Typed<Pod>, why: Option<&str>) -> Result<Requeue, Status> {
+    if !pods::is_finished(pod) {
+        let mut status = json!({ "phase": "Failed" });
+        if let Some(message) = why {
+            status["conditions"] = json!([{
+                "type": "DisruptionTarget",
+                "status": "True",
+                "reason": "DeletionByPodGC",
+                "message": message,
+                "lastTransitionTime": seconds(ctx.now()),
+            }]);
+        }
+        let patch = Patch::Strategic(json!({ "metadata": { "uid": pod.object.uid() }, "status": status }));
+        match ctx.patch(Target::of(&pod.object).sub("status"), patch).await {
+            Err(error) if error.is_not_found() => return Ok(Requeue::Never),
+            Err(error) => return Err(error),
+            Ok(_) => {}
+        }
     }
-    let status = json!({ "status": { "phase": "Failed", "conditions": [{
-        "type": "DisruptionTarget",
-        "status": "True",
-        "reason": "DeletionByPodGC",
-        "message": "PodGC: node no longer exists",
-        "lastTransitionTime": seconds(ctx.now()),
-    }] } });
-    match ctx.patch(Target::of(&pod.object).sub("status"), Patch::Strategic(status)).await {
-        Err(error) if !error.is_not_found() => Err(error),
-        _ => Ok(()),
-    }
+    delete_now(ctx, &pod.object).await
 }
 
 async fn delete_now(ctx: &Ctx, pod: &Object) -> Result<Requeue, Status> {
