@@ -13,6 +13,9 @@ use minke_client::Propagation;
 use minke_testing::sim::Sim;
 use serde_json::{Value, json};
 
+mod common;
+use common::through_all;
+
 fn minutes(n: u64) -> Duration {
     Duration::from_secs(60 * n)
 }
@@ -70,32 +73,6 @@ fn limit_pods(sim: &Sim, most: usize) {
     });
 }
 
-/// Runs in virtual time, and ends everything that was started: otherwise the clusters of a test would all live on.
-fn virtually<T>(run: impl Future<Output = T>) -> T {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
-    runtime.expect("a runtime").block_on(run)
-}
-
-/// Runs the same again and again, with a crash after each write in turn, until there are no more writes.
-fn crash_everywhere(least: usize, mut run: impl AsyncFnMut(Sim) -> Sim) {
-    let mut crashes = 0;
-    for n in 1.. {
-        let crashed = virtually(async { run(Sim::new(n as u64).nodes(2).crash_after(n)).await.crashed() });
-        if !crashed {
-            break;
-        }
-        crashes += 1;
-    }
-    assert!(crashes >= least, "{crashes} crashes");
-}
-
-/// Runs the same several times with caches that lag.
-fn lag_often(times: u64, mut run: impl AsyncFnMut(Sim) -> Sim) {
-    for seed in 0..times {
-        virtually(async { drop(run(Sim::new(seed).nodes(2).lag(Duration::from_secs(4))).await) });
-    }
-}
-
 async fn run_to_success(mut sim: Sim) -> Sim {
     limit_pods(&sim, 2);
     sim.create(job("once", json!({ "completions": 5 })));
@@ -108,8 +85,7 @@ async fn run_to_success(mut sim: Sim) -> Sim {
 
 #[test]
 fn every_success_is_counted_once() {
-    crash_everywhere(20, run_to_success);
-    lag_often(20, run_to_success);
+    through_all(20, 20, run_to_success);
 }
 
 async fn run_indexed(mut sim: Sim) -> Sim {
@@ -128,8 +104,7 @@ async fn run_indexed(mut sim: Sim) -> Sim {
 
 #[test]
 fn every_failure_of_an_index_is_counted_once() {
-    crash_everywhere(20, run_indexed);
-    lag_often(20, run_indexed);
+    through_all(20, 20, run_indexed);
 }
 
 async fn run_with_policy(mut sim: Sim) -> Sim {
@@ -146,8 +121,7 @@ async fn run_with_policy(mut sim: Sim) -> Sim {
 
 #[test]
 fn a_policy_fails_the_job_at_the_first_failure() {
-    crash_everywhere(5, run_with_policy);
-    lag_often(10, run_with_policy);
+    through_all(5, 10, run_with_policy);
 }
 
 async fn run_suspended(mut sim: Sim) -> Sim {
@@ -166,8 +140,7 @@ async fn run_suspended(mut sim: Sim) -> Sim {
 
 #[test]
 fn a_suspended_job_loses_its_pods_and_counts_none() {
-    crash_everywhere(10, run_suspended);
-    lag_often(10, run_suspended);
+    through_all(10, 10, run_suspended);
 }
 
 #[tokio::test(start_paused = true)]
@@ -204,7 +177,7 @@ fn a_job_at_work_can_be_deleted() {
     for (propagation, left) in
         [(Propagation::Background, 0), (Propagation::Foreground, 0), (Propagation::Orphan, 2)]
     {
-        crash_everywhere(5, async |sim| {
+        through_all(5, 5, async |sim| {
             let (pods, sim) = delete_at_work(propagation, sim).await;
             assert_eq!(pods, left, "{propagation:?}");
             sim
@@ -265,8 +238,7 @@ async fn tick(mut sim: Sim) -> Sim {
 
 #[test]
 fn a_cron_job_makes_a_job_each_minute_and_no_other() {
-    crash_everywhere(20, tick);
-    lag_often(10, tick);
+    through_all(20, 10, tick);
 }
 
 #[tokio::test(start_paused = true)]
@@ -349,8 +321,7 @@ async fn guard(mut sim: Sim) -> Sim {
 
 #[test]
 fn a_budget_knows_how_its_pods_are() {
-    crash_everywhere(20, guard);
-    lag_often(10, guard);
+    through_all(20, 10, guard);
 }
 
 #[tokio::test(start_paused = true)]

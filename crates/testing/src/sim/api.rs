@@ -127,12 +127,17 @@ impl Api {
         self.lock().objects.get(kind.storage())?.get(key).cloned()
     }
 
+    /// The objects of all kinds.
+    pub fn all(&self) -> Vec<Arc<Object>> {
+        self.lock().objects.values().flat_map(BTreeMap::values).cloned().collect()
+    }
+
     pub fn list(&self, kind: &'static Kind) -> Vec<Arc<Object>> {
         self.lock().objects.get(kind.storage()).into_iter().flat_map(BTreeMap::values).cloned().collect()
     }
 
-    pub(super) fn client(self: &Arc<Api>, who: &str, lag: Duration, crash: Option<Arc<Crash>>) -> SimClient {
-        SimClient { api: self.clone(), who: who.to_owned(), lag, crash }
+    pub(super) fn client(self: &Arc<Api>, who: &str, faults: Faults, crash: Option<Arc<Crash>>) -> SimClient {
+        SimClient { api: self.clone(), who: who.to_owned(), faults, crash }
     }
 
     /// Creates an object as a user, in its namespace or `default`.
@@ -420,11 +425,21 @@ impl State {
     }
 }
 
+/// What is wrong with a client's view of the world.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Faults {
+    /// Events come up to this much later.
+    pub lag: Duration,
+    /// Watches break after an event, again and again, for up to this long: the cache then lists anew, and never sees the
+    /// states in between.
+    pub outage: Duration,
+}
+
 /// The API under one identity, as a client that may be behind, and may crash.
 pub(super) struct SimClient {
     api: Arc<Api>,
     who: String,
-    lag: Duration,
+    faults: Faults,
     crash: Option<Arc<Crash>>,
 }
 
@@ -478,8 +493,10 @@ impl Client for SimClient {
         let (api, crash, kind, namespace) =
             (self.api.clone(), self.crash.clone(), kind.storage(), namespace.to_owned());
         let seed = api.lock().rng.random();
-        let (lag, rng) = (self.lag, StdRng::seed_from_u64(seed));
-        let events = stream::unfold((0, rng), move |(mut seen, mut rng)| {
+        let (Faults { lag, outage }, rng) = (self.faults, StdRng::seed_from_u64(seed));
+        // Every change has a revision of its own, and the history has them all.
+        let seen = usize::try_from(options.from.0).expect("a revision of this history");
+        let events = stream::unfold((seen, rng), move |(mut seen, mut rng)| {
             let (api, crash, namespace, options) =
                 (api.clone(), crash.clone(), namespace.clone(), options.clone());
             async move {
@@ -508,10 +525,15 @@ impl Client for SimClient {
                     if !lag.is_zero() {
                         tokio::time::sleep_until(at + lag.mul_f64(rng.random_range(0.0..1.0))).await;
                     }
+                    let breaks = !outage.is_zero() && rng.random_bool(0.3);
+                    if breaks {
+                        tokio::time::sleep(outage.mul_f64(rng.random_range(0.0..1.0))).await;
+                    }
                     if crash.as_ref().is_some_and(|crash| crash.crashed.load(Ordering::Relaxed)) {
                         std::future::pending::<()>().await;
                     }
-                    return Some((Ok(event), (seen, rng)));
+                    let event = if breaks { Err(Status::expired("the watch broke")) } else { Ok(event) };
+                    return Some((event, (seen, rng)));
                 }
             }
         });

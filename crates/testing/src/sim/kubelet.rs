@@ -68,6 +68,17 @@ impl Kubelet {
         created.expect("a lease can be made");
     }
 
+    /// Goes on with the signs of life of a node that was silent. Must be called within a tokio runtime.
+    pub(super) fn revive(self, silent: CancellationToken) {
+        tokio::spawn(async move {
+            let ready = json!({ "type": "Ready", "status": "True", "lastHeartbeatTime": time::format_seconds(self.clock.now()) });
+            let patch = Patch::Strategic(json!({ "status": { "conditions": [ready] } }));
+            let node = Target::object(Kind::of::<Node>(), "", &self.name).sub("status");
+            self.client.patch(node, patch).await.expect("the node is there");
+            Arc::new(self).renew(silent).await;
+        });
+    }
+
     async fn renew(self: Arc<Kubelet>, silent: CancellationToken) {
         let lease = Target::object(Kind::of::<Lease>(), LEASES, &self.name);
         loop {

@@ -8,6 +8,7 @@ mod api;
 mod kubelet;
 mod provisioner;
 
+use api::Faults;
 pub use api::{Api, Write};
 pub use kubelet::Kubelet;
 
@@ -34,8 +35,8 @@ pub struct Sim {
     /// Crash the controllers when they have written this often; none if they are not to.
     crash_after: Option<usize>,
     crashes: usize,
-    /// How far behind the caches of the controllers may be.
-    lag: Duration,
+    /// What is wrong with what the controllers see.
+    faults: Faults,
 }
 
 impl Sim {
@@ -52,7 +53,7 @@ impl Sim {
             nodes: Vec::new(),
             crash_after: None,
             crashes: 0,
-            lag: Duration::ZERO,
+            faults: Faults::default(),
         }
     }
 
@@ -60,18 +61,22 @@ impl Sim {
         for n in 1..=count {
             let name = format!("node{n}");
             let stop = CancellationToken::new();
-            let kubelet = Kubelet {
-                client: Arc::new(self.api.client(&name, Duration::ZERO, None)),
-                clock: self.api.clock(),
-                name: name.clone(),
-                seed: self.seed,
-                slowness: Duration::from_secs(3),
-            };
+            let kubelet = self.kubelet(&name);
             provisioner::start(kubelet.client.clone(), &name);
             kubelet.start(stop.clone());
             self.nodes.push((name, stop));
         }
         self
+    }
+
+    fn kubelet(&self, node: &str) -> Kubelet {
+        Kubelet {
+            client: self.client(node),
+            clock: self.api.clock(),
+            name: node.to_owned(),
+            seed: self.seed,
+            slowness: Duration::from_secs(3),
+        }
     }
 
     /// Crashes the controllers after their `n`th write, once; a new generation goes on from what is stored.
@@ -82,7 +87,14 @@ impl Sim {
 
     /// Shows controllers and scheduler what happened only up to this much later.
     pub fn lag(mut self, lag: Duration) -> Sim {
-        self.lag = lag;
+        self.faults.lag = lag;
+        self
+    }
+
+    /// Breaks the watches of controllers and scheduler now and then, for up to this long each time: what happens meanwhile is
+    /// never seen happening, only what came of it.
+    pub fn blink(mut self, outage: Duration) -> Sim {
+        self.faults.outage = outage;
         self
     }
 
@@ -92,13 +104,21 @@ impl Sim {
 
     /// A way in for someone else, who sees everything at once.
     pub fn client(&self, who: &str) -> Arc<dyn Client> {
-        Arc::new(self.api.client(who, Duration::ZERO, None))
+        Arc::new(self.api.client(who, Faults::default(), None))
     }
 
     /// Stops the signs of life of a node. Its pods go on.
     pub fn silence(&mut self, node: &str) {
         let (_, stop) = self.nodes.iter().find(|(name, _)| name == node).expect("there is such a node");
         stop.cancel();
+    }
+
+    /// A silent node is heard again.
+    pub fn revive(&mut self, node: &str) {
+        let kubelet = self.kubelet(node);
+        let (_, stop) = self.nodes.iter_mut().find(|(name, _)| name == node).expect("there is such a node");
+        *stop = CancellationToken::new();
+        kubelet.revive(stop.clone());
     }
 
     fn start_controllers(&mut self) {
@@ -108,8 +128,8 @@ impl Sim {
         let api = self.api.clone();
         let crash = self.api.arm(budget);
         let client = {
-            let (api, crash, lag) = (api.clone(), crash.clone(), self.lag);
-            move |name: &str| -> Arc<dyn Client> { Arc::new(api.client(name, lag, Some(crash.clone()))) }
+            let (api, crash, faults) = (api.clone(), crash.clone(), self.faults);
+            move |name: &str| -> Arc<dyn Client> { Arc::new(api.client(name, faults, Some(crash.clone()))) }
         };
         let informers = Informers::new(client("informers"), stop.clone());
         let config = minke_controllers::Config {
@@ -118,7 +138,7 @@ impl Sim {
             ..minke_controllers::Config::default()
         };
         tokio::spawn(minke_controllers::run(config, client.clone(), informers, stop.clone()));
-        let seen = Informers::new(Arc::new(api.client("scheduler", self.lag, None)), stop.clone());
+        let seen = Informers::new(Arc::new(api.client("scheduler", self.faults, None)), stop.clone());
         let config = minke_scheduler::Config { clock: api.clock(), seed: self.seed, ..Default::default() };
         tokio::spawn(minke_scheduler::run(seen, config, stop));
     }
@@ -211,7 +231,7 @@ impl Sim {
     }
 
     fn user(&self) -> impl Client {
-        self.api.client("user", Duration::ZERO, None)
+        self.api.client("user", Faults::default(), None)
     }
 
     fn namespace_of<T: Resource>(&self) -> &'static str {
