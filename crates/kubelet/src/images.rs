@@ -8,6 +8,7 @@ use base64::Engine;
 use k8s_openapi::api::core::v1 as core;
 use minke_runtime::{Auth, Error, Image, ImageService};
 use serde::Deserialize;
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use crate::events::Recorder;
@@ -19,6 +20,8 @@ pub struct Images {
     pub service: Arc<dyn ImageService>,
     pub events: Recorder,
     pub access: ImageAccess,
+    /// One for each pull that may go on at the same time.
+    turns: Semaphore,
 }
 
 /// Why there is no image: what the container's status shows.
@@ -31,6 +34,16 @@ pub struct ImageFailure {
 }
 
 impl Images {
+    pub fn new(
+        service: Arc<dyn ImageService>,
+        events: Recorder,
+        access: ImageAccess,
+        pulls_max: Option<usize>,
+    ) -> Images {
+        let turns = pulls_max.unwrap_or(Semaphore::MAX_PERMITS).min(Semaphore::MAX_PERMITS);
+        Images { service, events, access, turns: Semaphore::new(turns) }
+    }
+
     pub async fn ensure(
         &self,
         pod: &Pod,
@@ -134,6 +147,7 @@ impl Images {
         let waited = Instant::now();
         let auths = self.logins(pod, container, reference, held).await;
         self.events.normal(pod, name, "Pulling", format!("Pulling image \"{reference}\""));
+        let _turn = self.turns.acquire().await.expect("turns are never closed");
         let started = Instant::now();
         let mut last = None;
         for auth in auths {

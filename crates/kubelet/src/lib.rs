@@ -150,11 +150,12 @@ impl Kubelet {
                 host: std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
             },
             runtime: config.runtime,
-            images: images::Images {
-                service: config.images,
-                events: events.clone(),
-                access: image_access::ImageAccess::open(&config.data_dir.join("pulled-images.json")),
-            },
+            images: images::Images::new(
+                config.images,
+                events.clone(),
+                image_access::ImageAccess::open(&config.data_dir.join("pulled-images.json")),
+                settings.pulls_max,
+            ),
             network: config.network,
             drain: config.drain,
             references: references::References::new(config.client.clone()),

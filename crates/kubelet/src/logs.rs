@@ -42,7 +42,7 @@ impl<'a> Entry<'a> {
 }
 
 /// The older parts of a log, newest first.
-fn rotated(log: &Path) -> io::Result<Vec<PathBuf>> {
+pub fn rotated(log: &Path) -> io::Result<Vec<PathBuf>> {
     let (Some(dir), Some(name)) = (log.parent(), log.file_name()) else { return Ok(vec![]) };
     let prefix = format!("{}.", name.to_string_lossy());
     let mut old: Vec<PathBuf> = fs::read_dir(dir)?
@@ -78,7 +78,8 @@ pub async fn rotate(
     for surplus in old.iter().skip(settings.log_files_max.saturating_sub(2)) {
         fs::remove_file(surplus)?;
     }
-    let now = jiff::Timestamp::now().strftime("%Y%m%d-%H%M%S").to_string();
+    // To the millisecond, so that no two parts of one log ever have the same name.
+    let now = jiff::Timestamp::now().strftime("%Y%m%d-%H%M%S.%3f").to_string();
     let aside = PathBuf::from(format!("{}.{now}", log.display()));
     fs::rename(log, &aside)?;
     if let Err(error) = runtime.reopen_log(container_id).await {

@@ -90,7 +90,7 @@ impl Node {
         events.node(true, "Starting", "Starting kubelet.");
         let work = async {
             let node = self.register().await;
-            tokio::join!(self.keep_status(node.clone()), self.keep_lease(node));
+            tokio::join!(self.keep_status(node.clone()), self.keep_lease(node), self.keep_logs());
         };
         tokio::select! { () = work => {}, () = stop.cancelled() => {} }
     }
@@ -253,7 +253,6 @@ impl Node {
         let mut ticks = tokio::time::interval(COMPARE_EVERY);
         loop {
             ticks.tick().await;
-            self.rotate_logs().await;
             let now = Timestamp::now();
             let typed: Option<Arc<core::Node>> = minke_client::typed(&node);
             let known = typed.as_ref().and_then(|node| node.status.clone()).unwrap_or_default();
@@ -309,7 +308,15 @@ impl Node {
             .await
     }
 
-    /// Logs are looked at here, since this comes by every 10 s anyway, which is upstream's pace too.
+    async fn keep_logs(&self) {
+        let mut ticks = tokio::time::interval(self.context.settings.log_look_every);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            self.rotate_logs().await;
+        }
+    }
+
     async fn rotate_logs(&self) {
         let Ok(sandboxes) = self.context.runtime.list().await else { return };
         let containers = sandboxes.iter().flat_map(|sandbox| &sandbox.containers);

@@ -9,7 +9,7 @@ use minke_api::Quantity;
 use serde_json::json;
 use tokio::sync::watch;
 
-use crate::pod::Pod;
+use crate::pod::{Class, Pod};
 use crate::resources;
 
 /// Conditions of a pod that only a resize gives it.
@@ -98,10 +98,11 @@ fn wanted(pod: &Pod) -> [i64; 2] {
     RESOURCES.map(|name| resources::pod_request(pod, name))
 }
 
-/// Whether both ask for the same resources.
+/// Whether both ask for the same resources. Ephemeral containers have none, and come at any time.
 pub fn same(one: &Pod, other: &Pod) -> bool {
     let all = |pod: &Pod| -> Vec<_> {
-        pod.containers().map(|(_, c)| (c.name.clone(), c.resources.clone().unwrap_or_default())).collect()
+        let own = pod.containers().filter(|(class, _)| *class != Class::Ephemeral);
+        own.map(|(_, c)| (c.name.clone(), c.resources.clone().unwrap_or_default())).collect()
     };
     one.spec().resources == other.spec().resources && all(one) == all(other)
 }
@@ -181,5 +182,10 @@ mod tests {
         let resumed = resumed(pod(patch));
         assert_eq!(resources::pod_request(&resumed, "cpu"), 1000);
         assert!(same(&resumed, &asking("u", "1")) && !same(&resumed, &asking("u", "2")));
+        let debugged = pod(json!({"spec": {
+            "containers": [{"name": "c", "resources": {"requests": {"cpu": "1"}}}],
+            "ephemeralContainers": [{"name": "d"}],
+        }}));
+        assert!(same(&asking("u", "1"), &debugged));
     }
 }

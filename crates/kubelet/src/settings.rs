@@ -4,7 +4,9 @@
 use std::fs;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use jiff::SignedDuration;
 use minke_api::Quantity;
 use serde::Deserialize;
 use serde_json::Value;
@@ -13,6 +15,8 @@ use crate::eviction::Threshold;
 
 /// Most bytes of the file.
 const SIZE_MAX: u64 = 1 << 20;
+/// As upstream: every look lists all containers.
+const LOG_LOOK_EVERY_MIN: Duration = Duration::from_secs(3);
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
@@ -25,6 +29,10 @@ pub struct Settings {
     /// Bytes of one file of a container's log.
     pub log_size_max: u64,
     pub log_files_max: usize,
+    /// How often logs are looked at for being too long.
+    pub log_look_every: Duration,
+    /// Images that are pulled at the same time; without one only their layers have a limit.
+    pub pulls_max: Option<usize>,
     /// Where static pods are described.
     pub manifests: PathBuf,
 }
@@ -37,6 +45,9 @@ struct File {
     allowed_unsafe_sysctls: Vec<String>,
     container_log_max_size: Option<String>,
     container_log_max_files: Option<usize>,
+    container_log_monitor_interval: Option<String>,
+    serialize_image_pulls: Option<bool>,
+    max_parallel_image_pulls: Option<usize>,
     static_pod_path: Option<PathBuf>,
 }
 
@@ -49,6 +60,8 @@ impl Settings {
             unsafe_sysctls: vec![],
             log_size_max: 10 << 20,
             log_files_max: 5,
+            log_look_every: Duration::from_secs(10),
+            pulls_max: None,
             manifests: data.join("manifests"),
         }
     }
@@ -94,6 +107,22 @@ impl Settings {
             }
             settings.log_files_max = files;
         }
+        if let Some(text) = file.container_log_monitor_interval {
+            let every = text.parse::<SignedDuration>().ok().and_then(|every| Duration::try_from(every).ok());
+            let every = every.ok_or_else(|| format!("invalid containerLogMonitorInterval {text:?}"))?;
+            if every < LOG_LOOK_EVERY_MIN {
+                return Err("containerLogMonitorInterval must be at least 3s".to_owned());
+            }
+            settings.log_look_every = every;
+        }
+        settings.pulls_max = match (file.serialize_image_pulls, file.max_parallel_image_pulls) {
+            (_, Some(0)) => return Err("maxParallelImagePulls must be at least 1".to_owned()),
+            (Some(true), Some(2..)) => {
+                return Err("maxParallelImagePulls must be 1 when serializeImagePulls is true".to_owned());
+            }
+            (Some(true), _) => Some(1),
+            (_, most) => most,
+        };
         if let Some(path) = file.static_pod_path {
             settings.manifests = data.join(path);
         }
@@ -123,21 +152,33 @@ mod tests {
     #[test]
     fn the_file_is_upstreams() {
         let new = || Settings::new(Path::new("/d"));
-        check("serializeImagePulls: true\n", Ok(new()));
+        check("featureGates: {}\n", Ok(new()));
         check(
             "evictionHard: {memory.available: 5%}\npodPidsLimit: 99\nallowedUnsafeSysctls: [kernel.msg*, net/a]\n\
-             containerLogMaxSize: 1Mi\ncontainerLogMaxFiles: 3\nstaticPodPath: /m\n",
+             containerLogMaxSize: 1Mi\ncontainerLogMaxFiles: 3\nstaticPodPath: /m\n\
+             containerLogMonitorInterval: 1m3s\nmaxParallelImagePulls: 2\n",
             Ok(Settings {
                 thresholds: Threshold::parse("memory.available<5%").expect("a threshold"),
                 pod_pids: Some(99),
                 unsafe_sysctls: vec!["kernel.msg*".into(), "net/a".into()],
                 log_size_max: 1 << 20,
                 log_files_max: 3,
+                log_look_every: Duration::from_secs(63),
+                pulls_max: Some(2),
                 manifests: "/m".into(),
             }),
         );
         check("evictionHard: {x: 5%}\n", Err("unsupported eviction signal \"x\""));
         check("containerLogMaxFiles: 1\n", Err("containerLogMaxFiles must be at least 2"));
+        check("containerLogMonitorInterval: 1s\n", Err("containerLogMonitorInterval must be at least 3s"));
+        check("containerLogMonitorInterval: x\n", Err("invalid containerLogMonitorInterval \"x\""));
+        check("serializeImagePulls: true\n", Ok(Settings { pulls_max: Some(1), ..new() }));
+        check("serializeImagePulls: false\n", Ok(new()));
+        check("maxParallelImagePulls: 0\n", Err("maxParallelImagePulls must be at least 1"));
+        check(
+            "serializeImagePulls: true\nmaxParallelImagePulls: 2\n",
+            Err("maxParallelImagePulls must be 1 when serializeImagePulls is true"),
+        );
         assert!(Settings::parse(b"kind: Pod\n", Path::new("/d")).is_err());
         assert_eq!(Settings::read(Path::new("/nosuch")), Ok(Settings::new(Path::new("/nosuch"))));
         let settings = Settings { unsafe_sysctls: vec!["kernel.msg*".into(), "net/a".into()], ..new() };

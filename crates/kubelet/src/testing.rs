@@ -78,11 +78,12 @@ impl World {
             cgroup_root: "minke-test".into(),
             dns: crate::etc::Dns::default(),
             runtime: self.runtime.clone(),
-            images: crate::images::Images {
-                service: self.runtime.clone(),
-                events: events.clone(),
-                access: crate::image_access::ImageAccess::open(&self.dir.join("pulled-images.json")),
-            },
+            images: crate::images::Images::new(
+                self.runtime.clone(),
+                events.clone(),
+                crate::image_access::ImageAccess::open(&self.dir.join("pulled-images.json")),
+                None,
+            ),
             drain: network.clone(),
             network,
             references: crate::references::References::new(client.clone()),

@@ -32,6 +32,9 @@ pub fn answer(context: &Context) -> Value {
         "allowedUnsafeSysctls": context.settings.unsafe_sysctls,
         "containerLogMaxSize": context.settings.log_size_max.to_string(),
         "containerLogMaxFiles": context.settings.log_files_max,
+        "containerLogMonitorInterval": crate::pod::go_duration(context.settings.log_look_every),
+        "serializeImagePulls": context.settings.pulls_max == Some(1),
+        "maxParallelImagePulls": context.settings.pulls_max,
         "staticPodPath": context.settings.manifests,
     }})
 }

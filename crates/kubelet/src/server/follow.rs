@@ -15,7 +15,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use crate::logs::Entry;
+use crate::logs::{self, Entry};
 
 /// Bytes that are read at once.
 const BLOCK: usize = 64 << 10;
@@ -117,25 +117,36 @@ struct Reading {
     file: std::fs::File,
     filter: Filter,
     partial: Vec<u8>,
+    /// The part of the log to go on with.
+    next: Option<std::fs::File>,
 }
 
 enum Step {
     Data(Bytes),
     /// There is nothing more now.
     End,
+    /// There is more in another part.
+    Next,
     /// The client has what it asked for.
     Limit,
 }
 
 impl Reading {
     fn open(path: &Path, options: Options) -> io::Result<Reading> {
-        let mut file = std::fs::File::open(path)?;
+        let mut file = match std::fs::File::open(path) {
+            // Between being set aside and being begun anew, the log is its newest older part.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let newest = logs::rotated(path)?.into_iter().next();
+                std::fs::File::open(newest.as_deref().unwrap_or(path))?
+            }
+            opened => opened?,
+        };
         let from = match options.tail {
             Some(lines) => tail_start(&mut file, lines)?,
             None => 0,
         };
         file.seek(SeekFrom::Start(from))?;
-        Ok(Reading { path: path.to_owned(), file, filter: Filter::new(options), partial: vec![] })
+        Ok(Reading { path: path.to_owned(), file, filter: Filter::new(options), partial: vec![], next: None })
     }
 
     fn step(&mut self) -> io::Result<Step> {
@@ -166,17 +177,38 @@ impl Reading {
         }
     }
 
-    /// Goes on in the new file when the old one was set aside; false when it is the same.
-    fn reopen(&mut self) -> bool {
-        let same = |new: &std::fs::Metadata| self.file.metadata().is_ok_and(|old| old.ino() == new.ino());
-        match std::fs::File::open(&self.path) {
-            Ok(file) if file.metadata().is_ok_and(|new| !same(&new)) => {
-                self.file = file;
-                self.partial.clear();
-                true
-            }
-            _ => false,
+    /// At the end of what there is: goes on with the part that follows this one, or says that there is none.
+    fn next_part(&mut self) -> io::Result<bool> {
+        if let Some(next) = self.next.take() {
+            self.file = next;
+            self.partial.clear();
+            return Ok(true);
         }
+        // Once another part follows, this one is written to no more; but only a look after that sees all of it.
+        self.next = self.following()?;
+        Ok(self.next.is_some())
+    }
+
+    fn following(&self) -> io::Result<Option<std::fs::File>> {
+        let id = |data: &std::fs::Metadata| (data.dev(), data.ino());
+        let own = id(&self.file.metadata()?);
+        let mut found = match std::fs::File::open(&self.path) {
+            Ok(newest) if id(&newest.metadata()?) == own => return Ok(None),
+            Ok(newest) => Some(newest),
+            // It is just being begun.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(error),
+        };
+        // A slow client may be several parts behind.
+        for older in logs::rotated(&self.path)? {
+            match std::fs::File::open(older) {
+                Ok(older) if id(&older.metadata()?) == own => break,
+                Ok(older) => found = Some(older),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(found)
     }
 }
 
@@ -219,16 +251,23 @@ pub async fn send(
     loop {
         let over = ended.is_cancelled();
         loop {
-            let (step, back) = tokio::task::spawn_blocking(move || (reading.step(), reading)).await?;
+            let (step, back) = tokio::task::spawn_blocking(move || {
+                let step = reading.step().and_then(|step| match step {
+                    Step::End if reading.next_part()? => Ok(Step::Next),
+                    step => Ok(step),
+                });
+                (step, reading)
+            })
+            .await?;
             reading = back;
             match step? {
+                Step::Next => {}
                 Step::Data(bytes) => {
                     if out.send(Ok(bytes)).await.is_err() || reading.filter.left == 0 {
                         return Ok(());
                     }
                 }
                 Step::Limit => return Ok(()),
-                Step::End if reading.reopen() => {}
                 Step::End => break,
             }
         }
@@ -317,9 +356,22 @@ mod tests {
         let mut file = std::fs::OpenOptions::new().append(true).open(&path).expect("opened");
         writeln!(file, "2026-01-01T00:00:04Z stdout F four").expect("written");
         assert_eq!(next().await.as_deref(), Some("four\n"));
-        std::fs::rename(&path, dir.join("0.log.old")).expect("renamed");
+        std::fs::rename(&path, dir.join("0.log.")).expect("renamed");
         std::fs::write(&path, "2026-01-01T00:00:05Z stdout F five\n").expect("written");
         assert_eq!(next().await.as_deref(), Some("five\n"));
+        // While nobody looks it is set aside more than once, with lines that came after the last look.
+        let mut file = std::fs::OpenOptions::new().append(true).open(&path).expect("opened");
+        for part in 0..3 {
+            writeln!(file, "2026-01-01T00:00:06Z stdout F six {part}").expect("written");
+            std::fs::rename(&path, dir.join(format!("0.log.{part}"))).expect("renamed");
+            file = std::fs::File::create(&path).expect("begun");
+        }
+        writeln!(file, "2026-01-01T00:00:07Z stdout F seven").expect("written");
+        let mut rest = String::new();
+        while !rest.ends_with("seven\n") {
+            rest += &next().await.expect("more");
+        }
+        assert_eq!(rest, "six 0\nsix 1\nsix 2\nseven\n");
         ended.cancel();
         assert_eq!(next().await, None);
         task.await.expect("no panic").expect("sent");
