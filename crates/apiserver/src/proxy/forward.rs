@@ -151,14 +151,23 @@ impl Proxy {
         peer: SocketAddr,
         stop: &CancellationToken,
     ) -> Result<Response<Body>, Status> {
-        let unreachable = |error: &dyn std::fmt::Display| {
-            Status::unavailable(format!("error trying to reach service: {error}"))
+        let upgrade = is_upgrade(request.headers());
+        let unreachable = |error: &dyn std::fmt::Display| match target.security {
+            Security::Kubelet if upgrade => {
+                Status::failure(500, "", format!("error dialing backend: {error}"))
+            }
+            _ => Status::unavailable(format!("error trying to reach service: {error}")),
         };
         let stream = self.dial(&target).await.map_err(|error| {
             let address = format!("{}:{}", target.host, target.port);
-            unreachable(&format_args!("dial tcp {address}: {error}"))
+            match error.kind() {
+                std::io::ErrorKind::ConnectionRefused => {
+                    unreachable(&format_args!("dial tcp {address}: connect: connection refused"))
+                }
+                std::io::ErrorKind::TimedOut => unreachable(&format_args!("dial tcp {address}: i/o timeout")),
+                _ => unreachable(&format_args!("dial tcp {address}: {error}")),
+            }
         })?;
-        let upgrade = is_upgrade(request.headers());
         let ours = upgrade.then(|| hyper::upgrade::on(&mut request));
         let (parts, body) = request.into_parts();
         let mut outgoing = Request::builder().method(parts.method).uri(

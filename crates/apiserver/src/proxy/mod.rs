@@ -46,8 +46,14 @@ impl Proxy {
                     forward::log_answer(answer, kind, &route.name).await
                 }
             },
-            ("Pod", "exec" | "attach") => self.forward(asked.exec()?, request, peer, stop).await,
-            ("Pod", "portforward") => self.forward(asked.port_forward()?, request, peer, stop).await,
+            ("Pod", "exec" | "attach" | "portforward") => {
+                let target =
+                    if route.subresource == "portforward" { asked.port_forward()? } else { asked.exec()? };
+                if !forward::is_upgrade(request.headers()) {
+                    return Err(Status::bad_request("Upgrade request required"));
+                }
+                self.forward(target, request, peer, stop).await
+            }
             (_, "proxy") => {
                 // Without its slash, relative links in the answer would lead astray.
                 if route.rest.is_empty()
@@ -118,26 +124,22 @@ impl Asked<'_> {
     }
 
     fn log(&self) -> Result<Option<Target>, Status> {
+        check_log_options(self.query, &self.route.name)?;
         let pod = self.pod()?;
         let container = container_of(&pod, self.query.get("container"))?;
         let node = pod.at("spec").text("nodeName");
         if node.is_empty() {
             return Ok(None);
         }
-        check_log_options(self.query)?;
         let mut parameters = Parameters::default();
-        for name in [
-            "follow",
-            "previous",
-            "sinceSeconds",
-            "sinceTime",
-            "timestamps",
-            "tailLines",
-            "limitBytes",
-            "stream",
-        ] {
-            if self.query.has(name) {
-                parameters.add(name, self.query.get(name).unwrap_or("true"));
+        for name in ["follow", "previous", "timestamps"] {
+            if self.query.flag(name) {
+                parameters.add(name, "true");
+            }
+        }
+        for name in ["sinceSeconds", "sinceTime", "tailLines", "limitBytes"] {
+            if let Some(value) = self.query.get(name).filter(|value| !value.is_empty()) {
+                parameters.add(name, value);
             }
         }
         let (namespace, name) = (encode(&self.route.namespace), encode(&self.route.name));
@@ -365,23 +367,43 @@ fn container_of(pod: &Value, asked: Option<&str>) -> Result<String, Status> {
     }
 }
 
-fn check_log_options(query: &Query) -> Result<(), Status> {
+/// What cannot be read is a bad request, what cannot be meant is invalid, as upstream divides them.
+fn check_log_options(query: &Query, pod: &str) -> Result<(), Status> {
+    let given = |name: &str| query.get(name).filter(|text| !text.is_empty());
     let mut errors = minke_api::FieldErrors::default();
-    let mut number = |name: &str, least: i64, why: &str| {
-        let Some(text) = query.get(name) else { return };
-        match text.parse::<i64>() {
-            Ok(number) if number >= least => {}
-            Ok(number) => errors.invalid(name, number, why),
-            Err(_) => errors.invalid(name, text, "must be a number"),
+    let least = [
+        ("tailLines", 0, "must be greater than or equal to 0"),
+        ("limitBytes", 1, "must be greater than 0"),
+        ("sinceSeconds", 1, "must be greater than 0"),
+    ];
+    for (name, least, why) in least {
+        let Some(text) = given(name) else { continue };
+        let number: i64 = text.parse().map_err(|error: std::num::ParseIntError| {
+            let why = match error.kind() {
+                std::num::IntErrorKind::PosOverflow | std::num::IntErrorKind::NegOverflow => {
+                    "value out of range"
+                }
+                _ => "invalid syntax",
+            };
+            Status::bad_request(format!("strconv.ParseInt: parsing {text:?}: {why}"))
+        })?;
+        if number < least {
+            errors.invalid(name, number, why);
         }
-    };
-    number("tailLines", 0, "must be greater than or equal to 0");
-    number("limitBytes", 1, "must be greater than 0");
-    number("sinceSeconds", 1, "must be greater than 0");
-    if query.get("sinceSeconds").is_some() && query.get("sinceTime").is_some() {
-        errors.forbidden("sinceSeconds", "at most one of `sinceTime` or `sinceSeconds` may be specified");
     }
-    errors.into_result(&crate::registry::unlisted("", "PodLogOptions"), "")
+    if let Some(text) = given("sinceTime") {
+        let time: Result<jiff::Timestamp, _> = text.parse();
+        time.map_err(|_| {
+            Status::bad_request(format!(
+                "parsing time {text:?} as \"2006-01-02T15:04:05Z07:00\": cannot parse"
+            ))
+        })?;
+        if given("sinceSeconds").is_some() {
+            let why = "at most one of `sinceTime` or `sinceSeconds` may be specified";
+            errors.forbidden("sinceSeconds", why);
+        }
+    }
+    errors.into_result(&crate::registry::unlisted("", "PodLogOptions"), pod)
 }
 
 /// What this server shows to kubelets, and by what it knows them.
@@ -415,6 +437,35 @@ mod tests {
             None,
             Err(
                 "a container name must be specified for pod p, choose one of: [a b] or one of the init containers: [i]",
+            ),
+        );
+    }
+
+    #[track_caller]
+    fn check_options(query: &str, want: Result<(), (u16, &str)>) {
+        let got = check_log_options(&Query::parse(Some(query)), "p");
+        let got = got.as_ref().map(|()| ()).map_err(|status| (status.code, status.message.as_str()));
+        assert_eq!(got, want, "{query}");
+    }
+
+    #[test]
+    fn options_of_logs_are_checked() {
+        check_options("tailLines=0&limitBytes=1&sinceTime=2026-01-01T00:00:00Z&follow=x", Ok(()));
+        check_options("tailLines=", Ok(()));
+        check_options("tailLines=x", Err((400, "strconv.ParseInt: parsing \"x\": invalid syntax")));
+        check_options(
+            "sinceTime=x",
+            Err((400, "parsing time \"x\" as \"2006-01-02T15:04:05Z07:00\": cannot parse")),
+        );
+        let invalid = |why: &'static str| Err((422, why));
+        check_options(
+            "limitBytes=0",
+            invalid("PodLogOptions \"p\" is invalid: limitBytes: Invalid value: 0: must be greater than 0"),
+        );
+        check_options(
+            "sinceSeconds=5&sinceTime=2026-01-01T00:00:00Z",
+            invalid(
+                "PodLogOptions \"p\" is invalid: sinceSeconds: Forbidden: at most one of `sinceTime` or `sinceSeconds` may be specified",
             ),
         );
     }
