@@ -359,16 +359,20 @@ mod tests {
         check(
             &mut one,
             asks("64"),
-            Err("0/1 nodes are available: 1 Insufficient cpu. no new claims to deallocate, preemption: 0/1 nodes are available: \
-                 1 Preemption is not helpful for scheduling."),
+            Err(
+                "0/1 nodes are available: 1 Insufficient cpu. no new claims to deallocate, preemption: 0/1 nodes are available: \
+                 1 Preemption is not helpful for scheduling.",
+            ),
         );
         let mut busy = world(&[("n1", json!({}), json!({}))]);
         busy.picture.put_pod(new("a", asks("3")), "n1");
         check(
             &mut busy,
             asks("2"),
-            Err("0/1 nodes are available: 1 Insufficient cpu. no new claims to deallocate, preemption: 0/1 nodes are available: \
-                 1 No preemption victims found for incoming pod."),
+            Err(
+                "0/1 nodes are available: 1 Insufficient cpu. no new claims to deallocate, preemption: 0/1 nodes are available: \
+                 1 No preemption victims found for incoming pod.",
+            ),
         );
         let mut mixed = world(&[
             ("n1", json!({"unschedulable": true}), json!({})),
