@@ -150,7 +150,8 @@ fn check_processes<'a>(
     let mut current = BTreeMap::new();
     let mut wanted_pauses = 0;
     for pod in known.iter().filter(|pod| pod.active) {
-        let own: Vec<&Sandbox> = sandboxes.iter().filter(|s| s.uid == pod.uid && shims.contains(&s.id)).collect();
+        let own: Vec<&Sandbox> =
+            sandboxes.iter().filter(|s| s.uid == pod.uid && shims.contains(&s.id)).collect();
         if let [only] = own[..] {
             current.insert(pod.uid, only.id.clone());
         } else {
@@ -181,7 +182,8 @@ fn check_cgroups(data: &DataDir, known: &[Known<'_>], report: &mut Report) -> Re
         let own = root.join(data.cgroup());
         let mut found = BTreeSet::new();
         below(&own, &mut |dir| {
-            let path = dir.strip_prefix(&own).map(|path| path.to_string_lossy().into_owned()).unwrap_or_default();
+            let path =
+                dir.strip_prefix(&own).map(|path| path.to_string_lossy().into_owned()).unwrap_or_default();
             // Whatever class of pods it is in.
             match path.find("/pod").filter(|_| path.starts_with("kubepods/")) {
                 Some(at) => drop(found.insert(path[at + 1..].to_owned())),

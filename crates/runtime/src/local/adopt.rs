@@ -3,21 +3,22 @@
 use std::fs;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use tokio::sync::{broadcast, watch};
 
-use super::{
-    Container, EVENTS, Inner, LocalRuntime, RuntimeConfig, Sandbox, State, check_id, link, remove_dir,
-};
+use super::{Container, EVENTS, Inner, LocalRuntime, RuntimeConfig, Sandbox, State, check_id, link};
 use crate::api::{Error, Result, Runtime};
 use crate::cgroup::Cgroups;
 use crate::files::read_json;
 use crate::image::{ImageStore, blocking, failed};
 use crate::shim::log::now_ns;
-use crate::shim::proto::{ContainerRecord, Exit, SandboxRecord};
+use crate::shim::proto::{ContainerRecord, Exit, Op, SandboxRecord};
 
 /// Exit code of a container whose end nobody saw, as upstream reports it.
 const UNKNOWN_CODE: i32 = 137;
+/// How long adopting waits for a shim's word. All are asked at the same time.
+const HELLO_MAX: Duration = Duration::from_secs(5);
 
 /// The end of a container whose end nobody saw. The record of it is written, so that it stays the same.
 pub fn unknown_exit(dir: &Path) -> Exit {
@@ -52,18 +53,25 @@ impl LocalRuntime {
 
     async fn adopt(&self) -> Result<()> {
         let mut follow = Vec::new();
-        let mut running: Vec<String> = Vec::new();
         for id in names(&self.inner.config.root.join("shims")) {
             let dir = self.shim_dir(&id);
             // Without a record it was never finished, and nothing else can be there.
             let Some(record) = read_json::<SandboxRecord>(&dir.join("sandbox.json")).map_err(failed)? else {
-                remove_dir(&dir).map_err(failed)?;
+                crate::remove_tree(&dir).map_err(failed)?;
                 continue;
             };
             let connected = match link::connect(&dir.join("sock")).await {
                 Ok((link, connection)) => Some((Arc::new(link), connection)),
                 Err(_) => None,
             };
+            if record.pid == 0 {
+                self.clear_unfinished(record, connected).await;
+                continue;
+            }
+            if connected.is_none() {
+                // Nobody would ever see what it runs.
+                super::signal_shim(record.pid, &id);
+            }
             let sandbox = Sandbox {
                 record,
                 link: connected.as_ref().map(|(link, _)| link.clone()),
@@ -74,14 +82,41 @@ impl LocalRuntime {
         }
         // Records before events, and events before asking who runs: whatever happens in between is seen.
         self.read_containers()?;
-        for (id, link, connection) in follow {
+        let asked = follow.into_iter().map(async |(id, link, connection)| {
             self.follow(&id, link.clone(), connection);
-            match link::hello(&link).await {
-                Ok(ids) => running.extend(ids),
-                Err(e) => tracing::warn!(sandbox = id, error = %e, "An adopted shim does not answer"),
+            match tokio::time::timeout(HELLO_MAX, link::hello(&link)).await {
+                Ok(Ok(ids)) => return ids,
+                Ok(Err(e)) => tracing::warn!(sandbox = id, error = %e, "An adopted shim does not answer"),
+                Err(_) => tracing::warn!(sandbox = id, "An adopted shim hangs"),
+            }
+            // It lives, and so does what it runs until it says otherwise.
+            let state = self.state();
+            let own = state.containers.iter().filter(|(_, c)| c.record.sandbox_id == id && link.is_open());
+            own.map(|(id, _)| id.clone()).collect()
+        });
+        let running = futures_util::future::join_all(asked).await.concat();
+        self.settle_the_rest(&running).await
+    }
+
+    /// The agent went before it knew the shim, so nothing runs in that sandbox yet.
+    async fn clear_unfinished(
+        &self,
+        record: SandboxRecord,
+        shim: Option<(Arc<link::Link>, link::Connection)>,
+    ) {
+        if let Some((link, connection)) = shim {
+            let end = async {
+                tokio::join!(connection.run(&link, |_| {}), async {
+                    drop(link.request(Op::Shutdown, vec![]).await)
+                })
+            };
+            if tokio::time::timeout(HELLO_MAX, end).await.is_err() {
+                tracing::warn!(sandbox = record.spec.id, "An unfinished shim does not end");
             }
         }
-        self.settle_the_rest(&running).await
+        if let Err(e) = self.clear_sandbox(record.spec).await {
+            tracing::warn!(error = %e, "An unfinished sandbox could not be removed");
+        }
     }
 
     fn read_containers(&self) -> Result<()> {
@@ -91,7 +126,7 @@ impl LocalRuntime {
             let known = |record: &ContainerRecord| self.state().sandboxes.contains_key(&record.sandbox_id);
             let Some(record) = record.filter(known) else {
                 let _ = nix::mount::umount2(&dir.join("rootfs"), nix::mount::MntFlags::MNT_DETACH);
-                remove_dir(&dir).map_err(failed)?;
+                crate::remove_tree(&dir).map_err(failed)?;
                 continue;
             };
             let started = read_json(&dir.join("started.json")).map_err(failed)?;

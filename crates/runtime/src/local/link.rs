@@ -115,6 +115,11 @@ impl Link {
         }
     }
 
+    /// Whether the shim is there.
+    pub fn is_open(&self) -> bool {
+        !self.waiting.lock().expect("short").closed
+    }
+
     fn answered(&self, seq: u64, answer: Answer) {
         if let Some(sender) = self.waiting.lock().expect("short").answers.remove(&seq) {
             let _ = sender.send(answer);

@@ -34,6 +34,8 @@ use crate::shim::proto::{ContainerRecord, Exit, Op, SandboxRecord, ShimEvent, St
 const EVENTS: usize = 1024;
 /// How long a shim may take to come up.
 const SHIM_START_MAX: Duration = Duration::from_secs(20);
+/// How long a shim may take for what it does at once, before it is taken for hung.
+const SHIM_ANSWER_MAX: Duration = Duration::from_secs(10);
 
 /// What a runtime is to work with.
 #[derive(Debug, Clone)]
@@ -347,10 +349,41 @@ impl LocalRuntime {
         others.retain(|other| other.id != spec.id && other.cgroup_parent == spec.cgroup_parent);
         blocking(move || {
             let cgroup = if others.is_empty() { cgroups.remove(&spec.cgroup_parent) } else { Ok(()) };
-            let removed = remove_dir(&dir);
+            let removed = crate::remove_tree(&dir);
             cgroup.and(removed).map_err(failed)
         })
         .await
+    }
+
+    /// Removes the cgroup of a pod that no longer runs, and ends what may be left in it. The pod's next sandbox, which
+    /// may be in the making, goes on in the same one.
+    async fn clear_pod_cgroup(&self, record: &SandboxRecord) -> Result<()> {
+        let cgroup = record.spec.cgroup_parent.clone();
+        let goes_on = self.state().sandboxes.values().any(|other| {
+            other.record.spec.id != record.spec.id
+                && other.record.spec.cgroup_parent == cgroup
+                && (other.link.is_some() || other.record.created_at > record.created_at)
+        });
+        if goes_on {
+            return Ok(());
+        }
+        let cgroups = self.inner.cgroups.clone();
+        blocking(move || cgroups.remove(&cgroup).map_err(failed)).await
+    }
+
+    /// Ends a shim that does not do what it is asked to, and with it what it runs.
+    async fn kill_shim(&self, id: &str) -> Result<()> {
+        let (mut gone, pid) = {
+            let state = self.state();
+            let sandbox = state.sandboxes.get(id).ok_or_else(|| no_sandbox(id))?;
+            (sandbox.gone.subscribe(), sandbox.record.pid)
+        };
+        tracing::warn!(sandbox = id, pid, "The shim does not answer; killing it");
+        signal_shim(pid, id);
+        match tokio::time::timeout(SHIM_ANSWER_MAX, gone.wait_for(|gone| *gone)).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(Error::Timeout(format!("the shim of sandbox {id:?} does not end after SIGKILL"))),
+        }
     }
 
     async fn wait_ended(&self, id: &str, limit: Option<Duration>) -> Result<bool> {
@@ -375,11 +408,14 @@ impl LocalRuntime {
     }
 }
 
-/// `remove_dir_all` that takes a directory that is not there for removed.
-fn remove_dir(dir: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(dir) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-        _ => Ok(()),
+/// SIGKILL to the shim of a sandbox, by a handle that cannot mean another process.
+fn signal_shim(pid: i32, sandbox_id: &str) {
+    let Some(pid) = rustix::process::Pid::from_raw(pid) else { return };
+    let Ok(handle) = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()) else { return };
+    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let mut words = line.split(|byte| *byte == 0);
+    if words.next() == Some(crate::shim::SHIM.as_bytes()) && words.any(|word| word == sandbox_id.as_bytes()) {
+        let _ = rustix::process::pidfd_send_signal(handle, rustix::process::Signal::KILL);
     }
 }
 
@@ -416,24 +452,18 @@ impl Runtime for LocalRuntime {
             let sandbox = state.sandboxes.get(id).ok_or_else(|| no_sandbox(id))?;
             (sandbox.link.clone(), sandbox.gone.subscribe(), sandbox.record.clone())
         };
-        let Some(link) = link else { return Ok(()) };
+        let Some(link) = link else { return self.clear_pod_cgroup(&record).await };
         record.stopped = true;
         files::write_json(&self.shim_dir(id).join("sandbox.json"), &record).map_err(failed)?;
-        let asked = link.request(Op::Shutdown, Vec::new()).await;
-        let limit = Duration::from_secs(10);
-        if tokio::time::timeout(limit, gone.wait_for(|gone| *gone)).await.is_err() {
-            // It should have gone by itself; by force then, and by a handle that cannot mean another process.
-            tracing::warn!(sandbox = id, answer = ?asked.map(drop), "The shim does not end; killing it");
-            if let Some(pid) = rustix::process::Pid::from_raw(record.pid)
-                && let Ok(fd) = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())
-            {
-                let _ = rustix::process::pidfd_send_signal(fd, rustix::process::Signal::KILL);
-            }
-            if tokio::time::timeout(limit, gone.wait_for(|gone| *gone)).await.is_err() {
-                return Err(Error::Timeout(format!("the shim of sandbox {id:?} does not end after SIGKILL")));
-            }
+        let end = async {
+            // What it answers does not matter, only that it goes.
+            let _ = link.request(Op::Shutdown, Vec::new()).await;
+            let _ = gone.wait_for(|gone| *gone).await;
+        };
+        if tokio::time::timeout(SHIM_ANSWER_MAX, end).await.is_err() {
+            self.kill_shim(id).await?;
         }
-        Ok(())
+        self.clear_pod_cgroup(&record).await
     }
 
     async fn remove_sandbox(&self, id: &str) -> Result<()> {
@@ -512,7 +542,7 @@ impl Runtime for LocalRuntime {
             }
             let made = make_container_dir(&dir, &runtime.inner.config.root.join("snapshots"), &record);
             made.map(|()| record).map_err(|e| {
-                let _ = fs::remove_dir_all(&dir);
+                let _ = crate::remove_tree(&dir);
                 failed(e)
             })
         })
@@ -568,14 +598,26 @@ impl Runtime for LocalRuntime {
             return Ok(());
         }
         if !grace.is_zero() {
-            if first {
-                self.kill_container(id, signal, false).await?;
-            }
-            if self.wait_ended(id, Some(grace)).await? {
+            let asking = async {
+                if first && let Err(e) = self.kill_container(id, signal, false).await {
+                    tracing::warn!(container = id, error = %e, "The container was not asked to end");
+                }
+            };
+            // A shim that hangs uses up the grace period, and no more than that.
+            let asking = tokio::time::timeout(grace, asking);
+            let (_, ended) = tokio::join!(asking, self.wait_ended(id, Some(grace)));
+            if ended? {
                 return Ok(());
             }
         }
-        self.kill_container(id, libc_sigkill(), true).await?;
+        let killed = tokio::time::timeout(SHIM_ANSWER_MAX, self.kill_container(id, libc_sigkill(), true));
+        match killed.await {
+            Ok(done) => done?,
+            Err(_) => {
+                let sandbox = self.container(id, |c| c.record.sandbox_id.clone())?;
+                self.kill_shim(&sandbox).await?;
+            }
+        }
         match self.wait_ended(id, Some(Duration::from_secs(30))).await? {
             true => Ok(()),
             false => Err(Error::Timeout(format!("container {id:?} does not end after SIGKILL"))),
@@ -596,7 +638,7 @@ impl Runtime for LocalRuntime {
                 }
             }
             let cgroup = cgroups.remove(&record.cgroup);
-            cgroup.and(remove_dir(&dir)).map_err(failed)
+            cgroup.and(crate::remove_tree(&dir)).map_err(failed)
         })
         .await?;
         self.state().containers.remove(id);

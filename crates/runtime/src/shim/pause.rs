@@ -1,6 +1,9 @@
-//! Process 1 of a pod whose containers share their process namespace: holds it open and reaps orphans.
+//! Process 1 of a pod whose containers share their process namespace: holds it open and reaps orphans, until the
+//! shim goes.
 
 use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use rustix::event::{PollFd, PollFlags};
 use rustix::process::WaitOptions;
 use std::io::Write;
 
@@ -35,9 +38,17 @@ fn reap() -> ! {
     let mut children = SigSet::empty();
     children.add(Signal::SIGCHLD);
     let _ = children.thread_block();
+    let signals = SignalFd::with_flags(&children, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK);
+    let Ok(signals) = signals else { sys::exit_now(1) };
+    let stdin = std::io::stdin();
     loop {
         while let Ok(Some(_)) = rustix::process::wait(WaitOptions::NOHANG) {}
-        // A child that ends between the two is not missed: its signal stays pending.
-        let _ = children.wait();
+        let mut fds = [PollFd::new(&signals, PollFlags::IN), PollFd::new(&stdin, PollFlags::IN)];
+        let _ = rustix::event::poll(&mut fds, None);
+        // The shim holds the other end and never writes: it has gone, and so must what it would not see end.
+        if !fds[1].revents().is_empty() {
+            sys::exit_now(0);
+        }
+        while let Ok(Some(_)) = signals.read_signal() {}
     }
 }

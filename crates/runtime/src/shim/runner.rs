@@ -32,9 +32,15 @@ pub fn main(mut args: impl Iterator<Item = OsString>) -> i32 {
     else {
         return 2;
     };
+    let shim: i32 = shim.parse().unwrap_or(0);
+    // Without the shim, nobody would know of the container.
+    let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
+    if rustix::process::getppid().is_none_or(|parent| parent.as_raw_pid() != shim) {
+        return 1;
+    }
     let fd = |n: String| n.parse().ok().and_then(|n| sys::inherited_fd(n).ok());
     let (Some(socket), Some(node)) = (fd(socket), fd(node)) else { return 2 };
-    let run = Run { root: PathBuf::from(root), id, shim: shim.parse().unwrap_or(0), node };
+    let run = Run { root: PathBuf::from(root), id, shim, node };
     let (report, master) = match run.start() {
         Ok((started, master)) => (Report::Started(started), master),
         Err(e) => (Report::Failed(e), None),

@@ -7,7 +7,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{ChildStdin, Stdio};
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::CloneFlags;
@@ -82,11 +82,15 @@ struct Shim {
     signals: SignalFd,
     node_mounts: OwnedFd,
     pause: Option<i32>,
+    /// Held open as long as the pause process is to live.
+    _pause_life: Option<ChildStdin>,
     containers: BTreeMap<String, Container>,
     clients: Vec<Client>,
     jobs: Vec<Job>,
     execs: Vec<ExecProcess>,
     next_client: u64,
+    /// Who asked what runs, and waits until nothing is just being started: client and `seq`.
+    greeters: Vec<(u64, u64)>,
     /// Who waits for the end: client and `seq`.
     stopping: Option<(u64, u64)>,
     buffer: Vec<u8>,
@@ -152,7 +156,10 @@ impl Shim {
             }
             fs::write(&file, value).map_err(|e| format!("set sysctl {name}={value}: {e}"))?;
         }
-        let pause = if spec.share_pid { Some(start_pause()?) } else { None };
+        let (pause, _pause_life) = match spec.share_pid {
+            true => start_pause().map(|(pid, life)| (Some(pid), life))?,
+            false => (None, None),
+        };
         std::env::set_current_dir("/").map_err(io_at("chdir"))?;
 
         let path = dir.join("sock");
@@ -168,11 +175,13 @@ impl Shim {
             signals,
             node_mounts,
             pause,
+            _pause_life,
             containers: BTreeMap::new(),
             clients: Vec::new(),
             jobs: Vec::new(),
             execs: Vec::new(),
             next_client: 1,
+            greeters: Vec::new(),
             stopping: None,
             buffer: vec![0; 16 * 1024],
         })
@@ -298,7 +307,10 @@ impl Shim {
     fn handle(&mut self, client: u64, request: Request, fds: Vec<OwnedFd>) {
         let seq = request.seq;
         let result = match request.op {
-            Op::Hello => Ok(Reply::Hello { running: self.containers.keys().cloned().collect() }),
+            Op::Hello => {
+                self.greeters.push((client, seq));
+                return self.greet();
+            }
             Op::Start { id } => match self.start_container(&id) {
                 Ok((socket, helper, container)) => {
                     self.jobs.push(Job {
@@ -352,6 +364,16 @@ impl Shim {
             }
         };
         self.reply(client, seq, result, None);
+    }
+
+    fn greet(&mut self) {
+        if self.jobs.iter().any(|job| matches!(job.kind, JobKind::Start(_))) {
+            return;
+        }
+        for (client, seq) in std::mem::take(&mut self.greeters) {
+            let running = self.containers.keys().cloned().collect();
+            self.reply(client, seq, Ok(Reply::Hello { running }), None);
+        }
     }
 
     fn container(&mut self, id: &str) -> Result<&mut Container, ShimError> {
@@ -432,6 +454,7 @@ impl Shim {
                 self.reply(job.client, job.seq, Err(ShimError::Start(text)), None);
             }
         }
+        self.greet();
     }
 
     fn signals_ready(&mut self) -> io::Result<()> {
@@ -461,6 +484,12 @@ impl Shim {
     }
 
     fn reaped(&mut self, pid: i32, code: i32) {
+        if self.pause == Some(pid) {
+            // The namespace ended with it, and nothing can be started there any more.
+            self.pause = None;
+            self.stopping.get_or_insert((0, 0));
+            self.kill_all();
+        }
         if let Some(at) = self.execs.iter().position(|e| e.pid == pid) {
             let exec = self.execs.swap_remove(at);
             self.event(Some(exec.client), ShimEvent::ExecExited { seq: exec.seq, code });
@@ -555,8 +584,9 @@ fn spawn(name: &str, args: &[&OsStr], stdio: [Stdio; 3]) -> io::Result<(OwnedFd,
     Ok((ours, child.id() as i32))
 }
 
-fn start_pause() -> Result<i32, String> {
-    let child = super::command(super::PAUSE, &[]).stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
+/// Starts the process that holds the pod's process namespace; it ends when its input is closed.
+fn start_pause() -> Result<(i32, Option<ChildStdin>), String> {
+    let child = super::command(super::PAUSE, &[]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
     let mut child = child.map_err(|e| format!("start pause: {e}"))?;
     let mut text = String::new();
     // Ends with the helper; the process itself closes its copy first thing.
@@ -569,6 +599,9 @@ fn start_pause() -> Result<i32, String> {
             }
         }
     }
+    // Not closed by waiting for the helper, as it would be if the child still had it.
+    let life = child.stdin.take();
     let _ = child.wait();
-    text.trim().parse().map_err(|_| "the pause process did not start".to_owned())
+    let pid = text.trim().parse().map_err(|_| "the pause process did not start".to_owned())?;
+    Ok((pid, life))
 }

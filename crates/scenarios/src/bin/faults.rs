@@ -186,7 +186,9 @@ fn unreachable(pods: &[&core::Pod]) -> Vec<String> {
     let mut wrong = Vec::new();
     let mut owners = BTreeMap::new();
     for pod in pods {
-        let (Some(name), Some(spec), Some(status)) = (&pod.metadata.name, &pod.spec, &pod.status) else { continue };
+        let (Some(name), Some(spec), Some(status)) = (&pod.metadata.name, &pod.spec, &pod.status) else {
+            continue;
+        };
         if spec.host_network == Some(true) || status.phase.as_deref() != Some("Running") {
             continue;
         }
@@ -294,7 +296,9 @@ impl Ledger {
         }
         for (name, wanted) in &self.pods {
             match (wanted, found.get(name)) {
-                (Wanted::Absent, Some(uid)) => wrong.push(format!("pod {name} ({uid}) was deleted and is there")),
+                (Wanted::Absent, Some(uid)) => {
+                    wrong.push(format!("pod {name} ({uid}) was deleted and is there"))
+                }
                 (Wanted::Present(uid), found) if found != Some(uid) => {
                     wrong.push(format!("pod {name} ({uid}) was made, and there is {found:?}"));
                 }
@@ -327,9 +331,11 @@ impl Ledger {
             return Some(format!("phase {:?}, ready {ready}, after {hits} hits: {states:?}", status.phase));
         }
         let spec = pod.spec.as_ref()?;
-        for (asked, container) in spec.containers.iter().filter_map(|asked| {
-            Some((asked, containers.iter().find(|status| status.name == asked.name)?))
-        }) {
+        for (asked, container) in spec
+            .containers
+            .iter()
+            .filter_map(|asked| Some((asked, containers.iter().find(|status| status.name == asked.name)?)))
+        {
             if asked.image.as_ref() != Some(&container.image) {
                 return Some(format!("image {} instead of {:?}", container.image, asked.image));
             }
@@ -510,7 +516,12 @@ impl Machine {
     }
 
     /// Has the fault happen and undoes what does not undo itself; returns its name.
-    async fn suffer(&mut self, fault: Fault, ledger: &Mutex<Ledger>, rng: &mut StdRng) -> Result<&'static str> {
+    async fn suffer(
+        &mut self,
+        fault: Fault,
+        ledger: &Mutex<Ledger>,
+        rng: &mut StdRng,
+    ) -> Result<&'static str> {
         let moment = Duration::from_millis(rng.random_range(0..3000));
         match fault {
             Fault::KillAgent => {
@@ -609,7 +620,9 @@ impl Machine {
         }
         let (pid, cgroup, line) = all.swap_remove(rng.random_range(0..all.len()));
         let uid = match fault {
-            Fault::KillContainer => cgroup.split('/').find_map(|part| part.strip_prefix("pod")).map(str::to_owned),
+            Fault::KillContainer => {
+                cgroup.split('/').find_map(|part| part.strip_prefix("pod")).map(str::to_owned)
+            }
             Fault::KillPause => {
                 let all = inventory::sandboxes(&self.data);
                 all.into_iter().find(|sandbox| sandbox.pause_pid == Some(pid)).map(|sandbox| sandbox.uid)
