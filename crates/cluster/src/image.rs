@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use clap::{Args, Subcommand};
@@ -102,7 +102,19 @@ impl LoginArgs {
 impl ImageArgs {
     pub fn run(self, data: &DataDir, io: &mut Io) -> Result<()> {
         crate::up::require_root(data)?;
-        data.create()?;
+        // Only what brings images makes a place for them.
+        if !data.join("images").is_dir() {
+            match &self.command {
+                Command::Build(_) | Command::Load { .. } | Command::Pull { .. } => data.create()?,
+                Command::Ls { output, quiet } => return list(vec![], *output, *quiet, io),
+                Command::Rm { references: of } | Command::Save { references: of, .. } => {
+                    return Err(missing(&of[0]));
+                }
+                Command::Tag { source: of, .. } | Command::Push { reference: of, .. } => {
+                    return Err(missing(of));
+                }
+            }
+        }
         let store = ImageStore::open(data.path(), RegistryConfig::in_dir(&data.join("registries")))?;
         // Transfers are spread over a few threads by the store; this one only waits for them.
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -140,36 +152,37 @@ impl Command {
                     io.say(format!("Pulled {reference}: {}", image.id))?;
                 }
             }
-            Command::Ls { output, quiet } => {
-                let mut images = store.list().await?;
-                images.sort_by(|a, b| (&a.tags, &a.digests).cmp(&(&b.tags, &b.digests)));
-                match output {
-                    _ if quiet => images.iter().try_for_each(|image| io.say(&image.id))?,
-                    Some(format) => {
-                        let images: Vec<Value> = images.iter().map(describe).collect();
-                        io.say(format.print(&Value::from(images))?)?;
-                    }
-                    None => io.say(table(&images, Timestamp::now()))?,
-                }
-            }
+            Command::Ls { output, quiet } => list(store.list().await?, output, quiet, io)?,
             Command::Rm { references } => {
+                let mut failed = vec![];
                 for reference in references {
-                    if store.resolve(&reference).await?.is_none() {
-                        bail!("there is no image {reference}");
+                    match remove(store, &reference).await {
+                        Ok(()) => io.say(format!("Removed {reference}"))?,
+                        Err(error) => failed.push(format!("{error:#}")),
                     }
-                    store.remove(&reference).await.with_context(|| format!("remove {reference}"))?;
-                    io.say(format!("Removed {reference}"))?;
+                }
+                if !failed.is_empty() {
+                    bail!("{}", failed.join("; "));
                 }
             }
-            Command::Save { references, output } => match output {
-                Some(path) => save(store, &references, &path).await?,
-                None if std::io::stdout().is_terminal() => {
-                    bail!("an archive is nothing for a terminal: use --output FILE or a pipe");
+            Command::Save { references, output } => {
+                for reference in &references {
+                    known(store, reference).await?;
                 }
-                None => store.save(&references, std::io::stdout()).await?,
-            },
-            Command::Tag { source, target } => store.tag(&source, &target).await?,
+                match output {
+                    Some(path) => save(store, &references, &path).await?,
+                    None if std::io::stdout().is_terminal() => {
+                        bail!("an archive is nothing for a terminal: use --output FILE or a pipe");
+                    }
+                    None => store.save(&references, std::io::stdout()).await?,
+                }
+            }
+            Command::Tag { source, target } => {
+                known(store, &source).await?;
+                store.tag(&source, &target).await?;
+            }
             Command::Push { reference, login } => {
+                known(store, &reference).await?;
                 let auth = login.auth(&reference)?;
                 let meter = Meter::new(io, &format!("Pushing {reference}"));
                 let pushed = store.push(&reference, auth, Some(meter.progress())).await;
@@ -179,6 +192,36 @@ impl Command {
             }
         }
         Ok(())
+    }
+}
+
+fn missing(reference: &str) -> anyhow::Error {
+    anyhow!("there is no image {reference}")
+}
+
+async fn known(store: &ImageStore, reference: &str) -> Result<()> {
+    store.resolve(reference).await?.map(drop).ok_or_else(|| missing(reference))
+}
+
+async fn remove(store: &ImageStore, reference: &str) -> Result<()> {
+    known(store, reference).await?;
+    store.remove(reference).await.with_context(|| format!("remove {reference}"))
+}
+
+fn list(
+    mut images: Vec<Image>,
+    output: Option<crate::status::Format>,
+    quiet: bool,
+    io: &mut Io,
+) -> Result<()> {
+    images.sort_by(|a, b| (&a.tags, &a.digests).cmp(&(&b.tags, &b.digests)));
+    match output {
+        _ if quiet => images.iter().try_for_each(|image| io.say(&image.id)),
+        Some(format) => {
+            let images: Vec<Value> = images.iter().map(describe).collect();
+            io.say(format.print(&Value::from(images))?)
+        }
+        None => io.say(table(&images, Timestamp::now())),
     }
 }
 

@@ -444,8 +444,8 @@ mod tests {
     #[track_caller]
     fn check_options(query: &str, want: Result<(), (u16, &str)>) {
         let got = check_log_options(&Query::parse(Some(query)), "p");
-        let got = got.as_ref().map(|()| ()).map_err(|status| (status.code, status.message.as_str()));
-        assert_eq!(got, want, "{query}");
+        let got = got.map_err(|status| (status.code, status.message));
+        assert_eq!(got, want.map_err(|(code, text)| (code, text.to_owned())), "{query}");
     }
 
     #[test]

@@ -163,7 +163,15 @@ fn read(store: &ImageStore, archive: impl Read, progress: Option<&Progress>) -> 
     let mut contents = Contents::default();
     let mut left = store.inner.limits.bytes;
     for (count, entry) in archive.entries().map_err(broken)?.enumerate() {
-        let mut entry = entry.map_err(broken)?;
+        let mut entry = match entry {
+            // What is wrong with the first header would be told with all of its bytes.
+            Err(e) if count == 0 && e.kind() == io::ErrorKind::Other => {
+                return Err(Error::Invalid(
+                    "unrecognized image format: this is not a tar archive".to_owned(),
+                ));
+            }
+            entry => entry.map_err(broken)?,
+        };
         if count > ENTRIES_MAX {
             return Err(Error::Invalid("the archive has too many entries".to_owned()));
         }
