@@ -13,12 +13,13 @@ use tokio_util::sync::CancellationToken;
 
 use crate::admission;
 use crate::container::POD_UID_LABEL;
+use crate::context::Context;
 use crate::eviction;
 use crate::jobs;
 use crate::manifests;
 use crate::observed::ADDRESS_ANNOTATION;
 use crate::pod::Pod;
-use crate::worker::{Context, Message, Worker};
+use crate::worker::{Message, Worker};
 
 pub struct Agent {
     context: Arc<Context>,
@@ -52,13 +53,22 @@ impl Agent {
         // First the events, then the list: nothing falls between them.
         let events = context.runtime.subscribe();
         let mut found: HashMap<String, Vec<SandboxStatus>> = HashMap::new();
-        for sandbox in context.runtime.list().await? {
+        for mut sandbox in context.runtime.list().await? {
             let address = sandbox.spec.annotations.get(ADDRESS_ANNOTATION).and_then(|text| text.parse().ok());
             if let Some(address) = address
                 && sandbox.state == minke_runtime::SandboxState::Ready
                 && let Err(why) = context.network.reserve(address)
             {
                 tracing::warn!(sandbox = sandbox.spec.id, %address, why, "Address of a running pod not reserved");
+            }
+            // Its link is its last step; without a container, whether that was taken is not known.
+            if let Some(address) = address
+                && sandbox.state == minke_runtime::SandboxState::Ready
+                && sandbox.containers.is_empty()
+                && let Err(why) = connect(&context, &sandbox.spec.id, address).await
+            {
+                tracing::warn!(sandbox = sandbox.spec.id, why, "An unfinished sandbox will be replaced");
+                sandbox.state = minke_runtime::SandboxState::NotReady;
             }
             found.entry(sandbox.spec.uid.clone()).or_default().push(sandbox);
         }
@@ -344,6 +354,12 @@ impl Agent {
     }
 }
 
+/// Connects a sandbox, again if need be.
+async fn connect(context: &Context, sandbox: &str, address: std::net::IpAddr) -> Result<(), String> {
+    let netns = context.runtime.sandbox_netns(sandbox).map_err(|error| error.to_string())?;
+    context.network.attach(sandbox, &netns, address).await
+}
+
 async fn remove_orphan(context: &Context, uid: &str, sandboxes: Vec<SandboxStatus>) {
     tracing::info!(uid, sandboxes = sandboxes.len(), "Removing a pod that no longer exists");
     let mut logs = context.paths.logs().join("none");
@@ -377,9 +393,16 @@ async fn remove_orphan(context: &Context, uid: &str, sandboxes: Vec<SandboxStatu
     }
 }
 
-/// Directories of pods that nobody knows.
+/// Directories of pods that nobody knows: their volumes, and their logs.
 fn strays(paths: &crate::container::Paths, known: &HashSet<String>) -> Vec<std::path::PathBuf> {
-    let entries = std::fs::read_dir(paths.pods()).into_iter().flatten().flatten();
-    let unknown = entries.filter(|entry| !known.contains(&*entry.file_name().to_string_lossy()));
+    let entries =
+        [paths.pods(), paths.logs()].map(|dir| std::fs::read_dir(dir).into_iter().flatten().flatten());
+    let unknown = entries.into_iter().flatten().filter(|entry| {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        // Logs are below the pod's namespace, name and uid.
+        let uid = name.rsplit('_').next().unwrap_or(&name);
+        !known.contains(uid)
+    });
     unknown.map(|entry| entry.path()).collect()
 }
