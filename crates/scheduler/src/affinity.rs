@@ -101,8 +101,10 @@ fn requirement_holds(requirement: &NodeSelectorRequirement, value: Option<&str>)
 
 /// Whether one of the tolerations bears the taint.
 pub fn tolerated(tolerations: &[Toleration], taint: &Taint) -> bool {
+    fn text(field: &Option<String>) -> &str {
+        field.as_deref().unwrap_or_default()
+    }
     tolerations.iter().any(|toleration| {
-        let text = |field: &Option<String>| field.clone().unwrap_or_default();
         let effect = text(&toleration.effect);
         if !effect.is_empty() && effect != taint.effect {
             return false;
@@ -113,7 +115,7 @@ pub fn tolerated(tolerations: &[Toleration], taint: &Taint) -> bool {
         }
         let (have, bound) = (text(&taint.value), text(&toleration.value));
         let numbers = || Some((have.parse::<i64>().ok()?, bound.parse::<i64>().ok()?));
-        match text(&toleration.operator).as_str() {
+        match text(&toleration.operator) {
             "Exists" => true,
             "" | "Equal" => !key.is_empty() && bound == have,
             // KEP-5471.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use rand::Rng;
 
 use crate::affinity::only_nodes;
+use crate::alike::{Group, Groups};
 use crate::picture::{Picture, Placed, PodInfo};
 use crate::plugins::{NO_SCORE, Normalize, Objection, PLUGINS, Prepared, Scoring, wake};
 use crate::profile::Profile;
@@ -20,6 +21,7 @@ pub struct World {
     pub picture: Picture,
     pub workloads: Workloads,
     pub reserving: Vec<Box<dyn ReservePlugin>>,
+    pub groups: Groups,
 }
 
 /// No node will do.
@@ -30,7 +32,7 @@ pub struct NoFit {
     /// Nodes that exist.
     pub nodes: usize,
     /// What each node that was looked at was ruled out for, by slot.
-    pub objections: Vec<(u32, Objection)>,
+    pub objections: Vec<(u32, Arc<Objection>)>,
     /// Which plugins objected: bits by row, those of reserving plugins after [`PLUGINS`].
     pub rejecting: u32,
 }
@@ -90,6 +92,7 @@ impl<'a> Try<'a> {
                     let objections = if objection.hopeless {
                         Vec::new()
                     } else {
+                        let objection = Arc::new(objection);
                         order.iter().map(|slot| (*slot, objection.clone())).collect()
                     };
                     return Err(NoFit { message, nodes, objections, rejecting });
@@ -105,7 +108,7 @@ impl<'a> Try<'a> {
 
     /// Which plugin rules the node out, and why: with the pods that hold room on it, and without.
     pub fn objection(&self, world: &mut World, prepared: &Prepared, slot: u32) -> Option<(usize, Objection)> {
-        if !world.picture.node(slot).nominated.is_empty()
+        if world.picture.is_held(slot)
             && let Some(objection) = self.objection_with_nominated(world, slot)
         {
             return Some(objection);
@@ -121,18 +124,7 @@ impl<'a> Try<'a> {
     ) -> Option<(usize, Objection)> {
         let picture = &world.picture;
         let node = picture.node(slot);
-        let run = |rows: &[usize]| {
-            rows.iter().find_map(|row| {
-                let filter = PLUGINS[*row].filter?;
-                Some((*row, filter(prepared, picture, node)?))
-            })
-        };
-        if self.reserving.is_empty() {
-            return run(&prepared.filters);
-        }
-        let (local, wide): (Vec<usize>, Vec<usize>) =
-            prepared.filters.iter().partition(|row| PLUGINS[**row].local);
-        if let Some(objection) = run(&local) {
+        if let Some(objection) = prepared.objection(&prepared.alone, picture, node) {
             return Some(objection);
         }
         for at in &self.reserving {
@@ -140,7 +132,35 @@ impl<'a> Try<'a> {
                 return Some((PLUGINS.len() + at, objection));
             }
         }
-        run(&wide)
+        prepared.objection(&prepared.wide, picture, node)
+    }
+
+    /// Whether what is found out about nodes can be shared with pods that are alike.
+    fn shares(&self) -> bool {
+        // Pods that can go to a few nodes only, as those of DaemonSets, are each of another sort.
+        self.reserving.is_empty() && only_nodes(&self.info.pod).is_none()
+    }
+
+    /// As [`Try::objection`], by what is known from pods that are alike.
+    fn known_objection(
+        &self,
+        world: &mut World,
+        prepared: &Prepared,
+        group: &mut Group,
+        slot: u32,
+    ) -> Option<(usize, Arc<Objection>)> {
+        if world.picture.is_held(slot) {
+            return self.objection(world, prepared, slot).map(|(row, objection)| (row, Arc::new(objection)));
+        }
+        let picture = &world.picture;
+        if let Some(known) = group.objection(prepared, picture, slot) {
+            return Some(known.clone());
+        }
+        if prepared.wide.is_empty() {
+            return None;
+        }
+        let objection = prepared.objection(&prepared.wide, picture, picture.node(slot));
+        objection.map(|(row, objection)| (row, Arc::new(objection)))
     }
 
     /// As if the pods that hold room here, and are no less important, were here already.
@@ -172,6 +192,7 @@ pub fn feasible(
     attempt: &Try,
     world: &mut World,
     prepared: &Prepared,
+    mut group: Option<&mut Group>,
     start: &mut usize,
 ) -> Result<Vec<u32>, NoFit> {
     let info = attempt.info;
@@ -200,7 +221,11 @@ pub fn feasible(
             None => world.picture.known_order()[(*start + looked_at) % nodes],
         };
         looked_at += 1;
-        match attempt.objection(world, prepared, slot) {
+        let objection = match &mut group {
+            Some(group) => attempt.known_objection(world, prepared, group, slot),
+            None => attempt.objection(world, prepared, slot).map(|(row, why)| (row, Arc::new(why))),
+        };
+        match objection {
             None => feasible.push(slot),
             Some((row, objection)) => {
                 rejecting |= 1 << row;
@@ -218,8 +243,9 @@ pub fn feasible(
         return Ok(feasible);
     }
     let mut reasons = Reasons::default();
-    for (_, objection) in &objections {
-        reasons.add(objection, 1);
+    // Alike nodes share their objection, so there are few different ones.
+    for alike in objections.chunk_by(|(_, one), (_, other)| Arc::ptr_eq(one, other)) {
+        reasons.add(&alike[0].1, alike.len());
     }
     if count < nodes {
         rejecting |= 1 << crate::plugins::row("NodeAffinity");
@@ -255,25 +281,43 @@ impl std::fmt::Display for Reasons {
 }
 
 /// The weighted sum of the scores of each feasible node.
-pub fn totals(prepared: &Prepared, world: &mut World, feasible: &[u32]) -> Vec<i64> {
-    let scoring = Scoring::new(prepared, &mut world.picture, &world.workloads, feasible);
-    let picture = &world.picture;
-    let mut totals = vec![0; feasible.len()];
+pub fn totals(prepared: &Prepared, world: &mut World, group: Option<&Group>, feasible: &[u32]) -> Vec<i64> {
+    let mut totals = match group {
+        Some(group) => group.totals(feasible),
+        None => {
+            let mut totals = vec![0; feasible.len()];
+            let scoring = Scoring::alone(prepared, &world.picture);
+            add_scores(prepared, &scoring, &world.picture, feasible, &mut totals);
+            totals
+        }
+    };
+    let scoring = Scoring::wide(prepared, &mut world.picture, &world.workloads, feasible);
+    add_scores(prepared, &scoring, &world.picture, feasible, &mut totals);
+    totals
+}
+
+fn add_scores(
+    prepared: &Prepared,
+    scoring: &Scoring,
+    picture: &Picture,
+    feasible: &[u32],
+    totals: &mut [i64],
+) {
     let mut scores = Vec::with_capacity(feasible.len());
     for (row, weight) in &scoring.scores {
         let Some((score, normalize)) = PLUGINS[*row].score else { continue };
         scores.clear();
-        scores.extend(feasible.iter().map(|slot| score(prepared, &scoring, picture, picture.node(*slot))));
+        let nodes = feasible.iter().enumerate();
+        scores.extend(nodes.map(|(at, slot)| score(prepared, scoring, picture, picture.node(*slot), at)));
         normalize_scores(&mut scores, normalize);
         for (total, score) in totals.iter_mut().zip(&scores) {
             *total += score * weight;
         }
     }
-    totals
 }
 
 /// Whole numbers as upstream computes them, which decides between nodes that are nearly alike.
-fn normalize_scores(scores: &mut [i64], how: Normalize) {
+pub fn normalize_scores(scores: &mut [i64], how: Normalize) {
     let left_out = |score: i64| how == Normalize::Spread && score == NO_SCORE;
     let known = || scores.iter().copied().filter(|score| !left_out(*score));
     let (max, min) = (known().max().unwrap_or_default(), known().min().unwrap_or_default());
@@ -296,11 +340,27 @@ fn normalize_scores(scores: &mut [i64], how: Normalize) {
 /// The slot of the best node for the pod. `rng` decides between equals.
 pub fn decide(attempt: &Try, world: &mut World, start: &mut usize, rng: &mut impl Rng) -> Result<u32, NoFit> {
     let prepared = attempt.prepare(world);
-    let feasible = feasible(attempt, world, &prepared, start)?;
+    let mut group = attempt.shares().then(|| world.groups.take(&prepared, &world.picture));
+    let best = best(attempt, world, &prepared, group.as_mut(), start, rng);
+    if let Some(group) = group {
+        world.groups.put(&attempt.info.alike, group);
+    }
+    best
+}
+
+fn best(
+    attempt: &Try,
+    world: &mut World,
+    prepared: &Prepared,
+    mut group: Option<&mut Group>,
+    start: &mut usize,
+    rng: &mut impl Rng,
+) -> Result<u32, NoFit> {
+    let feasible = feasible(attempt, world, prepared, group.as_deref_mut(), start)?;
     if let [only] = feasible.as_slice() {
         return Ok(*only);
     }
-    let totals = totals(&prepared, world, &feasible);
+    let totals = totals(prepared, world, group.as_deref(), &feasible);
     let top = totals.iter().copied().max().unwrap_or_default();
     let ties: Vec<usize> = (0..totals.len()).filter(|at| totals[*at] == top).collect();
     Ok(feasible[ties[rng.random_range(0..ties.len())]])

@@ -68,10 +68,7 @@ fn objection_alone(world: &World, profile: &Profile, info: &PodInfo, slot: u32) 
         return Some(0);
     }
     let prepared = Prepared::alone(info, profile);
-    let objects = |row: &usize| {
-        PLUGINS[*row].filter.is_some_and(|filter| filter(&prepared, &world.picture, node).is_some())
-    };
-    prepared.filters.iter().copied().find(objects).map(|row| 1 << row)
+    prepared.objection(&prepared.alone, &world.picture, node).map(|(row, _)| 1 << row)
 }
 
 fn counts_for_spread(info: &PodInfo, other: &PodInfo) -> bool {

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod affinity;
+mod alike;
 mod config;
 mod cycle;
 mod decide;

@@ -32,6 +32,8 @@ pub struct PodInfo {
     pub affinities: Option<Box<PodAffinities>>,
     /// The terms by which this pod, once placed, speaks for or against others.
     pub carries: Vec<Carry>,
+    /// All that matters to plugins which look at one node only: pods with the same text are treated alike by them.
+    pub alike: Arc<str>,
 }
 
 /// A port of the node that a pod takes. The address is empty for all addresses.
@@ -55,9 +57,11 @@ impl PodInfo {
             let preferred = affinities.preferred.iter();
             carries.extend(preferred.map(|(term, weight)| (Carrying::Preferred(*weight), term.clone())));
         }
+        let (requests, scored) = (pod_requests(&pod), scored_requests(&pod));
         Some(PodInfo {
-            requests: pod_requests(&pod),
-            scored: scored_requests(&pod),
+            alike: alike(&pod, &requests, scored).into(),
+            requests,
+            scored,
             host_ports: host_ports(&pod),
             priority: pod.spec.as_ref().and_then(|spec| spec.priority).unwrap_or_default(),
             object: object.clone(),
@@ -85,6 +89,26 @@ impl PodInfo {
         let old = &self.object;
         old.uid() == other.uid() && old.labels() == other.labels() && old.deleted() == other.deleted()
     }
+}
+
+/// See [`PodInfo::alike`].
+fn alike(pod: &Pod, requests: &Resources, scored: (i64, i64)) -> String {
+    let spec = pod.spec.as_ref();
+    let containers =
+        || spec.into_iter().flat_map(|s| s.init_containers.iter().flatten().chain(&s.containers));
+    let images: Vec<_> = containers().map(|container| &container.image).collect();
+    let ports: Vec<_> = containers()
+        .filter_map(|container| Some((&container.restart_policy, container.ports.as_ref()?)))
+        .filter(|(_, ports)| ports.iter().any(|port| port.host_port.is_some()))
+        .collect();
+    let affinity = spec.and_then(|spec| spec.affinity.as_ref()?.node_affinity.as_ref());
+    let Resources { cpu_milli, memory, ephemeral_storage, extended } = requests;
+    let text = serde_json::to_string(&(
+        (cpu_milli, memory, ephemeral_storage, extended, scored),
+        (images, ports, affinity),
+        spec.map(|spec| (&spec.node_name, &spec.node_selector, &spec.tolerations)),
+    ));
+    text.expect("these are all texts and numbers")
 }
 
 fn host_ports(pod: &Pod) -> Vec<HostPort> {
@@ -227,6 +251,12 @@ pub struct Picture {
     nominated: HashMap<Key, u32>,
     /// How many nodes have each image.
     images: HashMap<Box<str>, u32>,
+    /// Counts all changes of nodes and their pods.
+    changes: u64,
+    /// By slot: the count at the node's last change.
+    changed: Vec<u64>,
+    /// The count at the last change of images or of the number of nodes.
+    images_changed: u64,
     pub tallies: Tallies,
     pub namespaces: Namespaces,
 }
@@ -271,10 +301,38 @@ impl Picture {
         self.by_name.insert(node.name.clone(), slot);
         if slot as usize == self.nodes.len() {
             self.nodes.push(node);
+            self.changed.push(0);
         } else {
             self.nodes[slot as usize] = node;
         }
+        self.touch(slot);
         slot
+    }
+
+    /// Takes note that something about the node is not as it was.
+    fn touch(&mut self, slot: u32) {
+        self.changes += 1;
+        self.changed[slot as usize] = self.changes;
+    }
+
+    /// How many places there are for nodes: slots are less.
+    pub fn slots(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// A number that the node has had since its last change, and never had before.
+    pub fn changed(&self, slot: u32) -> u64 {
+        self.changed[slot as usize]
+    }
+
+    /// A number that stays the same as long as no node comes, goes or has other images.
+    pub fn images_changed(&self) -> u64 {
+        self.images_changed
+    }
+
+    /// Whether pods hold room on the node without being there.
+    pub fn is_held(&self, slot: u32) -> bool {
+        !self.nominated.is_empty() && !self.nodes[slot as usize].nominated.is_empty()
     }
 
     /// Takes a node's new description; says what that may help with, and where the node is.
@@ -289,7 +347,13 @@ impl Picture {
             }
             self.relabel(slot, Some(new_labels));
         }
-        self.put_images(slot, object);
+        let images = self.put_images(slot, object);
+        if bits != 0 || images {
+            self.touch(slot);
+        }
+        if !existed || images {
+            self.images_changed = self.changes;
+        }
         (bits, slot)
     }
 
@@ -323,7 +387,8 @@ impl Picture {
         }
     }
 
-    fn put_images(&mut self, slot: u32, object: &NodeObject) {
+    /// Says whether they are others than before.
+    fn put_images(&mut self, slot: u32, object: &NodeObject) -> bool {
         let images = object.status.iter().flat_map(|status| status.images.iter().flatten());
         let images: HashMap<Box<str>, i64> = images
             .flat_map(|image| {
@@ -331,11 +396,15 @@ impl Picture {
                 image.names.iter().flatten().map(move |name| (name.as_str().into(), size))
             })
             .collect();
+        if self.nodes[slot as usize].images == images {
+            return false;
+        }
         self.forget_images(slot);
         for name in images.keys() {
             *self.images.entry(name.clone()).or_default() += 1;
         }
         self.nodes[slot as usize].images = images;
+        true
     }
 
     fn forget_images(&mut self, slot: u32) {
@@ -364,6 +433,8 @@ impl Picture {
         node.unschedulable = false;
         self.forget_images(slot);
         self.relabel(slot, None);
+        self.touch(slot);
+        self.images_changed = self.changes;
         self.drop_if_empty(slot);
     }
 
@@ -418,6 +489,7 @@ impl Picture {
         self.placed.insert(info.key().clone(), slot);
         let object = info.object.clone();
         self.nodes[slot as usize].add(info, object);
+        self.touch(slot);
     }
 
     /// Takes a pod that has a node out of the picture for a moment: [`Picture::put_back`] follows.
@@ -425,6 +497,7 @@ impl Picture {
         let slot = self.placed.remove(key)?;
         let placed = self.nodes[slot as usize].remove(key)?;
         self.count(slot, &placed.info, -1);
+        self.touch(slot);
         Some(placed)
     }
 
@@ -432,6 +505,7 @@ impl Picture {
         self.count(slot, &placed.info, 1);
         self.placed.insert(placed.info.key().clone(), slot);
         self.nodes[slot as usize].add(placed.info, placed.object);
+        self.touch(slot);
     }
 
     /// The pod that was removed, and where it was.

@@ -68,7 +68,8 @@ pub enum Normalize {
 }
 
 pub type Filter = fn(&Prepared, &Picture, &Node) -> Option<Objection>;
-pub type Score = fn(&Prepared, &Scoring, &Picture, &Node) -> i64;
+/// The last argument is the node's place among those that passed the filters.
+pub type Score = fn(&Prepared, &Scoring, &Picture, &Node, usize) -> i64;
 
 /// The score of a node that spreading leaves out.
 pub const NO_SCORE: i64 = -1;
@@ -79,7 +80,7 @@ pub struct Plugin {
     pub score: Option<(Score, Normalize)>,
     /// The weight of its score, unless a profile says otherwise.
     pub weight: i64,
-    /// Its filter depends on nothing but the pod and the node itself.
+    /// Its filter and score depend on nothing but the pod, the node itself and what images nodes have.
     pub local: bool,
     /// What may make a node acceptable that this plugin ruled out: bits of [`wake`].
     pub helped_by: u32,
@@ -124,8 +125,10 @@ pub struct Prepared<'a> {
     pub profile: &'a Profile,
     spread: spread::Hard,
     pods: pods::Required,
-    /// The filters that have something to say of this pod, as numbers of rows.
-    pub filters: Vec<usize>,
+    /// The filters that have something to say of this pod and look at one node only, as numbers of rows.
+    pub alone: Vec<usize>,
+    /// Those that look at other nodes as well.
+    pub wide: Vec<usize>,
 }
 
 impl<'a> Prepared<'a> {
@@ -146,14 +149,24 @@ impl<'a> Prepared<'a> {
             "InterPodAffinity" => !pods.is_empty(),
             _ => true,
         };
-        let filters = profile.filters.iter().copied().filter(|n| concerns(PLUGINS[*n].name)).collect();
-        Prepared { info, profile, spread, pods, filters }
+        let rows = profile.filters.iter().copied().filter(|row| concerns(PLUGINS[*row].name));
+        let (alone, wide) = rows.partition(|row| PLUGINS[*row].local);
+        Prepared { info, profile, spread, pods, alone, wide }
     }
 
     /// With the filters that look at one node only.
     pub fn alone(info: &'a PodInfo, profile: &'a Profile) -> Self {
-        let filters = profile.filters.iter().copied().filter(|row| PLUGINS[*row].local).collect();
-        Prepared { info, profile, spread: spread::Hard::default(), pods: pods::Required::default(), filters }
+        let alone = profile.filters.iter().copied().filter(|row| PLUGINS[*row].local).collect();
+        let (spread, pods) = (spread::Hard::default(), pods::Required::default());
+        Prepared { info, profile, spread, pods, alone, wide: Vec::new() }
+    }
+
+    /// The first of the filters that rules the node out, and why.
+    pub fn objection(&self, rows: &[usize], picture: &Picture, node: &Node) -> Option<(usize, Objection)> {
+        rows.iter().find_map(|row| {
+            let filter = PLUGINS[*row].filter?;
+            Some((*row, filter(self, picture, node)?))
+        })
     }
 
     fn tolerations(&self) -> &[k8s_openapi::api::core::v1::Toleration] {
@@ -161,7 +174,8 @@ impl<'a> Prepared<'a> {
     }
 }
 
-/// What scores need, worked out for the nodes that passed the filters.
+/// What scores need, worked out once for all nodes.
+#[derive(Debug, Default)]
 pub struct Scoring {
     spread: Option<spread::Soft>,
     pods: Option<pods::Preferred>,
@@ -175,26 +189,43 @@ pub struct Scoring {
 }
 
 impl Scoring {
-    pub fn new(prepared: &Prepared, picture: &mut Picture, workloads: &Workloads, feasible: &[u32]) -> Self {
-        let (info, profile) = (prepared.info, prepared.profile);
-        let scores = |name: &str| profile.scores.iter().any(|(n, _)| PLUGINS[*n].name == name);
-        let spread = scores("PodTopologySpread")
-            .then(|| spread::Soft::new(info, profile, picture, workloads, feasible))
-            .flatten();
-        let pods = scores("InterPodAffinity").then(|| pods::Preferred::new(info, profile, picture)).flatten();
-        let (images, containers) = nodes::images(info, picture);
+    /// For the plugins that look at one node only.
+    pub fn alone(prepared: &Prepared, picture: &Picture) -> Self {
+        let (images, containers) = nodes::images(prepared.info, picture);
         let (fit, balance) = (resources::fit_requests(prepared), resources::balance_requests(prepared));
         let prefers = nodes::has_preference(prepared);
-        let concerns = |name: &str| match name {
+        let concerns = |plugin: &Plugin| match plugin.name {
             "NodeAffinity" => prefers,
-            "PodTopologySpread" => spread.is_some(),
-            "InterPodAffinity" => pods.is_some(),
             // Pods that ask for nothing would all go to the same node.
             "NodeResourcesBalancedAllocation" => balance.iter().any(|amount| *amount > 0),
             "ImageLocality" => !images.is_empty(),
-            _ => true,
+            _ => plugin.local,
         };
-        let scores = profile.scores.iter().copied().filter(|(n, _)| concerns(PLUGINS[*n].name)).collect();
-        Scoring { spread, pods, images, containers, fit, balance, scores }
+        let scores = prepared.profile.scores.iter().copied().filter(|(row, _)| concerns(&PLUGINS[*row]));
+        let scores = scores.collect();
+        Scoring { images, containers, fit, balance, scores, ..Scoring::default() }
+    }
+
+    /// For those that look at others as well, and for the nodes that passed the filters.
+    pub fn wide(prepared: &Prepared, picture: &mut Picture, workloads: &Workloads, feasible: &[u32]) -> Self {
+        let (info, profile) = (prepared.info, prepared.profile);
+        let mut scoring = Scoring::default();
+        for (row, weight) in &profile.scores {
+            let concerns = match PLUGINS[*row].name {
+                "PodTopologySpread" => {
+                    scoring.spread = spread::Soft::new(info, profile, picture, workloads, feasible);
+                    scoring.spread.is_some()
+                }
+                "InterPodAffinity" => {
+                    scoring.pods = pods::Preferred::new(info, profile, picture);
+                    scoring.pods.is_some()
+                }
+                _ => false,
+            };
+            if concerns {
+                scoring.scores.push((*row, *weight));
+            }
+        }
+        scoring
     }
 }

@@ -38,7 +38,7 @@ pub fn taints(pod: &Prepared, _: &Picture, node: &Node) -> Option<Objection> {
     Objection::one("node(s) had untolerated taint(s)", true)
 }
 
-pub fn untolerated_preferences(pod: &Prepared, _: &Scoring, _: &Picture, node: &Node) -> i64 {
+pub fn untolerated_preferences(pod: &Prepared, _: &Scoring, _: &Picture, node: &Node, _: usize) -> i64 {
     let soft = node.taints.iter().filter(|taint| taint.effect == "PreferNoSchedule");
     soft.filter(|taint| !tolerated(pod.tolerations(), taint)).count() as i64
 }
@@ -76,7 +76,7 @@ pub fn has_preference(pod: &Prepared) -> bool {
     preferences(pod).next().is_some()
 }
 
-pub fn preference(pod: &Prepared, _: &Scoring, _: &Picture, node: &Node) -> i64 {
+pub fn preference(pod: &Prepared, _: &Scoring, _: &Picture, node: &Node, _: usize) -> i64 {
     // A preference without requirements is one for every node.
     let holds = |term: &&PreferredSchedulingTerm| {
         let preference = &term.preference;
@@ -116,7 +116,7 @@ pub fn images(info: &PodInfo, picture: &Picture) -> (Vec<(Box<str>, f64)>, usize
     (found.collect(), containers().count())
 }
 
-pub fn image_locality(_: &Prepared, scoring: &Scoring, _: &Picture, node: &Node) -> i64 {
+pub fn image_locality(_: &Prepared, scoring: &Scoring, _: &Picture, node: &Node, _: usize) -> i64 {
     const MIB: i64 = 1024 * 1024;
     let present: i64 = scoring
         .images

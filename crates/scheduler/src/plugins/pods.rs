@@ -80,6 +80,7 @@ pub fn filter(pod: &Prepared, picture: &Picture, node: &Node) -> Option<Objectio
 }
 
 /// Weights of domains, by topology key and domain.
+#[derive(Debug)]
 pub struct Preferred(Vec<(KeyId, Vec<i64>)>);
 
 impl Preferred {
@@ -125,7 +126,7 @@ impl Preferred {
     }
 }
 
-pub fn score(_: &Prepared, scoring: &Scoring, picture: &Picture, node: &Node) -> i64 {
+pub fn score(_: &Prepared, scoring: &Scoring, picture: &Picture, node: &Node, _: usize) -> i64 {
     let Some(pods) = &scoring.pods else { return 0 };
     let at = |(key, weights): &(KeyId, Vec<i64>)| {
         let domain = picture.tallies.topology(*key).domain(node.slot);

@@ -73,7 +73,7 @@ pub fn balance_requests(pod: &Prepared) -> Vec<i64> {
     pod.profile.args.balanced.iter().map(|name| pod.info.requests.get(name)).collect()
 }
 
-pub fn fit_score(pod: &Prepared, scoring: &Scoring, _: &Picture, node: &Node) -> i64 {
+pub fn fit_score(pod: &Prepared, scoring: &Scoring, _: &Picture, node: &Node, _: usize) -> i64 {
     let fit = &pod.profile.args.fit;
     let (mut sum, mut weights) = (0, 0);
     for ((name, weight), asked) in fit.resources.iter().zip(&scoring.fit) {
@@ -108,7 +108,7 @@ pub fn fit_score(pod: &Prepared, scoring: &Scoring, _: &Picture, node: &Node) ->
 }
 
 /// How alike the shares of the resources are that would be taken: 100 less their standard deviation.
-pub fn balance(pod: &Prepared, scoring: &Scoring, _: &Picture, node: &Node) -> i64 {
+pub fn balance(pod: &Prepared, scoring: &Scoring, _: &Picture, node: &Node, _: usize) -> i64 {
     let (mut count, mut sum, mut squares) = (0.0, 0.0, 0.0);
     let mut shares = [0.0; 2];
     for (name, asked) in pod.profile.args.balanced.iter().zip(&scoring.balance) {

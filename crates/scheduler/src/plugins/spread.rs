@@ -1,6 +1,5 @@
 //! PodTopologySpread: how unevenly alike pods may lie over the domains of a topology.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::TopologySpreadConstraint;
@@ -213,8 +212,10 @@ pub fn filter(pod: &Prepared, picture: &Picture, node: &Node) -> Option<Objectio
 }
 
 /// ScheduleAnyway: how much each node is crowded, worked out for the nodes that passed the filters.
+#[derive(Debug)]
 pub struct Soft {
-    crowding: HashMap<u32, i64>,
+    /// In the order of the feasible nodes.
+    crowding: Vec<i64>,
 }
 
 impl Soft {
@@ -267,10 +268,10 @@ impl Soft {
                 (size as f64 + 2.0).ln()
             })
             .collect();
-        let mut crowding = HashMap::with_capacity(feasible.len());
+        let mut crowding = Vec::with_capacity(feasible.len());
         for slot in feasible {
             if ignored(picture, *slot) {
-                crowding.insert(*slot, NO_SCORE);
+                crowding.push(NO_SCORE);
                 continue;
             }
             let mut sum = 0.0;
@@ -287,12 +288,12 @@ impl Soft {
                 };
                 sum += f64::from(here) * weight + f64::from(constraint.of.max_skew - 1);
             }
-            crowding.insert(*slot, sum.round() as i64);
+            crowding.push(sum.round() as i64);
         }
         Some(Soft { crowding })
     }
 }
 
-pub fn score(_: &Prepared, scoring: &Scoring, _: &Picture, node: &Node) -> i64 {
-    scoring.spread.as_ref().and_then(|spread| spread.crowding.get(&node.slot)).copied().unwrap_or(NO_SCORE)
+pub fn score(_: &Prepared, scoring: &Scoring, _: &Picture, _: &Node, at: usize) -> i64 {
+    scoring.spread.as_ref().and_then(|spread| spread.crowding.get(at)).copied().unwrap_or(NO_SCORE)
 }

@@ -527,37 +527,71 @@ fn cluster(random: &mut Random, nodes: usize, pods: usize) -> (World, Plain) {
     (world, plain)
 }
 
+/// Where the pod can go and what speaks for each node, from both readings: worked out anew, and shared with pods that
+/// were alike before. Says where it can go.
+#[track_caller]
+fn check_pod(world: &mut World, plain: &Plain, profile: &Profile, value: &Value, about: &str) -> Vec<usize> {
+    let info = Arc::new(PodInfo::new(&object(value)).unwrap());
+    let pod: core::Pod = serde_json::from_value(value.clone()).unwrap();
+    let want: BTreeSet<usize> = (0..plain.nodes.len()).filter(|n| plain.allows(&pod, profile, *n)).collect();
+    let attempt = Try::begin(&info, profile, world).unwrap();
+    let prepared = attempt.prepare(world);
+    let number = |world: &World, slot: u32| world.picture.node(slot).name[1..].parse::<usize>().unwrap();
+    for shared in [false, true] {
+        let mut group = shared.then(|| world.groups.take(&prepared, &world.picture));
+        let found = feasible(&attempt, world, &prepared, group.as_mut(), &mut 0).unwrap_or_default();
+        let order: Vec<usize> = found.iter().map(|slot| number(world, *slot)).collect();
+        let names: BTreeSet<usize> = order.iter().copied().collect();
+        assert_eq!(names, want, "{about}, shared: {shared}: where {pod:?} can go");
+        if !found.is_empty() {
+            let scores = totals(&prepared, world, group.as_ref(), &found);
+            let plainly = plain.totals(&pod, profile, &order);
+            // Scores that are the same for all nodes are not worked out: what counts are the differences.
+            let relative = |scores: &[i64]| scores.iter().map(|score| score - scores[0]).collect::<Vec<_>>();
+            assert_eq!(
+                relative(&scores),
+                relative(&plainly),
+                "{about}, shared: {shared}: what speaks for {order:?}, {pod:?}"
+            );
+        }
+        if let Some(group) = group {
+            world.groups.put(&info.alike, group);
+        }
+    }
+    want.into_iter().collect()
+}
+
 #[track_caller]
 fn check(seed: u64, profile: &Profile) {
     let mut random = Random::new(seed);
     let nodes = 3 + random.below(8);
     let pods = random.below(4 * nodes);
-    let (mut world, plain) = cluster(&mut random, nodes, pods);
-    for n in 0..6 {
-        let value: Value = random.pod(&format!("new{n}"), 60);
-        let info = Arc::new(PodInfo::new(&object(&value)).unwrap());
-        let pod: core::Pod = serde_json::from_value(value).unwrap();
-        let want: Vec<usize> = (0..nodes).filter(|n| plain.allows(&pod, profile, *n)).collect();
-        let attempt = Try::begin(&info, profile, &mut world).unwrap();
-        let prepared = attempt.prepare(&mut world);
-        let number = |world: &World, slot: u32| world.picture.node(slot).name[1..].parse::<usize>().unwrap();
-        let found = feasible(&attempt, &mut world, &prepared, &mut 0);
-        let found = found.unwrap_or_default();
-        let names: BTreeSet<usize> = found.iter().map(|slot| number(&world, *slot)).collect();
-        assert_eq!(names, want.iter().copied().collect(), "seed {seed}, pod {n}: where {pod:?} can go");
-        if found.is_empty() {
-            continue;
+    let (mut world, mut plain) = cluster(&mut random, nodes, pods);
+    let sorts: Vec<Value> = (0..4).map(|n| random.pod(&format!("sort{n}"), 60)).collect();
+    for n in 0..12 {
+        let mut value = sorts[random.below(sorts.len())].clone();
+        let name = format!("new{n}");
+        value["metadata"]["name"] = name.as_str().into();
+        value["metadata"]["uid"] = name.as_str().into();
+        let about = format!("seed {seed}, pod {n}");
+        let found = check_pod(&mut world, &plain, profile, &value, &about);
+        // What was found out must not outlive a change: of the pods of a node, or of the node.
+        if let Some(at) = found.first() {
+            let info = Arc::new(PodInfo::new(&object(&value)).unwrap());
+            world.picture.put_pod(info, &format!("n{at}"));
+            plain.pods.push((serde_json::from_value(value).unwrap(), *at));
         }
-        let scores = totals(&prepared, &mut world, &found);
-        let order: Vec<usize> = found.iter().map(|slot| number(&world, *slot)).collect();
-        let plainly = plain.totals(&pod, profile, &order);
-        // Scores that are the same for all nodes are not worked out: what counts are the differences.
-        let relative = |scores: &[i64]| scores.iter().map(|score| score - scores[0]).collect::<Vec<_>>();
-        assert_eq!(
-            relative(&scores),
-            relative(&plainly),
-            "seed {seed}, pod {n}: what speaks for {order:?}, {pod:?}"
-        );
+        if random.chance(30) {
+            let at = random.below(nodes);
+            plain.nodes[at] = node(&random.node(&format!("n{at}")));
+            world.picture.put_node(&plain.nodes[at]);
+        }
+        if random.chance(30) && !plain.pods.is_empty() {
+            let (pod, _) = plain.pods.swap_remove(random.below(plain.pods.len()));
+            world
+                .picture
+                .remove_pod(&minke_api::Key::new(namespace(&pod), pod.metadata.name.as_deref().unwrap()));
+        }
     }
 }
 
