@@ -100,8 +100,8 @@ fn parse(text: &str) -> Resolv {
     resolv
 }
 
-/// `/etc/resolv.conf`, by the pod's `dnsPolicy` and `dnsConfig`.
-pub fn resolv_conf(pod: &Pod, dns: &Dns) -> String {
+/// `/etc/resolv.conf`, by the pod's `dnsPolicy` and `dnsConfig`; and what had to be left out of it, as events tell.
+pub fn resolv_conf(pod: &Pod, dns: &Dns) -> (String, Vec<String>) {
     let host = parse(&dns.host);
     let policy = match pod.spec().dns_policy.as_deref().unwrap_or("ClusterFirst") {
         "ClusterFirst" if pod.host_network() => "Default",
@@ -135,10 +135,24 @@ pub fn resolv_conf(pod: &Pod, dns: &Dns) -> String {
             });
         }
     }
-    resolv.servers.truncate(NAMESERVERS_MAX);
+    let mut omitted = vec![];
+    if resolv.servers.len() > NAMESERVERS_MAX {
+        resolv.servers.truncate(NAMESERVERS_MAX);
+        omitted.push(format!(
+            "Nameserver limits were exceeded, some nameservers have been omitted, the applied nameserver line is: {}",
+            resolv.servers.join(" ")
+        ));
+    }
+    let searches = resolv.searches.len();
     resolv.searches.truncate(SEARCHES_MAX);
     while resolv.searches.join(" ").len() > SEARCH_BYTES_MAX {
         resolv.searches.pop();
+    }
+    if resolv.searches.len() < searches {
+        omitted.push(format!(
+            "Search Line limits were exceeded, some search paths have been omitted, the applied search line is: {}",
+            resolv.searches.join(" ")
+        ));
     }
     let mut out = String::new();
     if !resolv.searches.is_empty() {
@@ -150,7 +164,7 @@ pub fn resolv_conf(pod: &Pod, dns: &Dns) -> String {
     if !resolv.options.is_empty() {
         let _ = writeln!(out, "options {}", resolv.options.join(" "));
     }
-    out
+    (out, omitted)
 }
 
 fn unique(words: impl IntoIterator<Item = String>) -> Vec<String> {
@@ -171,7 +185,20 @@ mod tests {
             domain: "cluster.local".to_owned(),
             host: "# local\nnameserver 192.0.2.53\nsearch example.org\noptions edns0\n".to_owned(),
         };
-        assert_eq!(resolv_conf(&pod(json!({"spec": spec})), &dns), want);
+        assert_eq!(resolv_conf(&pod(json!({"spec": spec})), &dns).0, want);
+    }
+
+    #[test]
+    fn what_is_left_out_is_told_of() {
+        let servers = ["1.1.1.1", "1.1.1.2", "1.1.1.3", "1.1.1.4"];
+        let searches: Vec<String> = (0..40).map(|n| format!("s{n}.example.org")).collect();
+        let config = json!({"nameservers": servers, "searches": searches});
+        let pod = pod(json!({"spec": {"dnsPolicy": "None", "dnsConfig": config}}));
+        let (text, omitted) = resolv_conf(&pod, &Dns::default());
+        assert_eq!((text.matches("nameserver").count(), text.matches("example").count()), (3, 32));
+        let ends = ["nameserver line is: 1.1.1.1 1.1.1.2 1.1.1.3", "s30.example.org s31.example.org"];
+        assert_eq!(omitted.len(), 2);
+        assert!(omitted.iter().zip(ends).all(|(text, end)| text.ends_with(end)), "{omitted:?}");
     }
 
     #[test]

@@ -67,7 +67,7 @@ impl Recorder {
         reason: &'static str,
         message: impl Into<String>,
     ) {
-        self.tell(pod_reference(pod, container), true, reason, message.into());
+        self.tell(about(pod, container), true, reason, message.into());
     }
 
     pub fn warning(
@@ -77,7 +77,17 @@ impl Recorder {
         reason: &'static str,
         message: impl Into<String>,
     ) {
-        self.tell(pod_reference(pod, container), false, reason, message.into());
+        self.tell(about(pod, container), false, reason, message.into());
+    }
+
+    /// Of something that [`about`] named before.
+    pub fn warning_of(
+        &self,
+        about: &core::ObjectReference,
+        reason: &'static str,
+        message: impl Into<String>,
+    ) {
+        self.tell(about.clone(), false, reason, message.into());
     }
 
     /// About the node itself. Upstream uses the name as the uid here, and kubectl looks for that.
@@ -92,7 +102,8 @@ impl Recorder {
     }
 }
 
-fn pod_reference(pod: &Pod, container: Option<&str>) -> core::ObjectReference {
+/// How events name a pod, or one of its containers.
+pub fn about(pod: &Pod, container: Option<&str>) -> core::ObjectReference {
     let field_path = container.map(|name| {
         let field = pod.container(name).map_or("containers", |(class, _)| class.field());
         format!("spec.{field}{{{name}}}")

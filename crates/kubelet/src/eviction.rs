@@ -12,11 +12,11 @@ use minke_api::Quantity;
 use minke_runtime::{ContainerState, DiskUse};
 use tokio::time::Instant;
 
+use crate::context::Context;
 use crate::machine::meminfo;
 use crate::pod::Pod;
 use crate::resources;
 use crate::volumes;
-use crate::worker::Context;
 
 /// How often it is looked; upstream's monitoring interval.
 pub const EVERY: Duration = Duration::from_secs(10);

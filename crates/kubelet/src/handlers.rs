@@ -1,12 +1,17 @@
 //! What probes and lifecycle hooks do: run a command, get a page, open a connection, ask a gRPC service.
-//! Results carry upstream's texts (pkg/probe), which end up in `Unhealthy` events.
+//!
+//! What a specification says becomes a [`Handler`] first, with names of ports and addresses resolved, so that
+//! nothing has to be kept of the pod. Results carry upstream's texts (pkg/probe), which end up in `Unhealthy`
+//! events.
+
+mod trusting;
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes};
-use http::{Request, StatusCode, Uri, header};
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::{Request, StatusCode, Uri};
 use http_body_util::{BodyExt, Empty, Full};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use k8s_openapi::api::core::v1 as core;
@@ -32,13 +37,92 @@ pub enum Outcome {
     Error(String),
 }
 
-/// What a handler acts on.
-pub struct Target<'a> {
-    pub runtime: &'a dyn Runtime,
-    pub container_id: &'a str,
+/// What is done, with everything in it that is to be found in the pod.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Handler {
+    Exec(Vec<String>),
+    Http {
+        url: String,
+        headers: HeaderMap,
+    },
+    /// `host:port`
+    Tcp(String),
+    Grpc {
+        address: String,
+        service: String,
+        user_agent: String,
+    },
+    Sleep(Duration),
+    /// It cannot be tried, and why.
+    Invalid(String),
+}
+
+/// Whom a handler is about.
+pub struct Place<'a> {
     pub container: &'a core::Container,
+    /// The pod's address.
     pub address: Option<IpAddr>,
-    pub user_agent: String,
+    /// `kube-probe/1.37`
+    pub user_agent: &'a str,
+}
+
+impl Handler {
+    pub fn of_probe(probe: &core::Probe, place: &Place<'_>) -> Handler {
+        match probe {
+            core::Probe { exec: Some(action), .. } => Handler::exec(action),
+            core::Probe { http_get: Some(action), .. } => or_invalid(http(action, place)),
+            core::Probe { tcp_socket: Some(action), .. } => or_invalid(tcp(action, place)),
+            core::Probe { grpc: Some(action), .. } => or_invalid(grpc(action, place)),
+            _ => Handler::Invalid("missing probe handler".to_owned()),
+        }
+    }
+
+    pub fn of_hook(hook: &core::LifecycleHandler, place: &Place<'_>) -> Handler {
+        match hook {
+            core::LifecycleHandler { exec: Some(action), .. } => Handler::exec(action),
+            core::LifecycleHandler { http_get: Some(action), .. } => or_invalid(http(action, place)),
+            core::LifecycleHandler { tcp_socket: Some(action), .. } => or_invalid(tcp(action, place)),
+            core::LifecycleHandler { sleep: Some(action), .. } => {
+                Handler::Sleep(Duration::from_secs(u64::try_from(action.seconds).unwrap_or(0)))
+            }
+            _ => Handler::Invalid("invalid handler".to_owned()),
+        }
+    }
+
+    fn exec(action: &core::ExecAction) -> Handler {
+        Handler::Exec(action.command.clone().unwrap_or_default())
+    }
+
+    /// Does it; a `timeout` of zero lets a command take as long as it will.
+    pub async fn run(&self, runtime: &dyn Runtime, container_id: &str, timeout: Duration) -> Outcome {
+        match self {
+            Handler::Exec(command) => run_exec(runtime, container_id, command, timeout).await,
+            Handler::Http { url, headers } => match tokio::time::timeout(timeout, get(url, headers)).await {
+                Ok(outcome) => outcome,
+                Err(_) => Outcome::Failure(format!(
+                    "Get {}: context deadline exceeded (Client.Timeout exceeded while awaiting headers)",
+                    go_quote(url)
+                )),
+            },
+            Handler::Tcp(address) => match tokio::time::timeout(timeout, connect(address)).await {
+                Ok(Ok(_)) => Outcome::Success,
+                Ok(Err(why)) => Outcome::Failure(why),
+                Err(_) => Outcome::Failure(format!("dial tcp {address}: i/o timeout")),
+            },
+            Handler::Grpc { address, service, user_agent } => {
+                run_grpc(address, service, user_agent, timeout).await
+            }
+            Handler::Sleep(long) => {
+                tokio::time::sleep(*long).await;
+                Outcome::Success
+            }
+            Handler::Invalid(why) => Outcome::Error(why.clone()),
+        }
+    }
+}
+
+fn or_invalid(handler: Result<Handler, String>) -> Handler {
+    handler.unwrap_or_else(Handler::Invalid)
 }
 
 fn port(container: &core::Container, port: &IntOrString) -> Result<u16, String> {
@@ -50,158 +134,134 @@ fn port(container: &core::Container, port: &IntOrString) -> Result<u16, String> 
         }
     };
     let number = number.and_then(|number| u16::try_from(number).ok()).filter(|number| *number > 0);
-    number.ok_or_else(|| format!("couldn't find port: {port:?} in container {}", container.name))
+    number.ok_or_else(|| match port {
+        IntOrString::Int(number) => format!("invalid port number: {number}"),
+        IntOrString::String(name) => format!("couldn't find port: {name} in container {}", container.name),
+    })
 }
 
-impl Target<'_> {
-    pub async fn exec(&self, action: &core::ExecAction, timeout: Duration) -> Outcome {
-        let command = action.command.clone().unwrap_or_default();
-        let shown = command.join(" ");
-        match self.runtime.exec_sync(self.container_id, command, timeout).await {
-            Ok(output) if output.exit_code == 0 => Outcome::Success,
-            Ok(output) => {
-                let mut text = output.stdout;
-                text.extend(output.stderr);
-                text.truncate(BODY_MAX);
-                Outcome::Failure(String::from_utf8_lossy(&text).into_owned())
-            }
-            Err(Error::Timeout(_)) => Outcome::Failure(format!(
-                "command timed out: {} timed out after {}",
-                go_quote(&shown),
-                go_duration(timeout)
-            )),
-            Err(error) => Outcome::Error(error.to_string()),
-        }
+/// The host that is named, or the pod, as it stands in a URL.
+fn host(named: Option<&String>, place: &Place<'_>) -> Result<String, String> {
+    match (named.filter(|host| !host.is_empty()), place.address) {
+        (Some(host), _) if host.contains(':') && !host.starts_with('[') => Ok(format!("[{host}]")),
+        (Some(host), _) => Ok(host.clone()),
+        (None, Some(IpAddr::V6(address))) => Ok(format!("[{address}]")),
+        (None, Some(address)) => Ok(address.to_string()),
+        (None, None) => Err("the pod has no address".to_owned()),
     }
+}
 
-    pub async fn http(&self, action: &core::HTTPGetAction, timeout: Duration) -> Outcome {
-        let port = match port(self.container, &action.port) {
-            Ok(port) => port,
-            Err(text) => return Outcome::Error(text),
-        };
-        let host = match (action.host.as_deref().filter(|host| !host.is_empty()), self.address) {
-            (Some(host), _) => host.to_owned(),
-            (None, Some(IpAddr::V6(address))) => format!("[{address}]"),
-            (None, Some(address)) => address.to_string(),
-            (None, None) => return Outcome::Error("the pod has no address".to_owned()),
-        };
-        let tls = action.scheme.as_deref().is_some_and(|scheme| scheme.eq_ignore_ascii_case("https"));
-        let path = action.path.as_deref().unwrap_or("/");
-        let slash = if path.starts_with('/') { "" } else { "/" };
-        let url = format!("{}://{host}:{port}{slash}{path}", if tls { "https" } else { "http" });
-        match tokio::time::timeout(timeout, self.get(&url, action)).await {
-            Ok(outcome) => outcome,
-            Err(_) => Outcome::Failure(format!(
-                "Get {}: context deadline exceeded (Client.Timeout exceeded while awaiting headers)",
-                go_quote(&url)
-            )),
-        }
+fn http(action: &core::HTTPGetAction, place: &Place<'_>) -> Result<Handler, String> {
+    let port = port(place.container, &action.port)?;
+    let host = host(action.host.as_ref(), place)?;
+    let tls = action.scheme.as_deref().is_some_and(|scheme| scheme.eq_ignore_ascii_case("https"));
+    let path = action.path.as_deref().unwrap_or("/");
+    let slash = if path.starts_with('/') { "" } else { "/" };
+    let url = format!("{}://{host}:{port}{slash}{path}", if tls { "https" } else { "http" });
+    let mut headers = HeaderMap::new();
+    for extra in action.http_headers.iter().flatten() {
+        let name = HeaderName::try_from(extra.name.as_str()).map_err(|error| error.to_string())?;
+        let value = HeaderValue::try_from(extra.value.as_str()).map_err(|error| error.to_string())?;
+        headers.append(name, value);
     }
+    if !headers.contains_key(header::USER_AGENT) {
+        let agent = HeaderValue::try_from(place.user_agent).map_err(|error| error.to_string())?;
+        headers.insert(header::USER_AGENT, agent);
+    }
+    headers.entry(header::ACCEPT).or_insert(HeaderValue::from_static("*/*"));
+    headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+    Ok(Handler::Http { url, headers })
+}
 
-    async fn get(&self, first: &str, action: &core::HTTPGetAction) -> Outcome {
-        let mut url = first.to_owned();
-        for _ in 0..REDIRECTS_MAX {
-            let failed = |why: String| Outcome::Failure(format!("Get {}: {why}", go_quote(&url)));
-            let Ok(uri) = url.parse::<Uri>() else { return Outcome::Error(format!("invalid URL {url}")) };
-            let response = match self.get_once(&uri, action).await {
-                Ok(response) => response,
-                Err(why) => return failed(why),
-            };
-            let status = response.status();
-            let location = response.headers().get(header::LOCATION).and_then(|value| value.to_str().ok());
-            if let (true, Some(location)) = (status.is_redirection(), location) {
-                let next = redirect(&uri, location);
-                if next.as_ref().is_none_or(|next| next.host() != uri.host()) {
+fn tcp(action: &core::TCPSocketAction, place: &Place<'_>) -> Result<Handler, String> {
+    let port = port(place.container, &action.port)?;
+    Ok(Handler::Tcp(format!("{}:{port}", host(action.host.as_ref(), place)?)))
+}
+
+fn grpc(action: &core::GRPCAction, place: &Place<'_>) -> Result<Handler, String> {
+    let (Some(address), Ok(port)) = (place.address, u16::try_from(action.port)) else {
+        return Err("the pod has no address".to_owned());
+    };
+    Ok(Handler::Grpc {
+        address: SocketAddr::new(address, port).to_string(),
+        service: action.service.clone().unwrap_or_default(),
+        user_agent: place.user_agent.to_owned(),
+    })
+}
+
+async fn run_exec(
+    runtime: &dyn Runtime,
+    container_id: &str,
+    command: &[String],
+    timeout: Duration,
+) -> Outcome {
+    match runtime.exec_sync(container_id, command.to_vec(), timeout).await {
+        Ok(output) if output.exit_code == 0 => Outcome::Success,
+        Ok(output) => {
+            let mut text = output.stdout;
+            text.extend(output.stderr);
+            text.truncate(BODY_MAX);
+            Outcome::Failure(String::from_utf8_lossy(&text).into_owned())
+        }
+        Err(Error::Timeout(_)) => Outcome::Failure(format!(
+            "command timed out: {} timed out after {}",
+            go_quote(&command.join(" ")),
+            go_duration(timeout)
+        )),
+        Err(error) => Outcome::Error(error.to_string()),
+    }
+}
+
+async fn get(first: &str, headers: &HeaderMap) -> Outcome {
+    let mut url = first.to_owned();
+    for _ in 0..REDIRECTS_MAX {
+        let Ok(uri) = url.parse::<Uri>() else { return Outcome::Error(format!("invalid URL {url}")) };
+        let response = match get_once(&uri, headers).await {
+            Ok(response) => response,
+            Err(why) => return Outcome::Failure(format!("Get {}: {why}", go_quote(&url))),
+        };
+        let status = response.status();
+        let location = response.headers().get(header::LOCATION).and_then(|value| value.to_str().ok());
+        if let (true, Some(location)) = (status.is_redirection(), location) {
+            let next = redirect(&uri, location).filter(|next| next.host() == uri.host());
+            match next {
+                Some(next) => url = next.to_string(),
+                None => {
                     return Outcome::Warning(format!(
                         "Probe terminated redirects, Response body: {}",
                         String::from_utf8_lossy(&read(response).await)
                     ));
                 }
-                url = next.expect("it has a host").to_string();
-                continue;
             }
-            if status.as_u16() >= 200 && status.as_u16() < 400 {
-                return Outcome::Success;
-            }
-            return Outcome::Failure(format!("HTTP probe failed with statuscode: {}", status.as_u16()));
+            continue;
         }
-        Outcome::Failure(format!("Get {}: stopped after {REDIRECTS_MAX} redirects", go_quote(&url)))
+        if status.as_u16() >= 200 && status.as_u16() < 400 {
+            return Outcome::Success;
+        }
+        return Outcome::Failure(format!("HTTP probe failed with statuscode: {}", status.as_u16()));
     }
+    Outcome::Failure(format!("Get {}: stopped after {REDIRECTS_MAX} redirects", go_quote(&url)))
+}
 
-    async fn get_once(
-        &self,
-        uri: &Uri,
-        action: &core::HTTPGetAction,
-    ) -> Result<http::Response<hyper::body::Incoming>, String> {
-        let authority = uri.authority().map(|authority| authority.as_str()).unwrap_or_default();
-        let mut request = Request::get(uri.path_and_query().map_or("/", |path| path.as_str()));
-        let mut host = authority.to_owned();
-        let (mut has_agent, mut has_accept) = (false, false);
-        for extra in action.http_headers.iter().flatten() {
-            if extra.name.eq_ignore_ascii_case("host") {
-                host = extra.value.clone();
-                continue;
-            }
-            has_agent |= extra.name.eq_ignore_ascii_case("user-agent");
-            has_accept |= extra.name.eq_ignore_ascii_case("accept");
-            request = request.header(&extra.name, &extra.value);
-        }
-        if !has_agent {
-            request = request.header(header::USER_AGENT, &self.user_agent);
-        }
-        if !has_accept {
-            request = request.header(header::ACCEPT, "*/*");
-        }
-        let request = request.header(header::HOST, host).header(header::CONNECTION, "close");
-        let request = request.body(Empty::<Bytes>::new()).map_err(|error| error.to_string())?;
-        let stream = connect(authority).await?;
-        if uri.scheme_str() == Some("https") {
-            let name = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
-            let name = rustls::pki_types::ServerName::try_from(name).map_err(|error| error.to_string())?;
-            let connector = tokio_rustls::TlsConnector::from(trusting_config());
-            let stream = connector.connect(name, stream).await.map_err(|error| error.to_string())?;
-            return send(stream, request).await;
-        }
-        send(stream, request).await
+async fn get_once(uri: &Uri, headers: &HeaderMap) -> Result<http::Response<hyper::body::Incoming>, String> {
+    let authority = uri.authority().map(|authority| authority.as_str()).unwrap_or_default();
+    let mut request = Request::get(uri.path_and_query().map_or("/", |path| path.as_str()))
+        .body(Empty::<Bytes>::new())
+        .map_err(|error| error.to_string())?;
+    *request.headers_mut() = headers.clone();
+    if !headers.contains_key(header::HOST) {
+        let host = HeaderValue::try_from(authority).map_err(|error| error.to_string())?;
+        request.headers_mut().insert(header::HOST, host);
     }
-
-    pub async fn tcp(&self, action: &core::TCPSocketAction, timeout: Duration) -> Outcome {
-        let port = match port(self.container, &action.port) {
-            Ok(port) => port,
-            Err(text) => return Outcome::Error(text),
-        };
-        let host = action.host.clone().filter(|host| !host.is_empty());
-        let Some(host) = host.or_else(|| self.address.map(|address| address.to_string())) else {
-            return Outcome::Error("the pod has no address".to_owned());
-        };
-        let address = if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
-        match tokio::time::timeout(timeout, connect(&address)).await {
-            Ok(Ok(_)) => Outcome::Success,
-            Ok(Err(why)) => Outcome::Failure(why),
-            Err(_) => Outcome::Failure(format!("dial tcp {address}: i/o timeout")),
-        }
+    let stream = connect(authority).await?;
+    if uri.scheme_str() == Some("https") {
+        let name = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
+        let name = rustls::pki_types::ServerName::try_from(name).map_err(|error| error.to_string())?;
+        let connector = tokio_rustls::TlsConnector::from(trusting::config());
+        let stream = connector.connect(name, stream).await.map_err(|error| error.to_string())?;
+        return send(stream, request).await;
     }
-
-    pub async fn grpc(&self, action: &core::GRPCAction, timeout: Duration) -> Outcome {
-        let (Some(address), Ok(port)) = (self.address, u16::try_from(action.port)) else {
-            return Outcome::Error("the pod has no address".to_owned());
-        };
-        let address = SocketAddr::new(address, port).to_string();
-        let service = action.service.as_deref().unwrap_or_default();
-        match tokio::time::timeout(timeout, grpc_check(&address, service, &self.user_agent)).await {
-            Ok(Ok(1)) => Outcome::Success,
-            Ok(Ok(status)) => {
-                let names = ["UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN"];
-                let name = names.get(usize::from(status)).unwrap_or(&"UNKNOWN");
-                Outcome::Failure(format!("service unhealthy (responded with \"{name}\")"))
-            }
-            Ok(Err(why)) => Outcome::Failure(why),
-            Err(_) => Outcome::Failure(format!(
-                "timeout: failed to connect service \"{address}\" within {}: context deadline exceeded",
-                go_duration(timeout)
-            )),
-        }
-    }
+    send(stream, request).await
 }
 
 fn redirect(from: &Uri, location: &str) -> Option<Uri> {
@@ -232,6 +292,7 @@ where
 {
     let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
     let (mut sender, connection) = handshake.map_err(|error| error.to_string())?;
+    // It ends with the response, which is dropped before long.
     tokio::spawn(connection);
     sender.send_request(request).await.map_err(|error| match error.is_incomplete_message() {
         true => "EOF".to_owned(),
@@ -250,38 +311,99 @@ async fn read(response: http::Response<hyper::body::Incoming>) -> Vec<u8> {
     text
 }
 
-/// The status a `grpc.health.v1.Health` service answers.
-async fn grpc_check(address: &str, service: &str, user_agent: &str) -> Result<u8, String> {
-    let stream = connect(address).await?;
+async fn run_grpc(address: &str, service: &str, user_agent: &str, timeout: Duration) -> Outcome {
+    let began = tokio::time::Instant::now();
+    let stream = match tokio::time::timeout(timeout, connect(address)).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(why)) => {
+            return Outcome::Failure(format!(
+                "error: failed to connect service at {}: {why}",
+                go_quote(address)
+            ));
+        }
+        Err(_) => {
+            return Outcome::Failure(format!(
+                "timeout: failed to connect service {} within {}: context deadline exceeded",
+                go_quote(address),
+                go_duration(timeout)
+            ));
+        }
+    };
+    match tokio::time::timeout_at(began + timeout, grpc_check(stream, address, service, user_agent)).await {
+        Ok(Ok(1)) => Outcome::Success,
+        Ok(Ok(status)) => {
+            let names = ["UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN"];
+            let name = names.get(usize::from(status)).unwrap_or(&"UNKNOWN");
+            Outcome::Failure(format!("service unhealthy (responded with \"{name}\")"))
+        }
+        Ok(Err(why)) => Outcome::Failure(why),
+        Err(_) => {
+            Outcome::Failure(format!("timeout: health rpc did not complete within {}", go_duration(timeout)))
+        }
+    }
+}
+
+/// The status a `grpc.health.v1.Health` service answers; the error is the text of the failure.
+async fn grpc_check(stream: TcpStream, address: &str, service: &str, user_agent: &str) -> Result<u8, String> {
+    let failed = |why: String| format!("error: health rpc probe failed: {why}");
     let handshake = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await;
-    let (mut sender, connection) = handshake.map_err(|error| error.to_string())?;
-    let connection = tokio::spawn(connection);
+    let (mut sender, connection) = handshake.map_err(|error| failed(error.to_string()))?;
+    // Whatever way this ends, the connection ends with it.
+    let _connection = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(connection));
     let request = Request::post(format!("http://{address}/grpc.health.v1.Health/Check"))
         .header(header::CONTENT_TYPE, "application/grpc")
         .header(header::TE, "trailers")
         .header(header::USER_AGENT, user_agent)
         .body(Full::new(grpc_request(service)))
-        .map_err(|error| error.to_string())?;
-    let response = sender.send_request(request).await.map_err(|error| error.to_string())?;
+        .map_err(|error| failed(error.to_string()))?;
+    let response = sender.send_request(request).await.map_err(|error| failed(error.to_string()))?;
     if response.status() != StatusCode::OK {
-        return Err(format!("error: health rpc probe failed: HTTP status {}", response.status().as_u16()));
+        return Err(failed(format!(
+            "unexpected HTTP status code received from server: {}",
+            response.status()
+        )));
     }
-    let collected = http_body_util::Limited::new(response.into_body(), BODY_MAX).collect().await;
-    connection.abort();
-    let collected = collected.map_err(|error| error.to_string())?;
-    let code = collected.trailers().and_then(|trailers| trailers.get("grpc-status")).cloned();
-    match code.as_ref().map(|code| code.as_bytes()) {
-        None | Some(b"0") => {
-            grpc_status(collected.to_bytes()).ok_or_else(|| "error: health rpc probe failed".to_owned())
+    // An answer without a message has its status in the headers.
+    let headers = response.headers().clone();
+    let body = http_body_util::Limited::new(response.into_body(), BODY_MAX).collect().await;
+    let body = body.map_err(|error| failed(error.to_string()))?;
+    let end = body.trailers().filter(|end| end.contains_key("grpc-status")).unwrap_or(&headers);
+    let text = |name: &str| end.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
+    match text("grpc-status").as_deref() {
+        None | Some("0") => grpc_status(body.to_bytes())
+            .ok_or_else(|| failed("the answer is no HealthCheckResponse".to_owned())),
+        Some("12") => Err(format!(
+            "error: this server does not implement the grpc health protocol (grpc.health.v1.Health): {}",
+            text("grpc-message").unwrap_or_default()
+        )),
+        Some(code) => {
+            let name = code.parse().ok().and_then(|code: usize| GRPC_CODES.get(code)).unwrap_or(&"Unknown");
+            let message = text("grpc-message").unwrap_or_default();
+            Err(failed(format!("rpc error: code = {name} desc = {message}")))
         }
-        Some(b"12") => {
-            Err("error: this server does not implement the grpc health protocol (grpc.health.v1.Health)"
-                .to_owned())
-        }
-        Some(b"5") => Ok(3),
-        Some(_) => Err("error: health rpc probe failed".to_owned()),
     }
 }
+
+/// The names of gRPC's status codes, as Go prints them.
+const GRPC_CODES: [&str; 17] = [
+    "OK",
+    "Canceled",
+    "Unknown",
+    "InvalidArgument",
+    "DeadlineExceeded",
+    "NotFound",
+    "AlreadyExists",
+    "PermissionDenied",
+    "ResourceExhausted",
+    "FailedPrecondition",
+    "Aborted",
+    "OutOfRange",
+    "Unimplemented",
+    "Internal",
+    "Unavailable",
+    "DataLoss",
+    "Unauthenticated",
+];
 
 /// A `HealthCheckRequest{service}` in its frame.
 fn grpc_request(service: &str) -> Bytes {
@@ -317,78 +439,5 @@ fn grpc_status(mut frame: Bytes) -> Option<u8> {
     }
 }
 
-/// TLS that trusts everyone: a probe asks whether the server answers, not who it is, as upstream's do.
-fn trusting_config() -> Arc<rustls::ClientConfig> {
-    static CONFIG: std::sync::LazyLock<Arc<rustls::ClientConfig>> = std::sync::LazyLock::new(|| {
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let config = rustls::ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .expect("the provider knows the default versions")
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(Trusting))
-            .with_no_client_auth();
-        Arc::new(config)
-    });
-    CONFIG.clone()
-}
-
-#[derive(Debug)]
-struct Trusting;
-
-impl rustls::client::danger::ServerCertVerifier for Trusting {
-    fn verify_server_cert(
-        &self,
-        _: &rustls::pki_types::CertificateDer<'_>,
-        _: &[rustls::pki_types::CertificateDer<'_>],
-        _: &rustls::pki_types::ServerName<'_>,
-        _: &[u8],
-        _: rustls::pki_types::UnixTime,
-    ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
-        Ok(rustls::client::danger::ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &rustls::pki_types::CertificateDer<'_>,
-        _: &rustls::DigitallySignedStruct,
-    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
-        Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        _: &[u8],
-        _: &rustls::pki_types::CertificateDer<'_>,
-        _: &rustls::DigitallySignedStruct,
-    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
-        Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
-        rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms.supported_schemes()
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn grpc_messages_are_framed() {
-        assert_eq!(grpc_request("").as_ref(), [0, 0, 0, 0, 0]);
-        assert_eq!(grpc_request("ab").as_ref(), [0, 0, 0, 0, 4, 0x0a, 2, b'a', b'b']);
-        assert_eq!(grpc_status(Bytes::from_static(&[0, 0, 0, 0, 2, 8, 1])), Some(1));
-        assert_eq!(grpc_status(Bytes::from_static(&[0, 0, 0, 0, 0])), Some(0));
-        assert_eq!(grpc_status(Bytes::from_static(&[1, 0])), None);
-    }
-
-    #[test]
-    fn redirects_are_followed_on_the_same_host() {
-        let from: Uri = "http://h:80/a".parse().expect("a URL");
-        let to = |location: &str| redirect(&from, location).map(|uri| uri.to_string());
-        assert_eq!(to("/b").as_deref(), Some("http://h:80/b"));
-        assert_eq!(to("b").as_deref(), Some("http://h:80/b"));
-        assert_eq!(to("https://o/x").as_deref(), Some("https://o/x"));
-    }
-}
+mod tests;

@@ -13,8 +13,8 @@ use minke_runtime::Image;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
+use crate::context::Context;
 use crate::pod::Pod;
-use crate::worker::Context;
 
 /// Upstream's defaults: how often is looked, from which percentage on, down to which one, and for how long what is
 /// new is left alone.

@@ -14,21 +14,22 @@ use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1 as core;
 use minke_api::{Kind, Object};
 use minke_client::{DeleteOptions, Target};
-use minke_runtime::{ContainerStatus, Resources, SandboxSpec, SandboxState, SandboxStatus};
+use minke_runtime::{ContainerStatus, Propagation, Resources, SandboxSpec, SandboxState, SandboxStatus};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::container::{self, Inputs, Paths};
+use crate::context::Context;
 use crate::env::{self, Facts};
 use crate::etc;
-use crate::handlers::{self, Outcome};
+use crate::handlers::{Handler, Outcome, Place};
 use crate::manifests;
 use crate::observed::ADDRESS_ANNOTATION;
 use crate::plan;
 use crate::pod::Pod;
 use crate::references::{self, Held};
 use crate::volumes::{self, Tokens};
-use crate::worker::{Context, Message, final_delete};
+use crate::worker::{Message, final_delete};
 
 /// A container's last words: at most this many bytes, or of its log this many bytes and lines.
 const WORDS_MAX: u64 = 4096;
@@ -154,11 +155,15 @@ async fn make_sandbox(
     let own = address.or(Some(context.node_ip));
     let host_hosts =
         if pod.host_network() { fs::read_to_string("/etc/hosts").unwrap_or_default() } else { String::new() };
+    let (resolv_conf, omitted) = etc::resolv_conf(pod, &context.dns);
+    for warning in omitted {
+        context.events.warning(pod, None, "DNSConfigForming", warning);
+    }
     fs::create_dir_all(&dir)
         .and_then(|()| {
             fs::write(dir.join("etc-hosts"), etc::hosts(pod, own, &context.dns.domain, &host_hosts))
         })
-        .and_then(|()| fs::write(dir.join("resolv.conf"), etc::resolv_conf(pod, &context.dns)))
+        .and_then(|()| fs::write(dir.join("resolv.conf"), &resolv_conf))
         .and_then(|()| fs::write(dir.join("hostname"), format!("{}\n", spec.hostname)))
         .map_err(|error| format!("{}: {error}", dir.display()))?;
     context.runtime.run_sandbox(spec.clone()).await.map_err(|error| error.to_string())?;
@@ -248,6 +253,15 @@ async fn try_start(context: &Context, pod: &Pod, held: &Held, start: &Start) -> 
     let env = env::build(pod, container, &services, &referenced, &facts).map_err(unfit)?;
     let volumes = image_volumes(context, pod, container, held, start).await?;
     let mounts = context.volumes.container_mounts(pod, container, &env, &volumes).await.map_err(unfit)?;
+    let passing = mounts.iter().filter(|mount| mount.propagation != Propagation::Private);
+    for mount in passing {
+        let both = mount.propagation == Propagation::Bidirectional;
+        volumes::check_propagation(&mount.host_path, both).map_err(|why| StartFailure {
+            reason: "CreateContainerError",
+            message: format!("failed to generate container spec: failed to generate spec: {why}"),
+            ..StartFailure::default()
+        })?;
+    }
     let inputs = Inputs {
         attempt: start.attempt,
         backoff: start.backoff,
@@ -353,34 +367,34 @@ fn make_words_file(path: &Path) -> std::io::Result<()> {
     fs::set_permissions(path, fs::Permissions::from_mode(0o666))
 }
 
-fn target<'a>(
-    context: &'a Context,
-    container: &'a core::Container,
-    container_id: &'a str,
-    address: Option<IpAddr>,
-) -> handlers::Target<'a> {
-    let user_agent = format!("kube-lifecycle/{}", context.short_version());
-    handlers::Target { runtime: &*context.runtime, container_id, container, address, user_agent }
-}
-
 /// Runs a hook to its end; the error is why it failed.
-async fn run_hook(target: &handlers::Target<'_>, hook: &core::LifecycleHandler) -> Result<(), String> {
+async fn run_hook(
+    context: &Context,
+    pod: &Pod,
+    container: &core::Container,
+    id: &str,
+    address: Option<IpAddr>,
+    hook: &core::LifecycleHandler,
+) -> Result<(), String> {
+    let user_agent = format!("kube-lifecycle/{}", context.short_version());
+    let handler = Handler::of_hook(hook, &Place { container, address, user_agent: &user_agent });
     // The grace period, or the end of the container, is what limits a hook.
-    let long = Duration::from_secs(24 * 3600);
-    let outcome = match hook {
-        core::LifecycleHandler { exec: Some(action), .. } => target.exec(action, Duration::ZERO).await,
-        core::LifecycleHandler { http_get: Some(action), .. } => target.http(action, long).await,
-        core::LifecycleHandler { tcp_socket: Some(action), .. } => target.tcp(action, long).await,
-        core::LifecycleHandler { sleep: Some(action), .. } => {
-            tokio::time::sleep(Duration::from_secs(u64::try_from(action.seconds).unwrap_or(0))).await;
-            Outcome::Success
-        }
-        _ => Outcome::Error("invalid handler".to_owned()),
+    let timeout = match handler {
+        Handler::Exec(_) => Duration::ZERO,
+        _ => Duration::from_secs(24 * 3600),
     };
-    match outcome {
-        Outcome::Success | Outcome::Warning(_) => Ok(()),
-        Outcome::Failure(why) | Outcome::Error(why) => Err(why),
-    }
+    let why = match handler.run(&*context.runtime, id, timeout).await {
+        Outcome::Success | Outcome::Warning(_) => return Ok(()),
+        Outcome::Failure(why) | Outcome::Error(why) => why,
+    };
+    let about = format!("Container {:?} in Pod {:?} failed", container.name, pod.long_name());
+    Err(match handler {
+        Handler::Exec(command) => {
+            format!("Exec lifecycle hook ([{}]) for {about}: {why}", command.join(" "))
+        }
+        Handler::Http { url, .. } => format!("HTTP lifecycle hook ({url}) for {about}: {why}"),
+        _ => format!("Lifecycle hook for {about}: {why}"),
+    })
 }
 
 async fn post_start(
@@ -392,12 +406,11 @@ async fn post_start(
 ) -> Result<(), StartFailure> {
     let hook = container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.post_start.as_ref());
     let Some(hook) = hook else { return Ok(()) };
-    let target = target(context, container, id, start.address);
     let result = tokio::select! {
-        result = run_hook(&target, hook) => result,
+        result = run_hook(context, pod, container, id, start.address, hook) => result,
         () = start.cancel.cancelled() => return Ok(()),
     };
-    let Err(why) = result else { return Ok(()) };
+    let Err(message) = result else { return Ok(()) };
     let name = Some(container.name.as_str());
     context.events.warning(pod, name, "FailedPostStartHook", "PostStartHook failed");
     context.events.normal(pod, name, "Killing", "FailedPostStartHook");
@@ -405,7 +418,6 @@ async fn post_start(
     if let Err(error) = context.runtime.stop_container(id, grace).await {
         tracing::warn!(container = id, %error, "Container with a failed hook not stopped");
     }
-    let message = format!("PostStartHook failed: {why}");
     Err(StartFailure { reason: "PostStartHookError", message, ..StartFailure::default() })
 }
 
@@ -465,9 +477,9 @@ async fn pre_stop(context: &Context, pod: &Pod, container: &core::Container, kil
     let hook = container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.pre_stop.as_ref());
     let Some(hook) = hook else { return };
     let left = Duration::try_from(kill.deadline.duration_since(Timestamp::now())).unwrap_or_default();
-    let target = target(context, container, &kill.id, kill.address);
+    let running = run_hook(context, pod, container, &kill.id, kill.address, hook);
     // The hook is cut off when the grace period is over; the container is then killed.
-    if let Ok(Err(why)) = tokio::time::timeout(left, run_hook(&target, hook)).await {
+    if let Ok(Err(why)) = tokio::time::timeout(left, running).await {
         tracing::debug!(pod = %pod.long_name(), container = container.name, why, "PreStop hook failed");
         context.events.warning(pod, Some(&container.name), "FailedPreStopHook", "PreStopHook failed");
     }

@@ -10,6 +10,7 @@ mod agent;
 #[cfg(test)]
 mod agent_tests;
 mod container;
+mod context;
 mod env;
 mod etc;
 mod events;
@@ -40,6 +41,7 @@ mod settings;
 mod status;
 #[cfg(test)]
 mod testing;
+mod told;
 mod volumes;
 mod worker;
 
@@ -57,7 +59,7 @@ use minke_network::EndpointDrain;
 use minke_runtime::{ImageService, Runtime};
 use tokio_util::sync::CancellationToken;
 
-use worker::Context;
+use context::Context;
 
 /// Everything an agent is made of.
 pub struct Config {
@@ -140,6 +142,8 @@ impl Kubelet {
         if let Err(error) = std::fs::create_dir_all(&settings.manifests) {
             tracing::warn!(dir = %settings.manifests.display(), %error, "No directory for static pods");
         }
+        let probe_counts = Arc::<probe_counts::ProbeCounts>::default();
+        let prober = probes::Prober::start(config.runtime.clone(), events.clone(), probe_counts.clone());
         let context = Arc::new(Context {
             node_ip: config.node_ip,
             version: config.version,
@@ -172,8 +176,9 @@ impl Kubelet {
             seccomp_default: config.seccomp_default,
             seccomp_dir: config.data_dir.join("seccomp"),
             paths,
-            owners: worker::Owners::default(),
-            probe_counts: probe_counts::ProbeCounts::default(),
+            owners: context::Owners::default(),
+            prober,
+            probe_counts,
             grants: resize::Grants::default(),
             pressure: eviction::Pressure::default(),
             settings,

@@ -24,8 +24,8 @@ use minke_client::{
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
+use crate::context::Context;
 use crate::volumes;
-use crate::worker::Context;
 
 /// Keeps a volume's object until its directory is gone; the name is that of all external provisioners.
 const FINALIZER: &str = "external-provisioner.volume.kubernetes.io/finalizer";

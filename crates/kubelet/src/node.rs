@@ -17,8 +17,8 @@ use minke_runtime::ContainerState;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
+use crate::context::Context;
 use crate::machine::{self, Machine};
-use crate::worker::Context;
 
 const COMPARE_EVERY: Duration = Duration::from_secs(10);
 const REPORT_EVERY: SignedDuration = SignedDuration::from_secs(300);

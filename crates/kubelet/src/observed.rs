@@ -203,6 +203,11 @@ impl Observed {
         self.running_jobs.contains(job)
     }
 
+    /// Whether a container is on its way up: one that runs already has its `postStart` hook to come.
+    pub fn is_starting(&self, name: &str) -> bool {
+        self.running_jobs.contains(&Job::Start(name.to_owned()))
+    }
+
     /// Takes in what the runtime says of a container. An exit is final: news that is older than it
     /// (a start that is reported after the exit) changes nothing.
     pub fn put_container(&mut self, status: ContainerStatus) {

@@ -192,7 +192,7 @@ fn is_changed(container: &core::Container, made: &ContainerStatus) -> bool {
 }
 
 /// Whether a container that ended with `code` is to run again.
-fn restarts(pod: &Pod, class: Class, container: &core::Container, code: i32) -> bool {
+pub fn restarts(pod: &Pod, class: Class, container: &core::Container, code: i32) -> bool {
     if class == Class::Ephemeral {
         return false;
     }
@@ -245,6 +245,13 @@ fn can(o: &Observed, job: &Job, now: Timestamp, plan: &mut Plan) -> bool {
     }
 }
 
+/// Whether a container is being killed, or will be again when the last attempt failed.
+fn is_dying(o: &Observed, id: &str, now: Timestamp, plan: &mut Plan) -> bool {
+    let Some((_, count)) = o.kills.get(id) else { return false };
+    let job = Job::Kill(id.to_owned(), *count);
+    !o.retries.contains_key(&job) || !can(o, &job, now, plan)
+}
+
 fn plan_probes(pod: &Pod, o: &Observed, now: Timestamp, plan: &mut Plan) {
     for running in o.all_containers().filter(|c| c.state == ContainerState::Running) {
         let Some((_, container)) = pod.container(&running.name) else { continue };
@@ -256,7 +263,7 @@ fn plan_probes(pod: &Pod, o: &Observed, now: Timestamp, plan: &mut Plan) {
         } else {
             continue;
         };
-        if o.kills.contains_key(&running.id) {
+        if is_dying(o, &running.id, now, plan) {
             continue;
         }
         let grace = probe.as_ref().and_then(|probe| probe.termination_grace_period_seconds);
@@ -279,7 +286,7 @@ fn plan_changes(pod: &Pod, o: &Observed, now: Timestamp, plan: &mut Plan) {
     let mut resized = vec![];
     for running in o.all_containers().filter(|c| c.state == ContainerState::Running) {
         let Some((class, container)) = pod.container(&running.name) else { continue };
-        if !matches!(class, Class::Main | Class::Sidecar) || o.kills.contains_key(&running.id) {
+        if !matches!(class, Class::Main | Class::Sidecar) || is_dying(o, &running.id, now, plan) {
             continue;
         }
         let wanted = resources::of_container(container);
@@ -330,7 +337,7 @@ fn plan_run(pod: &Pod, o: &Observed, now: Timestamp, plan: &mut Plan) {
         plan_container(o, container, fate, now, plan, class == Class::Init && initialized);
         let passed = match (class, fate) {
             (Class::Init, Fate::Done { ok: true }) | (Class::Main | Class::Ephemeral, _) => true,
-            (Class::Sidecar, Fate::Running) => {
+            (Class::Sidecar, Fate::Running) if !o.is_starting(&container.name) => {
                 let id = o.latest(&container.name).map(|c| c.id.as_str());
                 id.and_then(|id| o.probes.get(id)).is_some_and(|probes| probes.started())
             }
@@ -436,7 +443,7 @@ fn plan_end(pod: &Pod, o: &Observed, ending: &Ending, now: Timestamp, plan: &mut
     };
     for victim in victims {
         let sooner = o.kills.get(&victim.id).is_none_or(|(known, _)| ending.deadline < *known && !overdue);
-        if sooner {
+        if sooner || !is_dying(o, &victim.id, now, plan) {
             plan.actions.push(Action::Kill {
                 id: victim.id.clone(),
                 name: victim.name.clone(),

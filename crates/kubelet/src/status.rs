@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use crate::observed::{Cause, IMAGE_ANNOTATION, IMAGE_ID_ANNOTATION, Observed};
 use crate::plan::{self, Fate};
 use crate::pod::{Class, Pod, go_duration};
-use crate::{resize, resources};
+use crate::{resize, resources, volumes};
 
 /// Scheme of container ids.
 pub const ID_PREFIX: &str = "minke://";
@@ -210,6 +210,8 @@ fn container_status(
         terminated: Some(terminated(o, c)),
         ..core::ContainerState::default()
     };
+    // Until its `postStart` hook is through, a container is not there yet.
+    let is_up = |c: &ContainerStatus| c.state == ContainerState::Running && !o.is_starting(&c.name);
     let mut last_state = history.get(1).map(|c| as_terminated(c));
     let blocked = waits_for(pod, o, class, container, now);
     let state = match (history.first(), &blocked) {
@@ -218,7 +220,7 @@ fn container_status(
             waiting(reason, message)
         }
         (Some(latest), _) if latest.state == ContainerState::Exited => as_terminated(latest),
-        (Some(latest), _) if latest.state == ContainerState::Running => core::ContainerState {
+        (Some(latest), _) if is_up(latest) => core::ContainerState {
             running: Some(core::ContainerStateRunning { started_at: latest.started_at.map(Time) }),
             ..core::ContainerState::default()
         },
@@ -235,7 +237,7 @@ fn container_status(
         _ => running && probes.is_some_and(|probes| probes.ready()),
     };
     // One that is made but was not started yet is nothing to tell of: starting it follows at once.
-    let started_once = latest.filter(|c| c.state != ContainerState::Created);
+    let started_once = latest.filter(|c| c.state == ContainerState::Exited || is_up(c));
     let annotation = |key| started_once.and_then(|c| c.annotations.get(key)).cloned();
     let image = annotation(IMAGE_ANNOTATION).or(container.image.clone()).unwrap_or_default();
     core::ContainerStatus {
@@ -308,7 +310,7 @@ fn mounts(container: &core::Container) -> Option<Vec<core::VolumeMountStatus>> {
         recursive_read_only: mount
             .read_only
             .filter(|readonly| *readonly)
-            .map(|_| mount.recursive_read_only.clone().unwrap_or_else(|| "Disabled".to_owned())),
+            .map(|_| if volumes::is_recursive(mount) { "Enabled" } else { "Disabled" }.to_owned()),
         ..core::VolumeMountStatus::default()
     });
     Some(mounts.collect())
@@ -358,9 +360,9 @@ fn phase(
     };
     for (status, (class, _)) in inits.iter().zip(pod.containers()) {
         let state = status.state.as_ref().unwrap_or(&empty);
-        let failed_before = || {
+        let before = || {
             let last = status.last_state.as_ref().and_then(|last| last.terminated.as_ref());
-            last.map(|last| last.exit_code != 0)
+            last.map(|last| last.exit_code)
         };
         match class {
             Class::Sidecar if state.running.is_some() => {
@@ -373,10 +375,10 @@ fn phase(
                 pending_init = true;
                 waiting += 1;
             }
-            _ => match (&state.terminated, failed_before()) {
-                (Some(end), _) => failed_init |= end.exit_code != 0 && never_again(pod, &status.name),
-                (None, Some(failed)) if state.waiting.is_some() => {
-                    failed_init |= failed && never_again(pod, &status.name);
+            _ => match (&state.terminated, before()) {
+                (Some(end), _) => failed_init |= has_failed(pod, &status.name, end.exit_code),
+                (None, Some(code)) if state.waiting.is_some() => {
+                    failed_init |= has_failed(pod, &status.name, code);
                     pending_init = true;
                 }
                 _ => pending_init = true,
@@ -424,21 +426,17 @@ fn phase(
     }
 }
 
-fn never_again(pod: &Pod, name: &str) -> bool {
-    let policy = pod.container(name).and_then(|(_, c)| c.restart_policy.as_deref());
-    policy.unwrap_or(pod.restart_policy()) == "Never"
+/// Whether an init container that ended with `code` has failed for good.
+fn has_failed(pod: &Pod, name: &str, code: i32) -> bool {
+    code != 0 && pod.container(name).is_some_and(|(class, c)| !plan::restarts(pod, class, c, code))
 }
 
 /// Whether the policy leaves a stopped main container as it is.
 fn will_stay_down(pod: &Pod, status: &core::ContainerStatus) -> bool {
-    let end = status.state.as_ref().and_then(|state| state.terminated.as_ref());
-    let policy = pod.container(&status.name).and_then(|(_, c)| c.restart_policy.as_deref());
-    match (policy.unwrap_or(pod.restart_policy()), end) {
-        ("Never", Some(_)) => true,
-        ("OnFailure", Some(end)) => end.exit_code == 0,
-        // Waiting: it is on its way back.
-        _ => false,
-    }
+    // One that waits is on its way back.
+    let Some(end) = status.state.as_ref().and_then(|state| state.terminated.as_ref()) else { return false };
+    let container = pod.container(&status.name);
+    container.is_some_and(|(class, container)| !plan::restarts(pod, class, container, end.exit_code))
 }
 
 #[derive(Default)]

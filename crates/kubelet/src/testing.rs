@@ -1,7 +1,7 @@
 //! A node made of memory: a runtime whose containers only exist on paper, a small API server, and a
 //! network that writes down what it is asked. What happens, in which order, is in [`World::log`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -22,8 +22,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agent::Agent;
 use crate::container::Paths;
+use crate::context::{Context, Owners};
 use crate::network::PodNetwork;
-use crate::worker::{Context, Owners};
 
 /// A directory of the test's own; the test removes it.
 pub fn temp_dir(what: &str) -> PathBuf {
@@ -71,6 +71,8 @@ impl World {
         let events = crate::events::Recorder::start(client.clone(), "n");
         let paths = Paths { data: self.dir.clone() };
         let network = Arc::new(FakeNetwork { log: self.runtime.log.clone(), taken: Mutex::default() });
+        let probe_counts = Arc::<crate::probe_counts::ProbeCounts>::default();
+        let prober = crate::probes::Prober::start(self.runtime.clone(), events.clone(), probe_counts.clone());
         let context = Arc::new(Context {
             node_name: "n".into(),
             node_ip: "192.0.2.1".parse().expect("an address"),
@@ -101,7 +103,8 @@ impl World {
             seccomp_dir: self.dir.join("seccomp"),
             paths,
             owners: Owners::default(),
-            probe_counts: crate::probe_counts::ProbeCounts::default(),
+            prober,
+            probe_counts,
             grants: crate::resize::Grants::default(),
             pressure: crate::eviction::Pressure::default(),
             settings: crate::settings::Settings {
@@ -318,11 +321,24 @@ pub struct FakeRuntime {
     dir: PathBuf,
     sandboxes: Mutex<Vec<SandboxStatus>>,
     events: broadcast::Sender<Event>,
+    /// What commands answer, and how many there were.
+    execs: Mutex<(VecDeque<char>, usize)>,
 }
 
 impl FakeRuntime {
     fn new(log: Log, dir: PathBuf) -> FakeRuntime {
-        FakeRuntime { log, dir, sandboxes: Mutex::default(), events: broadcast::Sender::new(64) }
+        let (sandboxes, events, execs) = (Mutex::default(), broadcast::Sender::new(64), Mutex::default());
+        FakeRuntime { log, dir, sandboxes, events, execs }
+    }
+
+    /// The next commands succeed (`+`), fail (`-`), hang (`h`) or can't be run (`?`); all others succeed.
+    pub fn answer_execs(&self, answers: &str) {
+        *self.execs.lock().expect("no panic") = (answers.chars().collect(), 0);
+    }
+
+    /// How many commands were run since the last time.
+    pub fn execs(&self) -> usize {
+        std::mem::take(&mut self.execs.lock().expect("no panic").1)
     }
 
     fn note(&self, what: &str, name: &str) {
@@ -475,8 +491,21 @@ impl Runtime for FakeRuntime {
         Ok(Stats::default())
     }
 
-    async fn exec_sync(&self, _: &str, _: Vec<String>, _: Duration) -> Result<ExecOutput> {
-        Ok(ExecOutput::default())
+    async fn exec_sync(&self, _: &str, _: Vec<String>, timeout: Duration) -> Result<ExecOutput> {
+        let answer = {
+            let mut execs = self.execs.lock().expect("no panic");
+            execs.1 += 1;
+            execs.0.pop_front()
+        };
+        match answer {
+            None | Some('+') => Ok(ExecOutput::default()),
+            Some('h') => {
+                tokio::time::sleep(timeout).await;
+                Err(Error::Timeout(format!("{timeout:?}")))
+            }
+            Some('-') => Ok(ExecOutput { exit_code: 1, ..ExecOutput::default() }),
+            Some(_) => Err(Error::Failed("no such container".to_owned())),
+        }
     }
 }
 

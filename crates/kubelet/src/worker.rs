@@ -4,108 +4,32 @@
 //! the loop itself never waits for anything but news. Stopping the agent drops the task and with it
 //! whatever jobs run, and leaves the containers as they are.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::net::IpAddr;
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1 as core;
-use minke_api::{Kind, Object, Quantity, Status};
-use minke_client::{Client, DeleteOptions, Informer, Patch, Target};
-use minke_network::EndpointDrain;
-use minke_runtime::{
-    ContainerState, ContainerStatus, Event, Resources, Runtime, SandboxState, SandboxStatus,
-};
-use serde_json::Value;
+use minke_api::{Kind, Object};
+use minke_client::DeleteOptions;
+use minke_runtime::{ContainerState, ContainerStatus, Event, Resources, SandboxState, SandboxStatus};
 use tokio::sync::{mpsc, watch};
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::container::Paths;
-use crate::env::Facts;
-use crate::etc::Dns;
-use crate::events::Recorder;
-use crate::eviction;
-use crate::images::Images;
+use crate::context::Context;
 use crate::jobs::{self, Done};
 use crate::manifests;
-use crate::network::PodNetwork;
 use crate::observed::{ADDRESS_ANNOTATION, Cleanup, Job, Observed, ProbeState, Retry, Waiting};
 use crate::plan::{Action, Kill, plan};
 use crate::pod::{Class, Pod};
-use crate::probe_counts::ProbeCounts;
-use crate::probes;
-use crate::references::{Held, References};
+use crate::probes::{self, Probing};
+use crate::references::Held;
 use crate::resize;
-use crate::settings::Settings;
 use crate::status;
-use crate::volumes::{self, Tokens, Volumes};
-
-/// What all workers of a node share.
-pub struct Context {
-    pub node_name: String,
-    pub node_ip: IpAddr,
-    /// `v1.37.0`
-    pub version: String,
-    pub paths: Paths,
-    pub cgroup_root: String,
-    pub dns: Dns,
-    pub runtime: Arc<dyn Runtime>,
-    pub images: Images,
-    pub network: Arc<dyn PodNetwork>,
-    pub drain: Arc<dyn EndpointDrain>,
-    pub client: Arc<dyn Client>,
-    pub references: References,
-    pub volumes: Volumes,
-    pub events: Recorder,
-    pub services: Arc<Informer>,
-    /// Bytes.
-    pub node_memory: u64,
-    pub allocatable: BTreeMap<String, Quantity>,
-    pub seccomp_default: bool,
-    pub seccomp_dir: PathBuf,
-    pub owners: Owners,
-    pub probe_counts: ProbeCounts,
-    pub grants: resize::Grants,
-    pub pressure: eviction::Pressure,
-    pub settings: Settings,
-}
-
-/// Which pod a sandbox is of, for events of the runtime that name only the sandbox.
-#[derive(Default)]
-pub struct Owners(Mutex<HashMap<String, String>>);
-
-impl Owners {
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, String>> {
-        self.0.lock().expect("nothing panics while the map is locked")
-    }
-
-    pub fn put(&self, sandbox: &str, uid: &str) {
-        self.lock().insert(sandbox.to_owned(), uid.to_owned());
-    }
-
-    pub fn forget(&self, sandbox: &str) {
-        self.lock().remove(sandbox);
-    }
-
-    pub fn of(&self, sandbox: &str) -> Option<String> {
-        self.lock().get(sandbox).cloned()
-    }
-}
-
-impl Context {
-    pub fn facts(&self, pod_ip: Option<IpAddr>) -> Facts {
-        Facts { host_ip: Some(self.node_ip), pod_ip, allocatable: self.allocatable.clone() }
-    }
-
-    /// `1.37`
-    pub fn short_version(&self) -> String {
-        let mut parts = self.version.trim_start_matches('v').split('.');
-        format!("{}.{}", parts.next().unwrap_or_default(), parts.next().unwrap_or_default())
-    }
-}
+use crate::told::Told;
+use crate::volumes::{self, Tokens};
 
 /// News for a worker.
 pub enum Message {
@@ -149,23 +73,14 @@ pub struct Worker {
     image_failures: HashMap<String, u32>,
     jobs: JoinSet<Done>,
     job_ids: HashMap<tokio::task::Id, Job>,
-    probes: HashMap<(String, probes::Kind), AbortHandle>,
+    /// By container id; those that are dropped end.
+    probing: HashMap<(String, probes::Kind), Probing>,
     /// Ends jobs that only make sense while the pod is to run.
     cancel: CancellationToken,
     inbox: mpsc::UnboundedReceiver<Message>,
     me: mpsc::UnboundedSender<Message>,
     told: Told,
     wake: Option<Timestamp>,
-}
-
-/// What the API server was told of the pod's status.
-struct Told {
-    /// The last status that was worked out.
-    last: core::PodStatus,
-    /// What the API server has of it, as far as is known.
-    written: Value,
-    writing: JoinSet<(Value, Result<Arc<Object>, Status>)>,
-    retry: Option<(Timestamp, u32)>,
 }
 
 impl Worker {
@@ -177,9 +92,7 @@ impl Worker {
         rejected: Option<(String, String)>,
         (me, inbox): (mpsc::UnboundedSender<Message>, mpsc::UnboundedReceiver<Message>),
     ) -> Worker {
-        let last = pod.status().cloned().unwrap_or_default();
-        let written = pod.object().value().get("status").cloned().unwrap_or_default();
-        let told = Told { last, written, writing: JoinSet::new(), retry: None };
+        let told = Told::new(&pod);
         let (asked, pod) = (pod.clone(), resize::resumed(pod));
         if rejected.is_none() {
             context.grants.grant(&pod);
@@ -199,7 +112,7 @@ impl Worker {
             image_failures: HashMap::new(),
             jobs: JoinSet::new(),
             job_ids: HashMap::new(),
-            probes: HashMap::new(),
+            probing: HashMap::new(),
             cancel: CancellationToken::new(),
             inbox,
             me,
@@ -226,7 +139,7 @@ impl Worker {
         for container in containers {
             self.observe(&container);
             let id = format!("{}{}", status::ID_PREFIX, container.id);
-            let lists = [&self.told.last.container_statuses, &self.told.last.init_container_statuses];
+            let lists = [&self.told.last().container_statuses, &self.told.last().init_container_statuses];
             let known =
                 lists.into_iter().flatten().flatten().find(|known| known.container_id.as_ref() == Some(&id));
             let (Some(known), Some(probes)) = (known, self.o.probes.get_mut(&container.id)) else { continue };
@@ -258,7 +171,11 @@ impl Worker {
                     self.take_waiting();
                     self.take_done(done);
                 }
-                Some(written) = self.told.writing.join_next() => self.take_written(written),
+                written = self.told.written() => {
+                    if let Some(pod) = self.told.take(written, &self.pod).filter(|pod| pod.uid() == self.pod.uid()) {
+                        self.take_pod(pod);
+                    }
+                }
                 Ok(()) = self.freed.changed(), if self.o.resize_pending.is_some() => {
                     self.take_pod(self.asked.clone());
                 }
@@ -268,7 +185,7 @@ impl Worker {
     }
 
     fn sleep(&self) -> impl Future<Output = ()> + use<> {
-        let times = [self.wake, self.volumes_due, self.told.retry.map(|(at, _)| at)];
+        let times = [self.wake, self.volumes_due, self.told.due()];
         let wait = times.into_iter().flatten().min().map(|at| at.duration_since(Timestamp::now()));
         let wait = wait.map(|wait| Duration::try_from(wait).unwrap_or_default() + Duration::from_millis(1));
         async move {
@@ -353,31 +270,13 @@ impl Worker {
         if (relabelled || respecified) && volumes::are_live(&self.pod) {
             self.volumes_due = Some(Timestamp::now());
         }
-        // Readiness gates are conditions that others write.
-        let theirs = self.pod.status().and_then(|status| status.conditions.clone()).unwrap_or_default();
-        let ours = self.told.last.conditions.get_or_insert_default();
-        ours.extend(
-            theirs
-                .into_iter()
-                .filter(|theirs| !ours.iter().any(|ours| ours.type_ == theirs.type_))
-                .filter(|theirs| !status::PASSING.contains(&theirs.type_.as_str()))
-                .collect::<Vec<_>>(),
-        );
+        self.told.keep_theirs(&self.pod);
     }
 
     fn take_mirror(&mut self, mirror: Option<Arc<Object>>) {
         let uid = |mirror: &Option<Arc<Object>>| mirror.as_ref().map(|mirror| mirror.uid().to_owned());
         if uid(&mirror) != uid(&self.mirror) {
-            self.told.written = Value::Null;
-            if let Some(mirror) = &mirror {
-                let status = mirror.value().get("status").cloned().unwrap_or_default();
-                // What was said before the agent was started goes on.
-                if let Ok(known) = serde_json::from_value::<core::PodStatus>(status.clone()) {
-                    let last = &mut self.told.last.start_time;
-                    *last = known.start_time.or(last.take());
-                }
-                self.told.written = status;
-            }
+            self.told.start_over(mirror.as_deref());
         }
         self.mirror = mirror;
     }
@@ -682,44 +581,46 @@ impl Worker {
         self.act(Action::MountVolumes, now);
     }
 
-    /// One task for each probe of each running container, and none for others.
+    /// Keeps the probes of each container that is up going, and no others.
     fn keep_probes(&mut self) {
         let mut wanted = vec![];
+        let ending = self.o.ending.is_some();
         for container in self.o.all_containers().filter(|c| c.state == ContainerState::Running) {
             let Some((class, spec)) = self.pod.container(&container.name) else { continue };
-            let known = self.o.probes.get(&container.id).copied().unwrap_or_default();
-            if matches!(class, Class::Init | Class::Ephemeral) {
+            if matches!(class, Class::Init | Class::Ephemeral) || self.o.is_starting(&container.name) {
                 continue;
             }
-            let ending = self.o.ending.is_some();
-            for kind in [probes::Kind::Startup, probes::Kind::Liveness, probes::Kind::Readiness] {
+            let started = self.o.probes.get(&container.id).copied().unwrap_or_default().started();
+            for kind in probes::Kind::ALL.into_iter().filter(|kind| kind.of(spec).is_some()) {
                 let due = match kind {
-                    probes::Kind::Startup => !known.started() && !ending,
-                    probes::Kind::Liveness => known.started() && !ending,
-                    probes::Kind::Readiness => known.started(),
+                    probes::Kind::Startup => !started && !ending,
+                    probes::Kind::Liveness => started && !ending,
+                    probes::Kind::Readiness => started,
                 };
-                if due && kind.of(spec).is_some() {
-                    wanted.push((container.id.clone(), container.name.clone(), kind, container.started_at));
+                if due {
+                    wanted.push((container.id.clone(), kind));
                 }
             }
         }
-        self.probes.retain(|(id, kind), task| {
-            let keep = wanted.iter().any(|(wanted, _, wanted_kind, _)| wanted == id && wanted_kind == kind);
-            if !keep {
-                task.abort();
+        self.probing.retain(|key, _| wanted.contains(key));
+        for key in wanted {
+            if !self.probing.contains_key(&key)
+                && let Some(probe) = self.probe(&key)
+            {
+                let (me, (container_id, kind)) = (self.me.clone(), key.clone());
+                let probing = self.context.prober.probe(probe, move |state| {
+                    let _ = me.send(Message::Probe { container_id: container_id.clone(), kind, state });
+                });
+                self.probing.insert(key, probing);
             }
-            keep
-        });
-        for (id, name, kind, started_at) in wanted {
-            let key = (id.clone(), kind);
-            if self.probes.contains_key(&key) {
-                continue;
-            }
-            let started_at = started_at.unwrap_or_else(Timestamp::now);
-            let (context, pod, me) = (self.context.clone(), self.pod.clone(), self.me.clone());
-            let task = probes::run(context, pod, id, name, kind, started_at, self.address(), me);
-            self.probes.insert(key, tokio::spawn(task).abort_handle());
         }
+    }
+
+    fn probe(&self, (id, kind): &(String, probes::Kind)) -> Option<probes::Probe> {
+        let container = self.o.by_id(id)?;
+        let started_at = container.started_at.unwrap_or_else(Timestamp::now);
+        let agent = format!("kube-probe/{}", self.context.short_version());
+        probes::Probe::new(*kind, &self.pod, &container.name, id, started_at, self.address(), &agent)
     }
 
     /// Works the status out and writes it when it differs; true when the API server has it.
@@ -727,69 +628,14 @@ impl Worker {
         if self.o.gone {
             return true;
         }
-        let status = status::status(&self.pod, &self.o, self.context.node_ip, &self.told.last, now);
-        let wanted = minke_client::body(&status);
-        let mut last = status;
-        // Conditions of others stay in view, for readiness gates and transition times.
-        let known = self.told.last.conditions.take().unwrap_or_default();
-        let ours = last.conditions.get_or_insert_default();
-        ours.extend(
-            known
-                .into_iter()
-                .filter(|known| !ours.iter().any(|ours| ours.type_ == known.type_))
-                .filter(|known| !status::PASSING.contains(&known.type_.as_str()))
-                .collect::<Vec<_>>(),
-        );
-        self.told.last = last;
-        if !self.told.writing.is_empty() {
-            return false;
-        }
+        let status = status::status(&self.pod, &self.o, self.context.node_ip, self.told.last(), now);
         let shown = match (&self.mirror, self.pod.is_static()) {
-            (Some(mirror), true) => mirror.clone(),
+            (Some(mirror), true) => Some(mirror.clone()),
             // Nobody to tell, until there is a mirror.
-            (None, true) => return true,
-            (_, false) => self.pod.object().clone(),
+            (None, true) => None,
+            (_, false) => Some(self.pod.object().clone()),
         };
-        let Some(patch) = status::patch(shown.uid(), &self.told.written, &wanted) else { return true };
-        if self.told.retry.is_some_and(|(at, _)| at > now) {
-            return false;
-        }
-        let client = self.context.client.clone();
-        self.told.writing.spawn(async move {
-            let target = Target::of(&shown).sub("status");
-            let result = client.patch(target, Patch::Strategic(patch)).await;
-            (wanted, result)
-        });
-        false
-    }
-
-    fn take_written(
-        &mut self,
-        written: Result<(Value, Result<Arc<Object>, Status>), tokio::task::JoinError>,
-    ) {
-        let failures = self.told.retry.take().map_or(0, |(_, failures)| failures);
-        match written {
-            Ok((wanted, Ok(object))) => {
-                self.told.written = wanted;
-                if let Some(pod) = Pod::new(object)
-                    && pod.uid() == self.pod.uid()
-                {
-                    self.take_pod(pod);
-                }
-            }
-            // The watch will tell that the pod is gone, or another by now.
-            Ok((wanted, Err(error))) if error.is_not_found() || error.is_conflict() => {
-                self.told.written = wanted
-            }
-            Ok((_, Err(error))) => {
-                tracing::warn!(pod = %self.pod.long_name(), %error, "Pod status not written");
-                let delay =
-                    minke_client::backoff(Duration::from_millis(200), Duration::from_secs(10), failures);
-                let delay = SignedDuration::try_from(delay).unwrap_or(SignedDuration::from_secs(10));
-                self.told.retry = Some((Timestamp::now() + delay, failures + 1));
-            }
-            Err(error) => tracing::error!(%error, "Writing a pod status panicked"),
-        }
+        self.told.tell(&self.context.client, shown, status, now)
     }
 
     fn take_done(&mut self, done: Result<(tokio::task::Id, Done), tokio::task::JoinError>) {
@@ -893,9 +739,6 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         self.context.grants.release(self.pod.uid());
-        for task in self.probes.values() {
-            task.abort();
-        }
     }
 }
 

@@ -4,7 +4,7 @@
 
 use serde_json::{Value, json};
 
-use crate::worker::Context;
+use crate::context::Context;
 
 pub fn answer(context: &Context) -> Value {
     let addresses: Vec<String> = context.dns.servers.iter().map(ToString::to_string).collect();

@@ -29,7 +29,7 @@ use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
-use crate::worker::Context;
+use crate::context::Context;
 
 pub use routes::Caller;
 

@@ -30,7 +30,7 @@ use crate::references::{self, Held};
 
 use content::{Content, Token};
 use mounts::is_mounted;
-pub use mounts::{clean_up, make_shared};
+pub use mounts::{check_propagation, clean_up, make_shared};
 
 /// Tokens that were asked for, by volume and path; kept so that an update of a volume needs no new one.
 pub type Tokens = BTreeMap<(String, String), Token>;
@@ -199,8 +199,7 @@ impl Volumes {
                 host_path,
                 container_path: absolute(&mount.mount_path),
                 readonly,
-                recursive_readonly: readonly
-                    && matches!(mount.recursive_read_only.as_deref(), Some("Enabled" | "IfPossible")),
+                recursive_readonly: readonly && is_recursive(mount),
                 propagation: match mount.mount_propagation.as_deref() {
                     Some("HostToContainer") => Propagation::HostToContainer,
                     Some("Bidirectional") => Propagation::Bidirectional,
@@ -211,6 +210,11 @@ impl Volumes {
         }
         Ok(mounts)
     }
+}
+
+/// Whether a mount that is read-only is so for what is mounted below it as well. It is always possible.
+pub fn is_recursive(mount: &core::VolumeMount) -> bool {
+    matches!(mount.recursive_read_only.as_deref(), Some("Enabled" | "IfPossible"))
 }
 
 fn absolute(path: &str) -> PathBuf {

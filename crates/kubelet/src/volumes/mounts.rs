@@ -49,17 +49,47 @@ pub fn make_shared(dir: &Path) -> io::Result<()> {
 
 /// Whether `dir` itself is a mount point that passes mounts on.
 fn is_shared(dir: &Path, mountinfo: &str) -> bool {
-    mountinfo.lines().any(|line| {
-        let mut words = line.split(' ');
-        let here = words.nth(4).is_some_and(|point| Path::new(&unescape(point)) == dir);
-        here && words.skip(1).take_while(|word| *word != "-").any(|word| word.starts_with("shared:"))
-    })
+    let mut lines = mountinfo.lines();
+    lines.any(|line| point(line).is_some_and(|point| point == dir) && is_tagged(line, "shared:"))
+}
+
+/// Whether the line is of a mount with this tag: `shared:` or `master:`.
+fn is_tagged(line: &str, tag: &str) -> bool {
+    line.split(' ').skip(6).take_while(|word| *word != "-").any(|word| word.starts_with(tag))
+}
+
+fn point(line: &str) -> Option<PathBuf> {
+    line.split(' ').nth(4).map(|point| PathBuf::from(unescape(point)))
+}
+
+/// Why mounts can't pass between the node and a container that is to have `dir`; in the words of the field's
+/// runtimes. `both` asks for both ways.
+pub fn check_propagation(dir: &Path, both: bool) -> Result<(), String> {
+    let table = fs::read_to_string("/proc/self/mountinfo").map_err(|error| error.to_string())?;
+    let dir = fs::canonicalize(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
+    propagates(&dir, &table, both)
+}
+
+fn propagates(dir: &Path, mountinfo: &str, both: bool) -> Result<(), String> {
+    let here = mountinfo.lines().filter_map(|line| point(line).map(|point| (point, line)));
+    // The innermost mount, and of several at one point the last.
+    let here = here.filter(|(point, _)| dir.starts_with(point));
+    let here = here.max_by_key(|(point, _)| point.components().count());
+    let Some((point, line)) = here else { return Ok(()) };
+    if is_tagged(line, "shared:") || (!both && is_tagged(line, "master:")) {
+        return Ok(());
+    }
+    let wanted = if both { "shared" } else { "shared or slave" };
+    Err(format!(
+        "path \"{}\" is mounted on \"{}\" but it is not a {wanted} mount",
+        dir.display(),
+        point.display()
+    ))
 }
 
 /// The mount points at or below `dir`, in the order in which they were mounted.
 fn below(dir: &Path, mountinfo: &str) -> Vec<PathBuf> {
-    let points = mountinfo.lines().filter_map(|line| line.split(' ').nth(4));
-    points.map(|point| PathBuf::from(unescape(point))).filter(|point| point.starts_with(dir)).collect()
+    mountinfo.lines().filter_map(point).filter(|point| point.starts_with(dir)).collect()
 }
 
 /// The kernel prints space, tab, newline and backslash as `\ooo`.
@@ -113,5 +143,11 @@ mod tests {
             "23 22 0:2 / /data/pods rw shared:7 master:1 - ext4 a rw\n24 22 0:2 / /b rw - ext4 shared:1 rw\n";
         assert!(is_shared(Path::new("/data/pods"), shared));
         assert!(!is_shared(Path::new("/b"), shared) && !is_shared(Path::new("/data"), shared));
+        let passes = |dir: &str, both: bool| propagates(Path::new(dir), shared, both);
+        assert_eq!((passes("/data/pods/u", true), passes("/elsewhere", true)), (Ok(()), Ok(())));
+        let why = "path \"/b/c\" is mounted on \"/b\" but it is not a shared mount";
+        assert_eq!(passes("/b/c", true), Err(why.to_owned()));
+        assert!(passes("/b/c", false).is_err_and(|why| why.ends_with("shared or slave mount")));
+        assert_eq!(propagates(Path::new("/x/y"), "1 1 0:1 / /x rw master:3 - ext4 a rw", false), Ok(()));
     }
 }

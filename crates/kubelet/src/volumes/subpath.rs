@@ -48,7 +48,8 @@ fn open(volume: &Path, sub: &str) -> io::Result<OwnedFd> {
         at = match resolve(&root, &so_far) {
             Err(Errno::NOENT) => {
                 rustix::fs::mkdirat(at.as_fd(), name, Mode::from_raw_mode(0o750))?;
-                let mode = rustix::fs::fstat(&root)?.st_mode & 0o777;
+                // With the group's bit: what is made in there is of the volume's group too.
+                let mode = rustix::fs::fstat(&root)?.st_mode & 0o2777;
                 let made = resolve(&root, &so_far)?;
                 fs::set_permissions(
                     format!("/proc/self/fd/{}", made.as_raw_fd()),
