@@ -342,6 +342,11 @@ impl Api {
             return Err(Status::conflict(target.kind, target.name, "the pod is assigned already or goes"));
         }
         pod["spec"]["nodeName"] = binding["target"]["name"].clone();
+        let now = minke_api::time::format_seconds(self.clock.now());
+        let scheduled = json!({ "type": "PodScheduled", "status": "True", "lastTransitionTime": now });
+        let conditions = pod["status"]["conditions"].as_array_mut().map(std::mem::take).unwrap_or_default();
+        let others = conditions.into_iter().filter(|condition| condition["type"] != "PodScheduled");
+        pod["status"]["conditions"] = others.chain([scheduled]).collect();
         let object = self.lock().put(target.kind, pod)?;
         self.wrote(who, "bind", &object);
         Ok(())
