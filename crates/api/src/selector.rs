@@ -32,6 +32,9 @@ struct Requirement {
 enum Test {
     Exists,
     Absent,
+    // Equality is kept apart from sets of one value: each is printed as it was written.
+    Equals(String),
+    NotEquals(String),
     In(Vec<String>),
     NotIn(Vec<String>),
     GreaterThan(i64),
@@ -47,7 +50,7 @@ impl LabelSelector {
     pub fn from_pairs<K: Into<String>, V: Into<String>>(pairs: impl IntoIterator<Item = (K, V)>) -> Self {
         let requirements = pairs
             .into_iter()
-            .map(|(key, value)| Requirement { key: key.into(), test: Test::In(vec![value.into()]) })
+            .map(|(key, value)| Requirement { key: key.into(), test: Test::Equals(value.into()) })
             .collect();
         LabelSelector { requirements, nothing: false }
     }
@@ -124,9 +127,9 @@ impl std::fmt::Display for LabelSelector {
             match &requirement.test {
                 Test::Exists => write!(f, "{key}")?,
                 Test::Absent => write!(f, "!{key}")?,
-                Test::In(values) if values.len() == 1 => write!(f, "{key}={}", values[0])?,
+                Test::Equals(value) => write!(f, "{key}={value}")?,
                 Test::In(values) => write!(f, "{key} in ({})", sorted_list(values))?,
-                Test::NotIn(values) if values.len() == 1 => write!(f, "{key}!={}", values[0])?,
+                Test::NotEquals(value) => write!(f, "{key}!={value}")?,
                 Test::NotIn(values) => write!(f, "{key} notin ({})", sorted_list(values))?,
                 Test::GreaterThan(n) => write!(f, "{key}>{n}")?,
                 Test::LessThan(n) => write!(f, "{key}<{n}")?,
@@ -147,6 +150,8 @@ impl Requirement {
         match &self.test {
             Test::Exists => value.is_some(),
             Test::Absent => value.is_none(),
+            Test::Equals(wanted) => value == Some(wanted),
+            Test::NotEquals(other) => value != Some(other),
             Test::In(values) => value.is_some_and(|value| values.iter().any(|v| v == value)),
             Test::NotIn(values) => value.is_none_or(|value| values.iter().all(|v| v != value)),
             Test::GreaterThan(n) => value.and_then(|v| v.parse::<i64>().ok()).is_some_and(|v| v > *n),
@@ -245,8 +250,8 @@ impl Parser {
         let key = self.key()?;
         let test = match self.peek().clone() {
             Token::Comma | Token::End => Test::Exists,
-            Token::Equals(_) => Test::In(vec![self.value_after()?]),
-            Token::NotEquals => Test::NotIn(vec![self.value_after()?]),
+            Token::Equals(_) => Test::Equals(self.value_after()?),
+            Token::NotEquals => Test::NotEquals(self.value_after()?),
             Token::Greater => Test::GreaterThan(self.number_after(&key)?),
             Token::Less => Test::LessThan(self.number_after(&key)?),
             Token::Word(word) if word == "in" => Test::In(self.values_after()?),
@@ -518,9 +523,15 @@ mod tests {
 
     #[test]
     fn selectors_print_what_they_parse() {
-        for text in ["a=b", "a=b,c in (d,e)", "!a,b", "a!=b", "a notin (b,c)"] {
+        for text in ["a=b", "a=b,c in (d,e)", "!a,b", "a!=b", "a in (b)", "a notin (b)", "a notin (b,c)"] {
             assert_eq!(LabelSelector::parse(text).unwrap().to_string(), text);
         }
+        let spec = serde_json::json!({ "matchLabels": { "c": "d" }, "matchExpressions": [
+            { "key": "a", "operator": "NotIn", "values": ["b"] }, { "key": "d", "operator": "In", "values": ["e"] },
+        ] });
+        // Clients read the scale's selector, and refuse `a!=b`.
+        let selector = LabelSelector::from_spec(&serde_json::from_value(spec).unwrap()).unwrap();
+        assert_eq!(selector.to_string(), "a notin (b),c=d,d in (e)");
     }
 
     #[test]
