@@ -2,6 +2,7 @@
 //! that lag.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::api::apps::v1::{ControllerRevision, DaemonSet, Deployment, ReplicaSet, StatefulSet};
@@ -44,9 +45,9 @@ fn serves(pod: &Pod) -> bool {
     stays(pod) && conditions.any(|condition| condition.type_ == "Ready" && condition.status == "True")
 }
 
-fn pods(api: &Api) -> Vec<Pod> {
+fn pods(api: &Api) -> Vec<Arc<Pod>> {
     let pods = api.list(Kind::of::<Pod>());
-    pods.iter().map(|pod| (*pod.view::<Pod>().expect("a pod")).clone()).collect()
+    pods.iter().map(|pod| pod.view::<Pod>().expect("a pod")).collect()
 }
 
 fn node_of(pod: &Pod) -> &str {
@@ -235,7 +236,7 @@ fn grows_in_order(sim: &Sim) {
         let pods = pods(api);
         let of = |n: usize| pods.iter().find(|pod| pod.metadata.name.as_deref() == Some(&format!("web-{n}")));
         let started = (0..8).rev().find(|n| of(*n).is_some()).unwrap_or(0);
-        match (0..started).find(|n| !of(*n).is_some_and(serves)) {
+        match (0..started).find(|n| !of(*n).is_some_and(|pod| serves(pod))) {
             Some(behind) => Err(format!("web-{started} is there and web-{behind} does not serve")),
             None => Ok(()),
         }

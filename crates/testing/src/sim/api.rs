@@ -34,7 +34,6 @@ pub struct Api {
     state: Mutex<State>,
     checks: Mutex<Vec<Check>>,
     violation: Mutex<Option<String>>,
-    written: Notify,
     clock: Clock,
     crash: Mutex<Option<Arc<Crash>>>,
 }
@@ -45,11 +44,18 @@ pub struct Crash {
     crashed: AtomicBool,
 }
 
+/// Every change that ever was of one kind, with when it happened.
+#[derive(Default)]
+struct Changes {
+    all: Vec<(Instant, WatchEvent)>,
+    /// Wakes those who wait for the next.
+    more: Arc<Notify>,
+}
+
 struct State {
     revision: u64,
     objects: HashMap<&'static Kind, BTreeMap<Key, Arc<Object>>>,
-    /// Every change that ever was, with when it happened.
-    history: Vec<(Instant, WatchEvent)>,
+    changes: HashMap<&'static Kind, Changes>,
     log: Vec<Write>,
     last_write: Instant,
     rng: StdRng,
@@ -63,7 +69,7 @@ impl Api {
         let state = State {
             revision: 0,
             objects: HashMap::new(),
-            history: Vec::new(),
+            changes: HashMap::new(),
             log: Vec::new(),
             last_write: start,
             rng: StdRng::seed_from_u64(seed),
@@ -73,7 +79,6 @@ impl Api {
             state: Mutex::new(state),
             checks: Mutex::default(),
             violation: Mutex::default(),
-            written: Notify::new(),
             clock: Clock::Virtual { at, start },
             crash: Mutex::default(),
         })
@@ -83,7 +88,7 @@ impl Api {
         self.clock
     }
 
-    /// Looks at the cluster after every write from now on; the first complaint fails the test.
+    /// Looks at the cluster after every write from now on, but for leases and events; the first complaint fails the test.
     pub fn check(&self, check: impl Fn(&Api) -> Result<(), String> + Send + 'static) {
         self.checks.lock().expect("no panic").push(Box::new(check));
     }
@@ -329,7 +334,7 @@ impl Api {
             state.revision += 1;
             let gone = Arc::new(old.at_revision(Revision(state.revision)));
             state.objects.entry(old.kind()).or_default().remove(old.key());
-            state.history.push((Instant::now(), WatchEvent::Deleted(gone)));
+            state.note(old.kind(), WatchEvent::Deleted(gone));
         }
         self.wrote(who, "remove", old);
     }
@@ -353,17 +358,17 @@ impl Api {
     }
 
     fn wrote(&self, who: &str, verb: &str, object: &Object) {
+        // Signs of life and tales of what was done are no work.
+        if matches!(object.kind().kind, "Lease" | "Event") {
+            return;
+        }
         {
             let mut state = self.lock();
             let at = Instant::now();
             let what = format!("{verb} {} {}", object.kind().plural, object.key());
-            // Signs of life and tales of what was done are no work.
-            if !matches!(object.kind().kind, "Lease" | "Event") {
-                state.last_write = at;
-                state.log.push(Write { at, who: who.to_owned(), what });
-            }
+            state.last_write = at;
+            state.log.push(Write { at, who: who.to_owned(), what });
         }
-        self.written.notify_waiters();
         for check in self.checks.lock().expect("no panic").iter() {
             if let Err(violation) = check(self) {
                 self.violation.lock().expect("no panic").get_or_insert(violation);
@@ -371,9 +376,27 @@ impl Api {
         }
     }
 
-    /// The change after `seen` others, if there is one yet.
-    fn change(&self, seen: usize) -> Option<(Instant, WatchEvent)> {
-        self.lock().history.get(seen).cloned()
+    /// The change of a kind after `seen` others, if there is one yet.
+    fn change(&self, kind: &'static Kind, seen: usize) -> Option<(Instant, WatchEvent)> {
+        self.lock().changes.get(kind)?.all.get(seen).cloned()
+    }
+
+    /// How many changes of a kind there were up to a revision, and what wakes when there are more.
+    fn changes_until(&self, kind: &'static Kind, revision: Revision) -> (usize, Arc<Notify>) {
+        let mut state = self.lock();
+        let changes = state.changes.entry(kind).or_default();
+        let before =
+            |(_, event): &(Instant, WatchEvent)| object_of(event).is_some_and(|o| o.revision() <= revision);
+        (changes.all.partition_point(before), changes.more.clone())
+    }
+}
+
+fn object_of(event: &WatchEvent) -> Option<&Arc<Object>> {
+    match event {
+        WatchEvent::Added(object) | WatchEvent::Modified(object) | WatchEvent::Deleted(object) => {
+            Some(object)
+        }
+        _ => None,
     }
 }
 
@@ -413,6 +436,12 @@ fn tidy(object: &mut Value) {
 }
 
 impl State {
+    fn note(&mut self, kind: &'static Kind, event: WatchEvent) {
+        let changes = self.changes.entry(kind).or_default();
+        changes.all.push((Instant::now(), event));
+        changes.more.notify_waiters();
+    }
+
     fn put(&mut self, kind: &'static Kind, mut value: Value) -> Result<Arc<Object>, Status> {
         tidy(&mut value);
         self.revision += 1;
@@ -425,7 +454,7 @@ impl State {
             Some(_) => WatchEvent::Modified(object.clone()),
             None => WatchEvent::Added(object.clone()),
         };
-        self.history.push((Instant::now(), event));
+        self.note(kind, event);
         Ok(object)
     }
 }
@@ -435,6 +464,8 @@ impl State {
 pub(super) struct Faults {
     /// Events come up to this much later.
     pub lag: Duration,
+    /// Every call takes up to this long, before it is done and after it.
+    pub slowness: Duration,
     /// Watches break after an event, again and again, for up to this long: the cache then lists anew, and never sees the
     /// states in between.
     pub outage: Duration,
@@ -456,6 +487,10 @@ impl SimClient {
         }
         // Every call gives the others a turn, as a network would.
         tokio::task::yield_now().await;
+        if !self.faults.slowness.is_zero() {
+            let share = self.api.lock().rng.random_range(0.0..1.0);
+            tokio::time::sleep(self.faults.slowness.mul_f64(share)).await;
+        }
     }
 
     /// A write was done; perhaps the last one. The answer of the last one is never heard.
@@ -498,33 +533,26 @@ impl Client for SimClient {
         let (api, crash, kind, namespace) =
             (self.api.clone(), self.crash.clone(), kind.storage(), namespace.to_owned());
         let seed = api.lock().rng.random();
-        let (Faults { lag, outage }, rng) = (self.faults, StdRng::seed_from_u64(seed));
-        // Every change has a revision of its own, and the history has them all.
-        let seen = usize::try_from(options.from.0).expect("a revision of this history");
+        let (Faults { lag, outage, .. }, rng) = (self.faults, StdRng::seed_from_u64(seed));
+        let (seen, more) = api.changes_until(kind, options.from);
+        let (namespace, options): (Arc<str>, Arc<WatchOptions>) = (namespace.into(), Arc::new(options));
         let events = stream::unfold((seen, rng), move |(mut seen, mut rng)| {
-            let (api, crash, namespace, options) =
-                (api.clone(), crash.clone(), namespace.clone(), options.clone());
+            let (api, crash, more) = (api.clone(), crash.clone(), more.clone());
+            let (namespace, options) = (namespace.clone(), options.clone());
             async move {
                 loop {
-                    let written = api.written.notified();
-                    let Some((at, event)) = api.change(seen) else {
-                        written.await;
+                    let another = more.notified();
+                    let Some((at, event)) = api.change(kind, seen) else {
+                        another.await;
                         continue;
                     };
                     seen += 1;
-                    let (WatchEvent::Added(object)
-                    | WatchEvent::Modified(object)
-                    | WatchEvent::Deleted(object)) = &event
-                    else {
-                        continue;
-                    };
-                    let ours = object.kind() == kind && object.revision() > options.from;
-                    let wanted = namespace.is_empty() || object.namespace() == namespace;
-                    if !ours
-                        || !wanted
-                        || !options.fields.matches(object)
-                        || !options.labels.matches(object.labels())
-                    {
+                    let wanted = object_of(&event).is_some_and(|object| {
+                        (namespace.is_empty() || object.namespace() == &*namespace)
+                            && options.fields.matches(object)
+                            && options.labels.matches(object.labels())
+                    });
+                    if !wanted {
                         continue;
                     }
                     if !lag.is_zero() {

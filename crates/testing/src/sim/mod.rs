@@ -39,6 +39,14 @@ pub struct Sim {
     faults: Faults,
 }
 
+/// A cluster that nobody looks at any more stops, though the runtime may go on.
+impl Drop for Sim {
+    fn drop(&mut self) {
+        self.controllers.cancel();
+        self.nodes.iter().for_each(|(_, stop)| stop.cancel());
+    }
+}
+
 impl Sim {
     /// An empty cluster with its four namespaces. Controllers run from the first [`Sim::settle`] on.
     pub fn new(seed: u64) -> Sim {
@@ -88,6 +96,13 @@ impl Sim {
     /// Shows controllers and scheduler what happened only up to this much later.
     pub fn lag(mut self, lag: Duration) -> Sim {
         self.faults.lag = lag;
+        self
+    }
+
+    /// Makes every call of controllers and scheduler take up to twice this long, so that what they do at the same time comes
+    /// in any order.
+    pub fn slow(mut self, slowness: Duration) -> Sim {
+        self.faults.slowness = slowness;
         self
     }
 
