@@ -64,6 +64,12 @@ pub fn default_signals() {
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
 }
 
+/// Until it executes another program, this process can't be looked into by what runs in a container it enters, which
+/// would find the node's files there.
+pub fn hide_from_containers() {
+    let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
+}
+
 /// Marks every descriptor from `first` on to be closed by `execve`.
 pub fn close_on_exec_from(first: u32) {
     // SAFETY: only sets a flag on descriptors of this process.

@@ -1,8 +1,14 @@
 //! Process 1 of a pod whose containers share their process namespace: holds it open and reaps orphans, until the
 //! shim goes.
+//!
+//! The containers see this process: it has no rights, and its root directory is empty, so that whoever may look into
+//! `/proc/1/root` finds nothing of the node there.
 
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::CloneFlags;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::stat::Mode;
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::WaitOptions;
 use std::io::Write;
@@ -12,16 +18,28 @@ use crate::sys;
 /// Makes the namespace, says the outer id of its first process on stdout, and stays as that process.
 pub fn main() -> i32 {
     sys::default_signals();
-    if let Err(e) = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWPID) {
+    if let Err(e) = nix::sched::unshare(CloneFlags::CLONE_NEWPID) {
         eprintln!("pause: unshare: {e}");
         return 1;
     }
+    let Ok((outcome, report)) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC) else { return 1 };
     match sys::fork(false) {
         Ok(sys::Forked::Parent(pid)) => {
-            let said = writeln!(std::io::stdout(), "{pid}");
-            i32::from(said.is_err())
+            drop(report);
+            // Nobody is to meet it before it is secluded.
+            let secluded = rustix::io::read(&outcome, &mut [0; 1]) == Ok(1);
+            i32::from(!secluded || writeln!(std::io::stdout(), "{pid}").is_err())
         }
-        Ok(sys::Forked::Child) => reap(),
+        Ok(sys::Forked::Child) => {
+            drop(outcome);
+            if let Err(e) = seclude() {
+                eprintln!("pause: {e}");
+                sys::exit_now(1);
+            }
+            let _ = rustix::io::write(&report, b"y");
+            drop(report);
+            reap()
+        }
         Err(e) => {
             eprintln!("pause: fork: {e}");
             1
@@ -29,12 +47,36 @@ pub fn main() -> i32 {
     }
 }
 
+/// Leaves everything of the node behind: files, rights, and streams but the one that says when to go.
+fn seclude() -> nix::Result<()> {
+    let none = None::<&str>;
+    let null = nix::fcntl::open(
+        "/dev/null",
+        nix::fcntl::OFlag::O_RDWR | nix::fcntl::OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )?;
+    nix::sched::unshare(CloneFlags::CLONE_NEWNS)?;
+    mount(none, "/", none, MsFlags::MS_PRIVATE | MsFlags::MS_REC, none)?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    // A directory that is there on every node.
+    mount(Some("empty"), "/proc", Some("tmpfs"), flags, Some("size=0,mode=555"))?;
+    nix::unistd::chdir("/proc")?;
+    nix::unistd::pivot_root(".", ".")?;
+    umount2(".", MntFlags::MNT_DETACH)?;
+    nix::unistd::chdir("/")?;
+    mount(none, "/", none, flags | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY, none)?;
+    let nobody = 65535;
+    nix::unistd::setgroups(&[])?;
+    nix::unistd::setresgid(nobody.into(), nobody.into(), nobody.into())?;
+    // Takes all capabilities away, and makes the process one that only an administrator of the node may look into.
+    nix::unistd::setresuid(nobody.into(), nobody.into(), nobody.into())?;
+    // Last, so that what went wrong is in the shim's log.
+    nix::unistd::dup2_stdout(&null)?;
+    nix::unistd::dup2_stderr(&null)
+}
+
 fn reap() -> ! {
     let _ = rustix::process::setsid();
-    let null = std::fs::File::options().read(true).write(true).open("/dev/null");
-    if let Ok(null) = null {
-        let _ = rustix::stdio::dup2_stdout(&null);
-    }
     let mut children = SigSet::empty();
     children.add(Signal::SIGCHLD);
     let _ = children.thread_block();

@@ -33,6 +33,7 @@ pub fn main(mut args: impl Iterator<Item = OsString>) -> i32 {
         return 2;
     };
     let shim: i32 = shim.parse().unwrap_or(0);
+    sys::hide_from_containers();
     // Without the shim, nobody would know of the container.
     let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
     if rustix::process::getppid().is_none_or(|parent| parent.as_raw_pid() != shim) {
