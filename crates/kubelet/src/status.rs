@@ -86,6 +86,12 @@ pub fn status(
         _ => phase(pod, &inits, &containers, false),
     };
     cut_words(&mut [&mut inits, &mut containers]);
+    // As upstream: init containers in the order in which they run, all others by name.
+    let by_name =
+        |list: &mut Vec<core::ContainerStatus>| list.sort_by(|one, other| one.name.cmp(&other.name));
+    by_name(&mut containers);
+    let mut ephemeral = statuses(|class| class == Class::Ephemeral);
+    ephemeral.as_mut().map(by_name);
     let rejected = o.rejected.is_some();
     let address = if pod.host_network() { Some(host_ip) } else { o.address() };
     let pod_ip = address.map(|ip| ip.to_string()).or_else(|| previous.pod_ip.clone());
@@ -103,7 +109,7 @@ pub fn status(
         start_time: Some(previous.start_time.clone().unwrap_or(Time(now))),
         container_statuses: (!rejected).then_some(containers),
         init_container_statuses: (!rejected && !inits.is_empty()).then_some(inits),
-        ephemeral_container_statuses: statuses(|class| class == Class::Ephemeral),
+        ephemeral_container_statuses: ephemeral,
         observed_generation: Some(pod.object().generation()).filter(|generation| *generation > 0),
         ..core::PodStatus::default()
     }

@@ -135,9 +135,14 @@ pub fn oci_spec(
         "readonlyPaths": paths(&spec.readonly_paths, &READONLY_PATHS),
         "devices": devices(spec)?,
     });
-    if record.shares_mounts() {
-        linux["rootfsPropagation"] = "shared".into();
+    // libcontainer knows propagation of the whole only: what one mount asks for, all of the container have.
+    let receives = || spec.mounts.iter().any(|mount| mount.propagation == Propagation::HostToContainer);
+    linux["rootfsPropagation"] = match () {
+        () if record.shares_mounts() => "shared",
+        () if receives() => "slave",
+        () => "private",
     }
+    .into();
     match &spec.seccomp {
         _ if spec.privileged => {}
         Seccomp::Unconfined => {}
