@@ -4,6 +4,7 @@
 //! busy machine changes less than rates per second of time. Nothing here passes or fails.
 #![forbid(unsafe_code)]
 
+mod alone;
 mod cluster;
 mod etcd;
 mod load;

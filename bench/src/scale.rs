@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context, Result, ensure};
 use futures_util::StreamExt;
 use futures_util::stream;
+use k8s_openapi::api::core::v1::Node;
 use minke_api::{FieldSelector, Kind, Object};
 use minke_apiserver::{ApiServer, UserInfo, kubernetes_service_address};
 use minke_client::{Client, Clock, DeleteOptions, Informer, Informers, Patch, Propagation, Target};
@@ -21,6 +22,7 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::alone::Alone;
 use crate::{Args, Table};
 
 const LEASE_PERIOD: Duration = Duration::from_secs(10);
@@ -34,7 +36,10 @@ fn kind(group: &str, version: &str, plural: &str) -> &'static Kind {
 
 struct Scale {
     admin: Arc<dyn Client>,
-    /// All pods, as the load generator sees them.
+    /// For components that the load generator starts besides.
+    scheduler: Arc<dyn Client>,
+    /// All nodes and pods, as the load generator sees them.
+    all_nodes: Arc<Informer>,
     pods: Arc<Informer>,
     counts: Arc<Counts>,
     stop: CancellationToken,
@@ -95,19 +100,20 @@ impl Scale {
         let account = move |name: &str| of_account(UserInfo::service_account("kube-system", name));
         let informers = Informers::new(manager, stop.clone());
         tokio::spawn(minke_controllers::run(config, account, informers, stop.clone()));
-        let informers = Informers::new(scheduler, stop.clone());
+        let informers = Informers::new(scheduler.clone(), stop.clone());
         let config = minke_scheduler::Config { seed: 1, ..Default::default() };
         tokio::spawn(minke_scheduler::run(informers, config, stop.clone()));
         let counts = Arc::new(Counts::default());
         let informers = Informers::new(admin.clone(), stop.clone());
         let pods = informers.of(kind("", "v1", "pods"));
+        let all_nodes = informers.of(kind("", "v1", "nodes"));
         tokio::spawn(count(pods.clone(), counts.clone()));
         let made = stream::iter(0..nodes).map(|n| {
             let user = UserInfo::new(&format!("system:node:node-{n}"), &["system:nodes"]);
             Hollow { client: clients(user), n, stop: stop.clone() }.start()
         });
         made.buffer_unordered(WRITERS).collect::<Vec<_>>().await.into_iter().collect::<Result<Vec<_>>>()?;
-        Ok(Scale { admin, pods, counts, stop, nodes, _dir: dir })
+        Ok(Scale { admin, scheduler, all_nodes, pods, counts, stop, nodes, _dir: dir })
     }
 
     async fn create(&self, plural: (&str, &str), object: Value) -> Result<()> {
@@ -155,6 +161,40 @@ impl Scale {
             (start.elapsed().as_secs_f64(), cpu_time(getpid())?.saturating_sub(cpu).as_secs_f64());
         let (rate, per_cpu) = (count as f64 / took, count as f64 / cpu);
         Ok(format!("{rate:.0}/s; {per_cpu:.0} per CPU-second ({count} pods)"))
+    }
+
+    /// Waits until no node is kept from getting pods, as new ones are until they have been seen to be ready.
+    async fn nodes_ready(&self) -> Result<()> {
+        let open = |object: &Arc<Object>| {
+            let node = minke_client::typed::<Node>(object);
+            node.is_some_and(|node| node.spec.as_ref().is_none_or(|spec| spec.taints.is_none()))
+        };
+        wait(|| async {
+            let all = self.all_nodes.snapshot();
+            all.len() == self.nodes && all.values().all(open)
+        })
+        .await
+    }
+
+    /// Nodes chosen a second by a scheduler that starts with `count` pods waiting for it.
+    async fn scheduler_alone(&self, count: usize) -> Result<String> {
+        const NAME: &str = "alone";
+        self.namespace(NAME).await?;
+        let waiting = |n| pod(format!("p-{n}"), json!({}), json!({ "schedulerName": NAME }));
+        self.create_pods(NAME, count, waiting).await?;
+        let client = Arc::new(Alone::new(self.scheduler.clone(), count));
+        let stop = self.stop.child_token();
+        let informers = Informers::new(client.clone(), stop.clone());
+        let settings = format!(
+            "apiVersion: kubescheduler.config.k8s.io/v1\nkind: KubeSchedulerConfiguration\nprofiles: [{{schedulerName: {NAME}}}]\n"
+        );
+        let settings = minke_scheduler::Settings::parse(settings.as_bytes())?;
+        let config = minke_scheduler::Config { seed: 2, settings, ..Default::default() };
+        tokio::spawn(minke_scheduler::run(informers, config, stop.clone()));
+        let rate = tokio::time::timeout(LIMIT, client.rate()).await.context("the scheduler alone");
+        stop.cancel();
+        self.drop_namespace(NAME).await?;
+        Ok(format!("{:.0}/s ({count} pods)", rate?))
     }
 
     /// Deletes a namespace and waits until it is gone.
@@ -342,10 +382,13 @@ pub async fn all(args: &Args, table: &mut Table) -> Result<()> {
     let took = start.elapsed().as_secs_f64();
     table.add("scale: hollow nodes registered", format!("{:.0}/s ({nodes} nodes)", nodes as f64 / took), "");
     let few = args.scale_pods / 10;
+    scale.nodes_ready().await.context("nodes become ready")?;
 
+    let alone = scale.scheduler_alone(few * 2).await?;
+    table.add("scale: nodes chosen by the scheduler alone", alone, "10,000/s");
     let plain =
         scale.schedule("plain", args.scale_pods, |n| pod(format!("p-{n}"), json!({}), json!({}))).await?;
-    table.add("scale: pods scheduled, plain", plain, "10,000/s");
+    table.add("scale: pods made, scheduled and running, plain", plain, "810/s (upstream's floor)");
     idle(args, table, &scale).await?;
 
     let zones = |labels: &Value| {

@@ -202,8 +202,8 @@ fn gates_only_go(new: &Value, old: &Value, errors: &mut FieldErrors) {
     for (n, gate) in new.items("schedulingGates").iter().enumerate() {
         if !old.items("schedulingGates").iter().any(|before| before.text("name") == gate.text("name")) {
             errors.forbidden(
-                &format!("spec.schedulingGates[{n}]"),
-                "only deletion is allowed, but found new scheduling gate",
+                &format!("spec.schedulingGates[{n}].name"),
+                &format!("only deletion is allowed, but found new scheduling gate '{}'", gate.text("name")),
             );
         }
     }
