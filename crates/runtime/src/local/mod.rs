@@ -318,6 +318,8 @@ impl LocalRuntime {
         let prepared = record.clone();
         let at = dir.clone();
         blocking(move || {
+            // The record first: whatever comes of the rest, it is known what there may be.
+            files::write_json(&at.join("sandbox.json"), &prepared).map_err(failed)?;
             cgroups.create(&shims, &Resources::default()).map_err(failed)?;
             cgroups.create(&prepared.spec.cgroup_parent, &prepared.spec.resources).map_err(failed)?;
             fs::create_dir_all(&prepared.spec.log_dir).or_else(|e| {
@@ -325,8 +327,7 @@ impl LocalRuntime {
                     true => Ok(()),
                     false => Err(failed(e)),
                 }
-            })?;
-            files::write_json(&at.join("sandbox.json"), &prepared).map_err(failed)
+            })
         })
         .await?;
         let (pid, pause_pid) = self.spawn_shim(&id).await?;
