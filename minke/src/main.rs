@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod addons;
+mod controllers;
 mod logging;
 mod node;
 mod server;

@@ -27,6 +27,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::controllers::ControllerArgs;
 use crate::node::{self, NodeClients};
 use crate::{KUBERNETES, addons, logging};
 
@@ -59,6 +60,8 @@ pub struct ServerArgs {
     /// A KubeSchedulerConfiguration (v1) for the scheduler: profiles, plugins and their arguments
     #[arg(long, value_name = "FILE")]
     scheduler_config: Option<PathBuf>,
+    #[command(flatten)]
+    controllers: ControllerArgs,
     /// Started by `up`: leave the terminal, and tell on standard output how far it is
     #[arg(long, hide = true)]
     detached: bool,
@@ -137,12 +140,9 @@ impl ServerArgs {
             identity: format!("{}_{}", setting.node_name, data.id()),
             clock: Clock::System,
         };
+        let flags = self.controllers.clone();
         tasks.spawn(leader::lead(election, stop.clone(), move |term| {
-            let config = minke_controllers::Config {
-                root_ca: root_ca.clone(),
-                authority: Some(authority.clone()),
-                ..Default::default()
-            };
+            let config = flags.config(root_ca.clone(), authority.clone());
             let informers = Informers::new(manager.clone(), term.clone());
             let account = account.clone();
             let controllers =

@@ -1,5 +1,7 @@
 //! Times as the API writes them: RFC 3339, in seconds or microseconds, in UTC.
 
+use std::time::Duration;
+
 use jiff::Timestamp;
 
 const LAYOUT: &str = "2006-01-02T15:04:05Z07:00";
@@ -17,6 +19,29 @@ pub fn format_seconds(time: Timestamp) -> String {
 pub fn format_micros(time: Timestamp) -> String {
     let micros = time.subsec_nanosecond().rem_euclid(1_000_000_000) / 1000;
     format!("{}.{micros:06}Z", time.strftime("%Y-%m-%dT%H:%M:%S"))
+}
+
+/// Reads a duration as Go prints it: `15.123s`, `1m30s`, `250ms`. None for what is no such text, or is negative.
+pub fn parse_go_duration(text: &str) -> Option<Duration> {
+    let (mut rest, mut sum) = (text, 0.0);
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
+        let number: f64 = rest[..digits].parse().ok()?;
+        let unit = &rest[digits..];
+        let end = unit.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(unit.len());
+        sum += number
+            * match &unit[..end] {
+                "h" => 3600.0,
+                "m" => 60.0,
+                "s" => 1.0,
+                "ms" => 1e-3,
+                "us" | "µs" => 1e-6,
+                "ns" => 1e-9,
+                _ => return None,
+            };
+        rest = &unit[end..];
+    }
+    Duration::try_from_secs_f64(sum).ok()
 }
 
 /// Parses RFC 3339; the error is in upstream's words.
@@ -106,6 +131,16 @@ mod tests {
     fn check(text: &str, want: Result<&str, &str>) {
         let got = parse(text).map(format_seconds);
         assert_eq!(got.as_deref().map_err(String::as_str), want);
+    }
+
+    #[test]
+    fn durations_are_read_as_go_prints_them() {
+        for (text, ms) in [("15.123s", 15_123), ("1m0.5s", 60_500), ("1h0m0s", 3_600_000), ("250ms", 250)] {
+            assert_eq!(parse_go_duration(text), Some(Duration::from_millis(ms)), "{text}");
+        }
+        for text in ["5", "s", "1y", "1.2.3s", "-1s"] {
+            assert_eq!(parse_go_duration(text), None, "{text}");
+        }
     }
 
     #[test]

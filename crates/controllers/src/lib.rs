@@ -41,6 +41,7 @@ mod ttl_after_finished;
 mod volume_protection;
 
 pub use certificates::{Authority, AuthorityError};
+pub use hpa::Settings as AutoscalerSettings;
 pub use run::run;
 
 use std::sync::Arc;
@@ -65,6 +66,7 @@ pub struct Config {
     pub terminated_pods_max: usize,
     /// Reconciles of one controller that run at once.
     pub workers: usize,
+    pub autoscalers: AutoscalerSettings,
 }
 
 impl Default for Config {
@@ -77,6 +79,7 @@ impl Default for Config {
             node_startup_grace: Duration::from_secs(60),
             terminated_pods_max: 12_500,
             workers: 5,
+            autoscalers: AutoscalerSettings::default(),
         }
     }
 }
@@ -100,7 +103,7 @@ static CONTROLLERS: &[Row] = &[
     Row { name: "statefulset", account: "statefulset-controller", component: "statefulset-controller", make: |_| Box::new(statefulset::StatefulSets) },
     Row { name: "job", account: "job-controller", component: "job-controller", make: |_| Box::<job::Jobs>::default() },
     Row { name: "cronjob", account: "cronjob-controller", component: "cronjob-controller", make: |_| Box::new(cronjob::CronJobs) },
-    Row { name: "horizontal-pod-autoscaler", account: "horizontal-pod-autoscaler", component: "horizontal-pod-autoscaler", make: |_| Box::new(hpa::Autoscalers::default()) },
+    Row { name: "horizontal-pod-autoscaler", account: "horizontal-pod-autoscaler", component: "horizontal-pod-autoscaler", make: |config| Box::new(hpa::Autoscalers::new(config.autoscalers.clone())) },
     Row { name: "ttl-after-finished", account: "ttl-after-finished-controller", component: "ttl-after-finished-controller", make: |_| Box::new(ttl_after_finished::TtlAfterFinished) },
     Row { name: "disruption", account: "disruption-controller", component: "controllermanager", make: |_| Box::<disruption::Disruption>::default() },
     Row { name: "endpoints", account: "endpoint-controller", component: "endpoint-controller", make: |_| Box::new(endpoints::EndpointsController::default()) },

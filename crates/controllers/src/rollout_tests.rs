@@ -361,6 +361,54 @@ fn a_deployment_scaled_in_mid_rollout_grows_in_proportion() {
     assert_eq!(world.sizes(), []);
 }
 
+/// Scales in the middle of a rollout. `sizes` are those of the ReplicaSets, the oldest first and the new one last; each was sized
+/// for `from` replicas and `surge`.
+#[track_caller]
+fn check_scale(from: i32, to: i32, surge: i32, sizes: &[i32], want: &[i32]) {
+    let mut world = World::new(deployment("v0", to, |d| {
+        d["spec"]["strategy"]["rollingUpdate"] = json!({"maxSurge": surge, "maxUnavailable": 0})
+    }));
+    for (version, size) in sizes.iter().enumerate() {
+        world.set_image(&format!("v{version}"));
+        let Step::Create { mut annotations, .. } =
+            World::new(world.deployment.clone()).plan().steps.remove(0)
+        else {
+            panic!("the first step makes the ReplicaSet")
+        };
+        annotations.insert(REVISION.to_owned(), (version + 1).to_string());
+        annotations.insert(DESIRED.to_owned(), from.to_string());
+        annotations.insert(MAX.to_owned(), (from + surge).to_string());
+        let mut plan = Plan { steps: vec![Step::Create { replicas: *size, annotations }], ..Plan::default() };
+        plan.status.replicas = Some(from);
+        world.write(plan);
+    }
+    let plan = world.plan();
+    world.write(plan);
+    let have: Vec<i32> = world.sets.iter().map(|set| set.spec.replicas.unwrap()).collect();
+    assert_eq!(have, want, "{from} to {to}, surge {surge}, {sizes:?}");
+    assert_eq!(limits(&world.deployment), (to, to + surge));
+}
+
+#[test]
+fn scaling_keeps_the_proportions_of_a_rollout() {
+    check_scale(10, 12, 0, &[10], &[12]);
+    check_scale(10, 5, 0, &[10], &[5]);
+    check_scale(5, 10, 0, &[3, 2], &[6, 4]);
+    check_scale(5, 3, 0, &[3, 2], &[2, 1]);
+    check_scale(9, 4, 0, &[1, 8], &[0, 4]);
+    check_scale(7, 10, 0, &[2, 3, 2], &[3, 4, 3]);
+    check_scale(13, 8, 0, &[3, 8, 2], &[2, 5, 1]);
+    // What rounding leaves goes to the largest; of those that are equal, to the newest in growing, from the oldest in shrinking.
+    check_scale(3, 4, 0, &[1, 1, 1], &[1, 1, 2]);
+    check_scale(3, 2, 0, &[1, 1, 1], &[0, 1, 1]);
+    check_scale(4, 8, 0, &[2, 0, 2], &[4, 0, 4]);
+    // Surge has its share.
+    check_scale(10, 20, 2, &[6, 6], &[11, 11]);
+    check_scale(10, 15, 3, &[8, 5], &[11, 7]);
+    check_scale(10, 0, 3, &[8, 5], &[0, 0]);
+    check_scale(10, 1, 3, &[8, 5], &[2, 2]);
+}
+
 #[test]
 fn old_revisions_beyond_the_limit_are_deleted() {
     let mut world = World::new(deployment("v0", 1, |d| d["spec"]["revisionHistoryLimit"] = 2.into()));

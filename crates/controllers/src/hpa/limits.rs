@@ -8,8 +8,6 @@ use std::time::Duration;
 use jiff::Timestamp;
 use k8s_openapi::api::autoscaling::v2::{HPAScalingPolicy, HPAScalingRules, HorizontalPodAutoscalerBehavior};
 
-/// How long a higher recommendation holds off scaling down, unless the autoscaler says otherwise.
-const DOWN_WINDOW: i32 = 300;
 /// Replicas that may always be reached at once, and the factor that may always be grown by, without rules.
 const UP_MINIMUM: i32 = 4;
 const UP_FACTOR: i32 = 2;
@@ -44,6 +42,8 @@ pub(crate) struct Bounds {
     pub current: i32,
     pub min: i32,
     pub max: i32,
+    /// Seconds for which a higher recommendation holds off scaling down, unless the autoscaler says otherwise.
+    pub down_window: i32,
 }
 
 impl Memory {
@@ -63,7 +63,7 @@ impl Memory {
         now: Timestamp,
     ) {
         let Some(behavior) = behavior else { return };
-        let rules = Rules::of(behavior);
+        let rules = Rules::of(behavior, 0);
         let note = |events: &mut Vec<(Timestamp, i32)>, policies: &[HPAScalingPolicy], change: i32| {
             let longest = policies.iter().map(|policy| policy.period_seconds).max().unwrap_or(0);
             events.retain(|(at, _)| *at >= ago(now, longest));
@@ -105,7 +105,7 @@ struct Direction {
 }
 
 impl Rules {
-    fn of(behavior: &HorizontalPodAutoscalerBehavior) -> Rules {
+    fn of(behavior: &HorizontalPodAutoscalerBehavior, down_window: i32) -> Rules {
         let policy =
             |kind: &str, value| HPAScalingPolicy { type_: kind.to_owned(), value, period_seconds: 15 };
         let direction =
@@ -121,7 +121,7 @@ impl Rules {
             };
         Rules {
             up: direction(behavior.scale_up.as_ref(), 0, vec![policy("Pods", 4), policy("Percent", 100)]),
-            down: direction(behavior.scale_down.as_ref(), DOWN_WINDOW, vec![policy("Percent", 100)]),
+            down: direction(behavior.scale_down.as_ref(), down_window, vec![policy("Percent", 100)]),
         }
     }
 }
@@ -139,12 +139,12 @@ pub(crate) fn follow(
 ) -> (i32, [Condition; 2]) {
     let ((stable, stabilized), (allowed, reason, message)) = match behavior {
         None => {
-            let stable = memory.since(DOWN_WINDOW, now).chain([wanted]).max().unwrap_or(wanted);
-            memory.recommend(wanted, now, DOWN_WINDOW);
+            let stable = memory.since(bounds.down_window, now).chain([wanted]).max().unwrap_or(wanted);
+            memory.recommend(wanted, now, bounds.down_window);
             ((stable, DOWN_STABILIZED), within_bounds(stable, bounds))
         }
         Some(behavior) => {
-            let rules = Rules::of(behavior);
+            let rules = Rules::of(behavior, bounds.down_window);
             let stabilized = if wanted >= bounds.current { UP_STABILIZED } else { DOWN_STABILIZED };
             let stable = stabilize(wanted, bounds.current, &rules, memory, now);
             ((stable, stabilized), within_rates(stable, bounds, &rules, memory, now))
@@ -265,7 +265,7 @@ mod tests {
         mut memory: Memory,
         want: (i32, &str, &str),
     ) {
-        let bounds = Bounds { current, min: 2, max: 20 };
+        let bounds = Bounds { current, min: 2, max: 20, down_window: 300 };
         let rules = rules.map(behavior);
         let (replicas, [able, limited]) = follow(wanted, bounds, rules.as_ref(), &mut memory, now());
         let why = format!("{}{}", if limited.status { "!" } else { "" }, limited.reason);

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::autoscaling::v2::{CrossVersionObjectReference, MetricIdentifier, MetricSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector as SelectorSpec;
+use minke_api::time::parse_go_duration;
 use minke_api::{Kind, LabelSelector, Quantity, Status};
 use minke_client::{Client, ListOptions};
 use serde_json::Value;
@@ -88,7 +89,7 @@ async fn resource(
             ))
         })?;
         let at = value["timestamp"].as_str().and_then(|text| text.parse().ok());
-        let window = value["window"].as_str().and_then(go_duration);
+        let window = value["window"].as_str().and_then(parse_go_duration);
         if let (Some(value), Some(at)) = (used, at) {
             let metric = PodMetric { value, at, window: window.unwrap_or_default() };
             metrics.insert(pod.name().to_owned(), metric);
@@ -259,43 +260,10 @@ pub(crate) fn go_selector(selector: Option<&SelectorSpec>) -> String {
     )
 }
 
-/// Reads a duration as Go prints it: `15.123s`, `1m30s`, `250ms`.
-fn go_duration(text: &str) -> Option<Duration> {
-    let (mut rest, mut sum) = (text, 0.0);
-    while !rest.is_empty() {
-        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
-        let number: f64 = rest[..digits].parse().ok()?;
-        let unit = &rest[digits..];
-        let end = unit.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(unit.len());
-        sum += number
-            * match &unit[..end] {
-                "h" => 3600.0,
-                "m" => 60.0,
-                "s" => 1.0,
-                "ms" => 1e-3,
-                "us" | "µs" => 1e-6,
-                "ns" => 1e-9,
-                _ => return None,
-            };
-        rest = &unit[end..];
-    }
-    Duration::try_from_secs_f64(sum).ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use serde_json::json;
-
-    #[test]
-    fn durations_are_read_as_go_prints_them() {
-        for (text, ms) in [("15.123s", 15_123), ("1m0.5s", 60_500), ("1h0m0s", 3_600_000), ("250ms", 250)] {
-            assert_eq!(go_duration(text), Some(Duration::from_millis(ms)), "{text}");
-        }
-        for text in ["5", "s", "1y", "1.2.3s", "-1s"] {
-            assert_eq!(go_duration(text), None, "{text}");
-        }
-    }
 
     #[test]
     fn pods_use_what_their_containers_use() {

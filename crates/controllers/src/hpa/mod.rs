@@ -2,7 +2,7 @@
 //!
 //! Reads HorizontalPodAutoscalers and Pods from the caches, the scale of the target and the metrics from the
 //! API server; writes the scale and the status of the autoscaler. Each autoscaler is looked at every 15
-//! seconds, and at once when its specification changes; while there is none, nothing happens at all.
+//! seconds (unless set otherwise), and at once when its specification changes; while there is none, nothing happens at all.
 //!
 //! What a metric asks for is worked out in [`replicas`], how far that is followed in [`limits`].
 //! Upstream: pkg/controller/podautoscaler.
@@ -33,12 +33,37 @@ use limits::{Bounds, Condition, Memory};
 use proposal::Failure;
 use replicas::{Facts, Tolerances};
 
-const PERIOD: Duration = Duration::from_secs(15);
-/// Change of a metric, as a part of its target, that is not acted on.
-const TOLERANCE: f64 = 0.1;
+/// What can be set of the autoscalers. The default is upstream's.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// How often each looks at its metrics.
+    pub period: Duration,
+    /// Change of a metric, as a part of its target, that is not acted on.
+    pub tolerance: f64,
+    /// How long a higher recommendation holds off scaling down.
+    pub downscale_stabilization: Duration,
+    /// How long after its start a pod's CPU says nothing while it is not ready.
+    pub cpu_initialization: Duration,
+    /// A pod that became unready later than this after its start works, but badly.
+    pub initial_readiness: Duration,
+}
 
-#[derive(Default)]
+const DEFAULT: Settings = Settings {
+    period: Duration::from_secs(15),
+    tolerance: 0.1,
+    downscale_stabilization: Duration::from_secs(300),
+    cpu_initialization: Duration::from_secs(300),
+    initial_readiness: Duration::from_secs(30),
+};
+
+impl Default for Settings {
+    fn default() -> Settings {
+        DEFAULT
+    }
+}
+
 pub(crate) struct Autoscalers {
+    settings: Settings,
     known: Mutex<HashMap<Key, Known>>,
 }
 
@@ -152,11 +177,11 @@ fn by_metrics(
 const ABLE: &str = "AbleToScale";
 const ACTIVE: &str = "ScalingActive";
 
-fn tolerances(spec: &HorizontalPodAutoscalerSpec) -> Tolerances {
+fn tolerances(spec: &HorizontalPodAutoscalerSpec, usual: f64) -> Tolerances {
     let behavior = spec.behavior.as_ref();
     let of = |rules: Option<&k8s_openapi::api::autoscaling::v2::HPAScalingRules>| {
         let quantity = rules.and_then(|rules| rules.tolerance.as_ref());
-        quantity.and_then(|quantity| Quantity::try_from(quantity).ok()).map_or(TOLERANCE, Quantity::as_f64)
+        quantity.and_then(|quantity| Quantity::try_from(quantity).ok()).map_or(usual, Quantity::as_f64)
     };
     Tolerances {
         down: of(behavior.and_then(|behavior| behavior.scale_down.as_ref())),
@@ -216,14 +241,18 @@ impl Controller for Autoscalers {
                 return Ok(Requeue::After(until(due, now)));
             }
             known.spec = text;
-            known.due = Some(now + PERIOD);
+            known.due = Some(now + self.settings.period);
         }
         Pass { ctx, all: self, hpa, now }.run().await?;
-        Ok(Requeue::After(PERIOD))
+        Ok(Requeue::After(self.settings.period))
     }
 }
 
 impl Autoscalers {
+    pub fn new(settings: Settings) -> Autoscalers {
+        Autoscalers { settings, known: Mutex::default() }
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Key, Known>> {
         self.known.lock().expect("nothing panics while autoscalers are looked up")
     }
@@ -254,7 +283,9 @@ impl Pass<'_> {
         let mut memory = self.with(|known| known.memory.clone()).unwrap_or_default();
         memory.begin(scale.spec, self.now);
         let (min, max) = (self.hpa.spec.min_replicas.unwrap_or(1), self.hpa.spec.max_replicas);
-        let bounds = Bounds { current: scale.spec, min, max };
+        let down_window = self.all.settings.downscale_stabilization.as_secs();
+        let down_window = i32::try_from(down_window).unwrap_or(i32::MAX);
+        let bounds = Bounds { current: scale.spec, min, max, down_window };
         let mut measured: Option<Vec<MetricStatus>> = None;
         let decision = match by_bounds(scale.spec, min, max) {
             Some(decision) => decision,
@@ -371,7 +402,8 @@ impl Pass<'_> {
             spec_replicas: scale.spec,
             status_replicas: scale.status,
             pods: &pods,
-            tolerances: tolerances(&self.hpa.spec),
+            tolerances: tolerances(&self.hpa.spec, self.all.settings.tolerance),
+            settings: &self.all.settings,
             now: self.now,
         };
         let specs = self.hpa.spec.metrics.as_deref().unwrap_or_default();

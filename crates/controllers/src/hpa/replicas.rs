@@ -11,13 +11,9 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, Pod};
 use minke_api::Quantity;
 
+use super::Settings;
 use crate::context::Typed;
 use crate::pods::{is_ready, phase};
-
-/// How long after its start a pod's CPU says nothing while it is not ready.
-const CPU_INITIALIZATION: Duration = Duration::from_secs(300);
-/// A pod that was never ready since this long after its start does not count as unready by its start.
-const INITIAL_READINESS: Duration = Duration::from_secs(30);
 
 /// What was measured of one pod.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -52,6 +48,7 @@ pub(crate) struct Facts<'a> {
     pub status_replicas: i32,
     pub pods: &'a [Typed<Pod>],
     pub tolerances: Tolerances,
+    pub settings: &'a Settings,
     pub now: Timestamp,
 }
 
@@ -87,7 +84,7 @@ fn group<'a>(facts: &Facts<'a>, metrics: &PodMetrics, cpu: bool) -> Groups<'a> {
         } else if phase(pod) == "Pending" {
             groups.unready.push(name);
         } else if let Some(metric) = metrics.get(name) {
-            match cpu && cpu_means_nothing_yet(pod, metric, facts.now) {
+            match cpu && cpu_means_nothing_yet(pod, metric, facts.settings, facts.now) {
                 true => groups.unready.push(name),
                 false => groups.ready += 1,
             }
@@ -99,18 +96,18 @@ fn group<'a>(facts: &Facts<'a>, metrics: &PodMetrics, cpu: bool) -> Groups<'a> {
 }
 
 /// While a pod starts, it uses CPU that it will not use later.
-fn cpu_means_nothing_yet(pod: &Pod, metric: &PodMetric, now: Timestamp) -> bool {
+fn cpu_means_nothing_yet(pod: &Pod, metric: &PodMetric, settings: &Settings, now: Timestamp) -> bool {
     let Some(status) = &pod.status else { return true };
     let condition = status.conditions.iter().flatten().find(|condition| condition.type_ == "Ready");
     let (Some(condition), Some(started)) = (condition, &status.start_time) else { return true };
     let changed = condition.last_transition_time.as_ref().map_or(Timestamp::UNIX_EPOCH, |time| time.0);
     let unready = condition.status == "False";
-    if started.0 + CPU_INITIALIZATION > now {
+    if started.0 + settings.cpu_initialization > now {
         // Nor does what was measured before it was ready count.
         unready || metric.at < changed + metric.window
     } else {
         // A pod that became unready later is one that works, but badly.
-        unready && started.0 + INITIAL_READINESS > changed
+        unready && started.0 + settings.initial_readiness > changed
     }
 }
 
@@ -302,6 +299,7 @@ pub(crate) fn for_value_each(facts: &Facts<'_>, usage: i64, target: i64) -> (i32
 
 #[cfg(test)]
 mod tests {
+    use super::super::DEFAULT;
     use super::*;
     use crate::pods::tests::{now, pod, time};
     use serde_json::{Value, json};
@@ -330,7 +328,8 @@ mod tests {
 
     fn facts(pods: &[Typed<Pod>], replicas: i32) -> Facts<'_> {
         let tolerances = Tolerances { down: 0.1, up: 0.1 };
-        Facts { spec_replicas: replicas, status_replicas: replicas, pods, tolerances, now: now() }
+        let settings = &DEFAULT;
+        Facts { spec_replicas: replicas, status_replicas: replicas, pods, tolerances, settings, now: now() }
     }
 
     #[track_caller]
@@ -393,7 +392,7 @@ mod tests {
         fn check(status: Value, window: u64, want: bool) {
             let pod = pod("a", |p| p["status"] = status);
             let metric = PodMetric { value: 1, at: now(), window: Duration::from_secs(window) };
-            assert_eq!(cpu_means_nothing_yet(&pod, &metric, now()), want);
+            assert_eq!(cpu_means_nothing_yet(&pod, &metric, &DEFAULT, now()), want);
         }
         let status = |started: i64, ready: &str, since: i64| {
             json!({"phase": "Running", "startTime": time(started),

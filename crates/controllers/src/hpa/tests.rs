@@ -50,7 +50,7 @@ fn check_decision(wanted: i32, current: i32, want: (i32, &str, &str)) {
     let rules = json!({"stabilizationWindowSeconds": 0});
     let spec = spec(json!({"scaleTargetRef": {"kind": "Deployment", "name": "web"}, "maxReplicas": 10,
                            "behavior": {"scaleUp": rules, "scaleDown": rules}}));
-    let bounds = Bounds { current, min: 2, max: 10 };
+    let bounds = Bounds { current, min: 2, max: 10, down_window: 300 };
     let decision = by_metrics((wanted, "cpu resource"), bounds, &spec, &mut Memory::default(), now());
     let reasons: Vec<&str> = decision.conditions.iter().map(|condition| condition.reason).collect();
     assert_eq!((decision.replicas, decision.reason.as_str(), reasons[2]), want);
@@ -70,9 +70,9 @@ fn metrics_are_followed_within_bounds() {
 #[test]
 fn tolerances_may_be_set_for_each_direction() {
     let of = |behavior: Value| {
-        tolerances(&spec(
-            json!({"scaleTargetRef": {"kind": "D", "name": "w"}, "maxReplicas": 1, "behavior": behavior}),
-        ))
+        let spec =
+            json!({"scaleTargetRef": {"kind": "D", "name": "w"}, "maxReplicas": 1, "behavior": behavior});
+        tolerances(&serde_json::from_value(spec).expect("a specification"), 0.1)
     };
     assert_eq!(of(json!({})), Tolerances { down: 0.1, up: 0.1 });
     assert_eq!(of(json!({"scaleUp": {"tolerance": "50m"}})), Tolerances { down: 0.1, up: 0.05 });
@@ -113,6 +113,7 @@ fn propose(metric: Value, read: Result<metrics::Measured, String>) -> Result<pro
         status_replicas: 2,
         pods: &pods,
         tolerances: Tolerances { down: 0.1, up: 0.1 },
+        settings: &DEFAULT,
         now: now(),
     };
     proposal::of(&facts, &serde_json::from_value(metric).expect("a metric"), read)
