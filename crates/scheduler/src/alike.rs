@@ -28,9 +28,8 @@ impl Groups {
     /// What is known for the pod, to be handed back by [`Groups::put`].
     pub fn take(&mut self, prepared: &Prepared, picture: &Picture) -> Group {
         self.asked += 1;
-        let known = self.by_text.remove(&prepared.info.alike).filter(|group| {
-            group.images_at == picture.images_changed() && group.profile == prepared.profile.name
-        });
+        let known = self.by_text.remove(&prepared.info.alike);
+        let known = known.filter(|group| group.images_at == picture.images_changed());
         let mut group = known.unwrap_or_else(|| Group::new(prepared, picture));
         group.asked = self.asked;
         group.fit_to(picture);
@@ -51,7 +50,6 @@ impl Groups {
 /// What is known of the nodes for pods that are alike.
 #[derive(Debug)]
 pub struct Group {
-    profile: String,
     /// By slot: how the node was when it was looked at, as [`Picture::changed`] says; 0 for never.
     looked_at: Vec<u64>,
     /// By slot: what stands against the node, as a place in `objections`; 0 for nothing.
@@ -83,7 +81,6 @@ impl Group {
             (_, normalize) => Some(Raw { row: *row, weight: *weight, normalize, scores: Vec::new() }),
         });
         Group {
-            profile: prepared.profile.name.clone(),
             looked_at: Vec::new(),
             verdicts: Vec::new(),
             objections: vec![(0, Arc::new(Objection { reasons: Vec::new(), hopeless: false }))],

@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::Config;
 use crate::decide::{NoFit, Reserving, Try, World, decide};
-use crate::hints::{Event, Hint, may_help};
+use crate::hints::{Event, Hint, may_help, means_the_same};
 use crate::picture::PodInfo;
 use crate::plugins::wake;
 use crate::preempt::{self, Budget, Candidate};
@@ -138,7 +138,7 @@ impl Scheduler {
             let helps = (0..world.reserving.len())
                 .filter(concerned)
                 .any(|at| world.reserving[at].may_help(info, change));
-            if helps { Hint::Helps } else { Hint::Not(0) }
+            (if helps { Hint::Helps } else { Hint::Not(0) }, false)
         });
     }
 
@@ -151,8 +151,10 @@ impl Scheduler {
         queue.wake(event.bits, Instant::now(), |info, rejecting| {
             let name = info.object.field("spec.schedulerName").unwrap_or(crate::NAME);
             match profiles.get(name) {
-                Some((profile, _)) => may_help(world, profile, info, rejecting, event),
-                None => Hint::Not(0),
+                Some((profile, _)) => {
+                    (may_help(world, profile, info, rejecting, event), means_the_same(rejecting))
+                }
+                None => (Hint::Not(0), true),
             }
         });
     }
@@ -310,12 +312,12 @@ impl Scheduler {
         // What the pod's status is to say of the node where it holds room.
         let mut nominated: Option<String> = None;
         if nofit.nodes > 0 {
-            let budgets: Vec<Budget> =
-                self.budgets.snapshot().values().filter_map(|object| Budget::of(object)).collect();
+            let budgets =
+                || self.budgets.snapshot().values().filter_map(|object| Budget::of(object)).collect();
             // The same plugins looked at the pod a moment ago; those that are concerned remember it.
             let chosen = match Try::begin(info, profile, &mut self.world) {
                 Ok(attempt) if profile.preemption => {
-                    preempt::choose(&attempt, &mut self.world, &nofit, &budgets, &mut self.rng)
+                    preempt::choose(&attempt, &mut self.world, &nofit, budgets, &mut self.rng)
                 }
                 Ok(_) => Err(preempt::Refusal::off()),
                 Err(_) => Err(preempt::Refusal::nowhere()),

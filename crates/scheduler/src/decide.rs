@@ -389,7 +389,7 @@ mod tests {
         let attempt = Try::begin(&info, &profile, world).map_err(|nofit| nofit.message)?;
         decide(&attempt, world, &mut 0, &mut rng)
             .map(|slot| world.picture.node(slot).name.to_string())
-            .map_err(|nofit| match crate::preempt::choose(&attempt, world, &nofit, &[], &mut rng) {
+            .map_err(|nofit| match crate::preempt::choose(&attempt, world, &nofit, Vec::new, &mut rng) {
                 Ok(_) => nofit.message,
                 Err(refusal) => format!("{} {}", nofit.message, refusal.message),
             })

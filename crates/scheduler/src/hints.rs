@@ -30,6 +30,13 @@ pub enum Hint {
     Not(u32),
 }
 
+/// Whether what an event means to a pod is the same for all that are alike and were kept from their nodes by the
+/// same plugins: those look at one node only, or follow something of their own.
+pub fn means_the_same(rejecting: u32) -> bool {
+    let mut rows = (0..PLUGINS.len()).filter(|row| rejecting & (1 << row) != 0);
+    rows.all(|row| PLUGINS[row].local)
+}
+
 /// Whether a pod that the plugins in `rejecting` kept from its nodes may fit now.
 pub fn may_help(world: &World, profile: &Profile, info: &PodInfo, rejecting: u32, event: &Event) -> Hint {
     // Where the event was, it helps if the node now passes everything that depends on the node alone.

@@ -32,7 +32,8 @@ pub struct PodInfo {
     pub affinities: Option<Box<PodAffinities>>,
     /// The terms by which this pod, once placed, speaks for or against others.
     pub carries: Vec<Carry>,
-    /// All that matters to plugins which look at one node only: pods with the same text are treated alike by them.
+    /// All that matters to plugins which look at one node only, and whose profile they are of: pods with the same
+    /// text are treated alike by them.
     pub alike: Arc<str>,
 }
 
@@ -106,7 +107,7 @@ fn alike(pod: &Pod, requests: &Resources, scored: (i64, i64)) -> String {
     let text = serde_json::to_string(&(
         (cpu_milli, memory, ephemeral_storage, extended, scored),
         (images, ports, affinity),
-        spec.map(|spec| (&spec.node_name, &spec.node_selector, &spec.tolerations)),
+        spec.map(|spec| (&spec.scheduler_name, &spec.node_name, &spec.node_selector, &spec.tolerations)),
     ));
     text.expect("these are all texts and numbers")
 }

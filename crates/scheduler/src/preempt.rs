@@ -17,7 +17,7 @@ use rand::Rng;
 use crate::affinity::pod_selector;
 use crate::decide::{NoFit, Reasons, Try, World};
 use crate::picture::{Node, Placed, PodInfo};
-use crate::plugins::Objection;
+use crate::plugins::{Objection, Prepared};
 
 /// The reason that a victim's DisruptionTarget condition has.
 pub const REASON: &str = "PreemptionByScheduler";
@@ -97,7 +97,7 @@ pub fn choose(
     attempt: &Try,
     world: &mut World,
     nofit: &NoFit,
-    budgets: &[Budget],
+    budgets: impl FnOnce() -> Vec<Budget>,
     rng: &mut impl Rng,
 ) -> Result<Candidate, Refusal> {
     let refuse = |why: &str, forget_nomination| {
@@ -111,12 +111,14 @@ pub fn choose(
         nofit.objections.iter().filter(|(_, why)| !why.hopeless).map(|(slot, _)| *slot).collect();
     let args = &attempt.profile.args;
     let wanted = (nodes.len() * args.candidates_percentage / 100).max(args.candidates_min).min(nodes.len());
+    let budgets = if nodes.is_empty() { Vec::new() } else { budgets() };
+    let prepared = attempt.prepare(world);
     let offset = if nodes.is_empty() { 0 } else { rng.random_range(0..nodes.len()) };
     let mut candidates: Vec<Candidate> = Vec::new();
     let mut reasons = Reasons::default();
     let mut told = 0;
     for n in 0..nodes.len() {
-        match victims(attempt, world, nodes[(offset + n) % nodes.len()], budgets) {
+        match victims(attempt, world, &prepared, nodes[(offset + n) % nodes.len()], &budgets) {
             Ok(candidate) => candidates.push(candidate),
             Err(why) => {
                 reasons.add(&why, 1);
@@ -184,8 +186,14 @@ fn importance(placed: &Placed) -> (i32, Reverse<Timestamp>) {
     (placed.info.priority, Reverse(started(&placed.object)))
 }
 
-/// Who must leave the node so that the pod fits.
-fn victims(attempt: &Try, world: &mut World, slot: u32, budgets: &[Budget]) -> Result<Candidate, Objection> {
+/// Who must leave the node so that the pod fits. `prepared`: the pod when nobody has left.
+fn victims(
+    attempt: &Try,
+    world: &mut World,
+    prepared: &Prepared,
+    slot: u32,
+    budgets: &[Budget],
+) -> Result<Candidate, Objection> {
     let info = attempt.info;
     let lesser = |node: &Node| {
         let pods = node.pods.values().filter(|placed| placed.info.priority < info.priority);
@@ -197,8 +205,10 @@ fn victims(attempt: &Try, world: &mut World, slot: u32, budgets: &[Budget]) -> R
     }
     let mut out: Vec<Placed> = keys.iter().filter_map(|key| world.picture.take(key)).collect();
     let check = |world: &mut World| {
-        let prepared = attempt.prepare(world);
-        attempt.objection(world, &prepared, slot).map(|(_, objection)| objection)
+        // What other pods have to say changes as they leave; when none has anything to say, that stays so.
+        let anew = (!prepared.wide.is_empty()).then(|| attempt.prepare(world));
+        let prepared = anew.as_ref().unwrap_or(prepared);
+        attempt.objection(world, prepared, slot).map(|(_, objection)| objection)
     };
     if let Some(objection) = check(world) {
         for placed in out {
@@ -206,7 +216,7 @@ fn victims(attempt: &Try, world: &mut World, slot: u32, budgets: &[Budget]) -> R
         }
         return Err(objection);
     }
-    out.sort_by_key(|placed| Reverse(importance(placed)));
+    out.sort_by_cached_key(|placed| Reverse(importance(placed)));
     let mut left: Vec<i32> = budgets.iter().map(|budget| budget.allowed).collect();
     // Those whose going would break a budget are spared first.
     let (breaking, harmless): (Vec<Placed>, Vec<Placed>) = out.into_iter().partition(|placed| {
@@ -231,7 +241,7 @@ fn victims(attempt: &Try, world: &mut World, slot: u32, budgets: &[Budget]) -> R
             violations += usize::from(breaks);
         }
     }
-    gone.sort_by_key(|placed| Reverse(importance(placed)));
+    gone.sort_by_cached_key(|placed| Reverse(importance(placed)));
     let highest = gone.first().map_or(i32::MIN, |placed| placed.info.priority);
     let most_important = gone.iter().filter(|placed| placed.info.priority == highest);
     let candidate = Candidate {

@@ -4,7 +4,7 @@
 //! for five minutes.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,20 +29,26 @@ pub struct Queue {
     ready: BTreeSet<(Order, Key)>,
     /// When pods that back off or are parked become ready by themselves.
     timers: BTreeSet<(Instant, Key)>,
-    /// Parked pods, by each bit that may help them.
-    parked: [BTreeSet<Key>; BITS],
-    /// Pods that were handed out and not yet decided about.
-    tried: BTreeSet<Key>,
+    /// Parked pods, by each bit that may help them, and together with those to which an event means the same.
+    parked: [BTreeMap<Alike, BTreeSet<Key>>; BITS],
+    /// How many events there were, and the number of the last one with each bit.
+    events: u64,
+    last: [u64; BITS],
     arrivals: u64,
     backoff_base: Duration,
     backoff_max: Duration,
 }
+
+/// [`PodInfo::alike`] and the plugins that objected.
+type Alike = (Arc<str>, u32);
 
 #[derive(Debug)]
 struct Waiting {
     info: Arc<PodInfo>,
     /// The newest revision; `info` is as good.
     object: Arc<Object>,
+    /// The text under which it is parked.
+    alike: Arc<str>,
     order: Order,
     attempts: u32,
     state: State,
@@ -59,9 +65,10 @@ enum State {
         not_before: Instant,
         until: Instant,
     },
-    /// Handed out by [`Queue::pop`], or making room for itself. `missed` collects what happened meanwhile.
+    /// Handed out by [`Queue::pop`], or making room for itself, when there had been so many events; `None` when the
+    /// pod itself has changed since.
     Tried {
-        missed: u32,
+        since: Option<u64>,
     },
 }
 
@@ -93,7 +100,8 @@ impl Queue {
             ready: BTreeSet::new(),
             timers: BTreeSet::new(),
             parked: Default::default(),
-            tried: BTreeSet::new(),
+            events: 0,
+            last: [0; BITS],
             arrivals: 0,
             backoff_base,
             backoff_max,
@@ -108,16 +116,18 @@ impl Queue {
             None => {
                 self.arrivals += 1;
                 let order = (Reverse(info.priority), self.arrivals);
-                self.waiting
-                    .insert(key.clone(), Waiting { info, object, order, attempts: 0, state: State::Ready });
+                let alike = info.alike.clone();
+                let waiting = Waiting { info, object, alike, order, attempts: 0, state: State::Ready };
+                self.waiting.insert(key.clone(), waiting);
                 self.ready.insert((order, key));
             }
             Some(waiting) => {
+                // Listed as what it was, until it is entered again.
                 waiting.info = info;
                 waiting.object = object;
                 match &mut waiting.state {
                     State::Parked { .. } => self.enter(&key, State::Ready),
-                    State::Tried { missed } => *missed = u32::MAX,
+                    State::Tried { since } => *since = None,
                     State::Ready | State::BackingOff { .. } => {}
                 }
             }
@@ -167,11 +177,17 @@ impl Queue {
             State::BackingOff { until } => drop(self.timers.remove(&(until, key.clone()))),
             State::Parked { why, until, .. } => {
                 self.timers.remove(&(until, key.clone()));
+                let alike = (waiting.alike.clone(), why.rejecting);
                 for bit in bits(why.helped_by) {
-                    self.parked[bit].remove(key);
+                    if let Some(keys) = self.parked[bit].get_mut(&alike) {
+                        keys.remove(key);
+                        if keys.is_empty() {
+                            self.parked[bit].remove(&alike);
+                        }
+                    }
                 }
             }
-            State::Tried { .. } => drop(self.tried.remove(key)),
+            State::Tried { .. } => {}
         }
     }
 
@@ -179,16 +195,18 @@ impl Queue {
         self.unlist(key);
         let Some(waiting) = self.waiting.get_mut(key) else { return };
         waiting.state = state;
+        waiting.alike = waiting.info.alike.clone();
         match state {
             State::Ready => drop(self.ready.insert((waiting.order, key.clone()))),
             State::BackingOff { until } => drop(self.timers.insert((until, key.clone()))),
             State::Parked { why, until, .. } => {
                 self.timers.insert((until, key.clone()));
+                let alike = (waiting.alike.clone(), why.rejecting);
                 for bit in bits(why.helped_by) {
-                    self.parked[bit].insert(key.clone());
+                    self.parked[bit].entry(alike.clone()).or_default().insert(key.clone());
                 }
             }
-            State::Tried { .. } => drop(self.tried.insert(key.clone())),
+            State::Tried { .. } => {}
         }
     }
 
@@ -201,7 +219,7 @@ impl Queue {
             self.enter(&key, State::Ready);
         }
         let (_, key) = self.ready.first()?.clone();
-        self.enter(&key, State::Tried { missed: 0 });
+        self.enter(&key, State::Tried { since: Some(self.events) });
         // Once tried, it stands behind those of its priority that have not been.
         self.arrivals += 1;
         let waiting = self.waiting.get_mut(&key)?;
@@ -216,7 +234,8 @@ impl Queue {
         let Some(waiting) = self.waiting.get(key) else { return };
         let not_before = now + self.pause(waiting);
         let missed = match waiting.state {
-            State::Tried { missed } => missed & why.helped_by != 0,
+            State::Tried { since: Some(since) } => bits(why.helped_by).any(|bit| self.last[bit] > since),
+            State::Tried { since: None } => true,
             _ => false,
         };
         let state = if missed {
@@ -239,29 +258,39 @@ impl Queue {
     }
 
     /// Something happened that may help pods which wait for it; `hint` says what it means to a pod, given the
-    /// plugins that objected to it.
-    pub fn wake(&mut self, what: u32, now: Instant, mut hint: impl FnMut(&PodInfo, u32) -> Hint) {
-        for key in &self.tried {
-            if let Some(Waiting { state: State::Tried { missed }, .. }) = self.waiting.get_mut(key) {
-                *missed |= what;
-            }
-        }
+    /// plugins that objected to it, and whether it means the same to all pods that are alike.
+    pub fn wake(&mut self, what: u32, now: Instant, mut hint: impl FnMut(&PodInfo, u32) -> (Hint, bool)) {
+        self.events += 1;
         let mut changed: Vec<(Key, State)> = Vec::new();
         let mut asked = BTreeSet::new();
-        for key in bits(what).flat_map(|bit| &self.parked[bit]) {
-            let Some(waiting) = self.waiting.get(key) else { continue };
-            let State::Parked { why, not_before, until } = waiting.state else { continue };
-            // A pod may wait for several of the bits.
-            if what.count_ones() > 1 && !asked.insert(key) {
-                continue;
+        for bit in bits(what) {
+            self.last[bit] = self.events;
+            for (alike, keys) in &self.parked[bit] {
+                let mut of_all = None;
+                for key in keys {
+                    let Some(waiting) = self.waiting.get(key) else { continue };
+                    let State::Parked { why, not_before, until } = waiting.state else { continue };
+                    // A pod may wait for several of the bits.
+                    if what.count_ones() > 1 && !asked.insert(key) {
+                        continue;
+                    }
+                    let meaning = of_all.unwrap_or_else(|| {
+                        let (hint, same) = hint(&waiting.info, alike.1);
+                        of_all = same.then_some(hint);
+                        hint
+                    });
+                    let state = match meaning {
+                        Hint::Helps if not_before <= now => State::Ready,
+                        Hint::Helps => State::BackingOff { until: not_before },
+                        Hint::Not(0) if of_all.is_some() => break,
+                        Hint::Not(0) => continue,
+                        Hint::Not(more) => {
+                            State::Parked { why: Why::new(why.rejecting | more), not_before, until }
+                        }
+                    };
+                    changed.push((key.clone(), state));
+                }
             }
-            let state = match hint(&waiting.info, why.rejecting) {
-                Hint::Helps if not_before <= now => State::Ready,
-                Hint::Helps => State::BackingOff { until: not_before },
-                Hint::Not(0) => continue,
-                Hint::Not(more) => State::Parked { why: Why::new(why.rejecting | more), not_before, until },
-            };
-            changed.push((key.clone(), state));
         }
         for (key, state) in changed {
             self.enter(&key, state);
@@ -339,9 +368,9 @@ mod tests {
         queue.put(info("a", 0));
         queue.pop(now);
         queue.park(&key("a"), why(), now);
-        queue.wake(wake::NODE_LABELS, now, |_, _| Hint::Helps);
+        queue.wake(wake::NODE_LABELS, now, |_, _| (Hint::Helps, true));
         assert_eq!(queue.pop(now + Duration::from_secs(20)).map(|_| ()), None);
-        queue.wake(wake::POD_GONE, now, |_, _| Hint::Helps);
+        queue.wake(wake::POD_GONE, now, |_, _| (Hint::Helps, true));
         assert!(queue.pop(now).is_none(), "not before its back-off is over");
         assert_eq!(name(queue.pop(now + Duration::from_secs(1))).as_deref(), Some("a"));
     }
@@ -351,7 +380,7 @@ mod tests {
         let (mut queue, now) = (Queue::default(), Instant::now());
         queue.put(info("a", 0));
         queue.pop(now);
-        queue.wake(wake::POD_GONE, now, |_, _| Hint::Helps);
+        queue.wake(wake::POD_GONE, now, |_, _| (Hint::Helps, true));
         queue.park(&key("a"), why(), now);
         assert_eq!(name(queue.pop(now + Duration::from_secs(1))).as_deref(), Some("a"));
     }

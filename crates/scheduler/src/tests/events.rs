@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::random::{Random, node, object, workloads};
 use crate::decide::{Try, World, decide};
-use crate::hints::{Event, may_help};
+use crate::hints::{Event, may_help, means_the_same};
 use crate::picture::PodInfo;
 use crate::plugins::wake;
 use crate::profile::Profile;
@@ -22,6 +22,8 @@ struct Sim {
     profile: Profile,
     /// Placed pods, as they were created.
     placed: BTreeMap<String, (Value, u32)>,
+    /// Pods of which there are several.
+    sorts: Vec<Value>,
     now: Instant,
     made: usize,
     tries: usize,
@@ -30,7 +32,9 @@ struct Sim {
 impl Sim {
     fn wake(&mut self, event: &Event) {
         let Sim { world, queue, profile, now, .. } = self;
-        queue.wake(event.bits, *now, |info, rejecting| may_help(world, profile, info, rejecting, event));
+        queue.wake(event.bits, *now, |info, rejecting| {
+            (may_help(world, profile, info, rejecting, event), means_the_same(rejecting))
+        });
     }
 
     /// One random change, told as the loop tells it.
@@ -60,7 +64,13 @@ impl Sim {
             6 => self.relabel_one(),
             _ => {
                 self.made += 1;
-                let value = self.random.pod(&format!("p{}", self.made), 60);
+                let name = format!("p{}", self.made);
+                let mut value = match self.random.below(2 * self.sorts.len()) {
+                    sort if sort < self.sorts.len() => self.sorts[sort].clone(),
+                    _ => self.random.pod(&name, 60),
+                };
+                value["metadata"]["name"] = name.as_str().into();
+                value["metadata"]["uid"] = name.into();
                 self.queue.put(Arc::new(PodInfo::new(&object(&value)).unwrap()));
             }
         }
@@ -132,8 +142,10 @@ impl Sim {
 async fn whoever_is_parked_fits_nowhere() {
     let mut parked = 0;
     for seed in 0..60 {
+        let mut random = Random::new(seed);
         let mut sim = Sim {
-            random: Random::new(seed),
+            sorts: (0..3).map(|_| random.pod("sort", 60)).collect(),
+            random,
             world: World { workloads: workloads(), ..World::default() },
             queue: Queue::default(),
             profile: Profile::default(),
