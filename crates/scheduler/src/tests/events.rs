@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use super::random::{Random, node, object, workloads};
@@ -65,10 +65,19 @@ impl Sim {
             _ => {
                 self.made += 1;
                 let name = format!("p{}", self.made);
-                let mut value = match self.random.below(2 * self.sorts.len()) {
-                    sort if sort < self.sorts.len() => self.sorts[sort].clone(),
-                    _ => self.random.pod(&name, 60),
-                };
+                let mut value = self.random.pod(&name, 60);
+                let sort = self.random.below(2 * self.sorts.len());
+                if let Some(sort) = self.sorts.get(sort) {
+                    // Alike in what concerns single nodes, and not in the rest.
+                    let mut alike = sort.clone();
+                    alike["metadata"] = value["metadata"].take();
+                    for what in ["podAffinity", "podAntiAffinity"] {
+                        alike["spec"]["affinity"][what] = value["spec"]["affinity"][what].take();
+                    }
+                    alike["spec"]["topologySpreadConstraints"] =
+                        value["spec"]["topologySpreadConstraints"].take();
+                    value = alike;
+                }
                 value["metadata"]["name"] = name.as_str().into();
                 value["metadata"]["uid"] = name.into();
                 self.queue.put(Arc::new(PodInfo::new(&object(&value)).unwrap()));
@@ -167,4 +176,41 @@ async fn whoever_is_parked_fits_nowhere() {
         }
     }
     assert!(parked > 1000, "{parked}: the clusters are full enough to mean something");
+}
+
+/// Of two pods that are alike for each node by itself, the event helps the second only.
+#[tokio::test(start_paused = true)]
+async fn pods_that_are_alike_may_wait_for_different_pods() {
+    let pod = |name: &str, app: &str, shuns: &str| {
+        let value = json!({
+            "metadata": { "name": name, "namespace": "one", "uid": name, "labels": { "app": app } },
+            "spec": { "containers": [{ "name": "c" }], "affinity": { "podAntiAffinity": { "requiredDuringSchedulingIgnoredDuringExecution":
+                [{ "topologyKey": "kubernetes.io/hostname", "labelSelector": { "matchLabels": { "app": shuns } } }] } } },
+        });
+        Arc::new(PodInfo::new(&object(&value)).unwrap())
+    };
+    let (mut world, mut queue, profile) = (World::default(), Queue::default(), Profile::default());
+    world.picture.put_node(&node(
+        &json!({ "metadata": { "name": "n1", "labels": { "kubernetes.io/hostname": "n1" } },
+        "spec": {}, "status": { "allocatable": { "cpu": "4", "memory": "8Gi", "pods": "10" } } }),
+    ));
+    for (name, app) in [("p1", "a"), ("p2", "b")] {
+        world.picture.put_pod(pod(name, app, "nobody"), "n1");
+    }
+    let now = Instant::now();
+    let waiting = [pod("w1", "w", "a"), pod("w2", "w", "b")];
+    assert_eq!(waiting[0].alike, waiting[1].alike);
+    for info in &waiting {
+        queue.put(info.clone());
+        queue.pop(now);
+        queue.park(info.key(), Why::new(1 << crate::plugins::row("InterPodAffinity")), now);
+    }
+    let (gone, _) = world.picture.remove_pod(&minke_api::Key::new("one", "p2")).unwrap();
+    // Nothing is said of the node, which would help both.
+    let event = Event { bits: wake::POD_GONE, gone: Some(&gone), ..Event::default() };
+    queue.wake(event.bits, now, |info, rejecting| {
+        (may_help(&world, &profile, info, rejecting, &event), means_the_same(rejecting))
+    });
+    let parked: Vec<&str> = queue.parked().map(|info| info.object.name()).collect();
+    assert_eq!(parked, ["w1"]);
 }
