@@ -1,7 +1,7 @@
 //! A container as the OCI runtime specification writes it down, with the field's defaults.
 
 use std::io;
-use std::path::Path;
+use std::path::{Component, Path};
 
 use serde_json::{Value, json};
 
@@ -9,6 +9,9 @@ use crate::api::{Capabilities, ContainerSpec, Mount, Propagation, Seccomp};
 use crate::shim::proto::{ContainerRecord, SandboxRecord};
 use crate::users::Resolved;
 use crate::{device, seccomp};
+
+/// Volumes that an image may declare; more are not made.
+const IMAGE_VOLUMES_MAX: usize = 256;
 
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -302,17 +305,25 @@ fn mounts(record: &ContainerRecord, sandbox: &SandboxRecord, dir: &Path) -> Valu
             list.push(mount("/dev/shm", "tmpfs", "shm", &options));
         }
     }
-    // A mount may lie below another: parents first.
-    let mut given: Vec<&Mount> = spec.mounts.iter().collect();
-    given.sort_by_key(|m| m.container_path.components().count());
+    let mut given: Vec<(&Path, Value)> = Vec::new();
+    // They lie in the container's own writable layer; only a root that is read-only sets them apart.
+    for path in record.image.volumes.iter().map(Path::new).filter(|_| spec.readonly_rootfs) {
+        let source = dir.join("rootfs").join(path.strip_prefix("/").unwrap_or(path));
+        let options = ["rbind", "rprivate", "rw"];
+        given.push((
+            path,
+            json!({ "destination": path, "type": "bind", "source": source, "options": options }),
+        ));
+    }
     let images: Vec<&Mount> = spec.mounts.iter().filter(|m| m.image.is_some()).collect();
-    for m in given {
+    for m in &spec.mounts {
         if let Some(n) = images.iter().position(|image| std::ptr::eq(*image, m)) {
             let part = if m.image_sub_path.is_empty() { "" } else { "-part" };
-            list.push(json!({
+            let image = json!({
                 "destination": m.container_path, "type": "bind", "source": dir.join(format!("image-{n}{part}")),
                 "options": ["rbind", "rprivate", "ro", "noexec", "nosuid", "nodev"],
-            }));
+            });
+            given.push((&m.container_path, image));
             continue;
         }
         let propagation = match m.propagation {
@@ -325,12 +336,30 @@ fn mounts(record: &ContainerRecord, sandbox: &SandboxRecord, dir: &Path) -> Valu
             (true, false) => "ro",
             (false, false) => "rw",
         };
-        list.push(json!({
+        let bind = json!({
             "destination": m.container_path, "type": "bind", "source": m.host_path,
             "options": ["rbind", propagation, access],
-        }));
+        });
+        given.push((&m.container_path, bind));
     }
+    // A mount may lie below another: parents first.
+    given.sort_by_key(|(path, _)| path.components().count());
+    list.extend(given.into_iter().map(|(_, mount)| mount));
     json!(list)
+}
+
+/// The directories that the image declares as volumes and nothing is mounted at: they are made, and can be written
+/// to whatever the root is. What is not a plain path to a directory of the image's own is left out.
+pub fn image_volumes(record: &ContainerRecord) -> Vec<String> {
+    let plain = |path: &Path| {
+        let mut parts = path.components();
+        parts.next() == Some(Component::RootDir)
+            && matches!(parts.next(), Some(Component::Normal(first)) if !["proc", "sys", "dev"].iter().any(|kernel| first == *kernel))
+            && parts.all(|part| matches!(part, Component::Normal(_)))
+    };
+    let mounted = |path: &Path| record.spec.mounts.iter().any(|m| m.container_path == path);
+    let all = record.image.volumes.iter().filter(|path| plain(Path::new(path)) && !mounted(Path::new(path)));
+    all.take(IMAGE_VOLUMES_MAX).cloned().collect()
 }
 
 /// The container's own cgroup in every hierarchy. `access` is `ro` unless it is privileged: on v1 root in the
@@ -424,6 +453,25 @@ mod tests {
         check_caps(&["ALL"], &["SYS_ADMIN"], false, 40, "CAP_SYS_ADMIN", false);
         check_caps(&["NONSENSE"], &[], false, 14, "CAP_NONSENSE", false);
         check_caps(&[], &[], true, 41, "CAP_SYS_ADMIN", true);
+    }
+
+    #[test]
+    fn volumes_of_an_image_are_its_own_directories() {
+        let mut record = ContainerRecord::default();
+        record.image.volumes = strings(&["/data", "/a/b/", "rel", "/a/../etc", "/", "/proc/x", "/mine"]);
+        record.spec.mounts = vec![Mount { container_path: "/mine".into(), ..Default::default() }];
+        assert_eq!(image_volumes(&record), strings(&["/data", "/a/b/"]));
+        record.image.volumes = image_volumes(&record);
+        let targets = |record: &ContainerRecord| -> Vec<String> {
+            let all = mounts(record, &SandboxRecord::default(), Path::new("/run/c"));
+            let given = all.as_array().into_iter().flatten().filter(|m| m["options"][2] == "rw");
+            given.map(|m| format!("{} at {}", m["source"], m["destination"])).collect()
+        };
+        assert_eq!(targets(&record), [r#""" at "/mine""#]);
+        record.spec.readonly_rootfs = true;
+        let own =
+            [r#""/run/c/rootfs/data" at "/data""#, r#""" at "/mine""#, r#""/run/c/rootfs/a/b" at "/a/b/""#];
+        assert_eq!(targets(&record), own);
     }
 
     #[test]

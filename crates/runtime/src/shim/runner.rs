@@ -66,7 +66,7 @@ impl Run {
     fn start(&self) -> Result<(Started, Option<OwnedFd>), String> {
         sys::default_signals();
         let dir = self.root.join("containers").join(&self.id);
-        let record: ContainerRecord = read_json(&dir.join("container.json"))?;
+        let mut record: ContainerRecord = read_json(&dir.join("container.json"))?;
         let sandbox: SandboxRecord =
             read_json(&self.root.join("shims").join(&record.sandbox_id).join("sandbox.json"))?;
         adjust_oom_score(record.spec.oom_score_adj);
@@ -85,6 +85,7 @@ impl Run {
         std::env::set_current_dir("/").map_err(|e| e.to_string())?;
         mounted?;
         let rootfs = dir.join("rootfs");
+        record.image.volumes = make_volumes(&rootfs, spec::image_volumes(&record))?;
         let user = users::resolve(&rootfs, &record.spec.user, &record.image.user)?;
         let config = spec::oci_spec(&record, &sandbox, &dir, self.shim, &user).map_err(|e| e.to_string())?;
         let cwd = config["process"]["cwd"].as_str().unwrap_or("/");
@@ -184,6 +185,19 @@ impl Run {
             error => Err(error.to_owned()),
         }
     }
+}
+
+/// Makes the directories in a root filesystem; returns those that no link is on the way to, which are safe to mount.
+fn make_volumes(rootfs: &Path, mut volumes: Vec<String>) -> Result<Vec<String>, String> {
+    use rustix::fs::{Mode, OFlags, ResolveFlags};
+    for path in &volumes {
+        users::make_dir_in(rootfs, Path::new(path)).map_err(|e| format!("make image volume {path}: {e}"))?;
+    }
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::open(rootfs, flags, Mode::empty()).map_err(|e| e.to_string())?;
+    let plain = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS;
+    volumes.retain(|path| rustix::fs::openat2(&root, path.as_str(), flags, Mode::empty(), plain).is_ok());
+    Ok(volumes)
 }
 
 /// What went wrong, without the layers it came through: the innermost cause is what a user can act on.
