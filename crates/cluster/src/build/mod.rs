@@ -12,6 +12,7 @@ mod tree;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Read;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
@@ -39,7 +40,7 @@ pub struct BuildArgs {
     /// A name for the image; may be given more than once
     #[arg(short, long = "tag", value_name = "REFERENCE")]
     tags: Vec<String>,
-    /// The Dockerfile, when it is not DIR/Dockerfile
+    /// The Dockerfile, when it is not DIR/Dockerfile; `-` is standard input
     #[arg(short, long, value_name = "FILE")]
     file: Option<PathBuf>,
     /// The value of an ARG; without one, that of the environment
@@ -75,6 +76,13 @@ fn predefined() -> Variables {
     all
 }
 
+/// One byte more than a Dockerfile may have is read, for the parser to see that it is too long.
+fn read(file: impl Read) -> std::io::Result<String> {
+    let mut text = String::new();
+    file.take(dockerfile::FILE_MAX as u64 + 1).read_to_string(&mut text)?;
+    Ok(text)
+}
+
 /// What a whole build shares.
 struct Build<'a> {
     images: &'a ImageStore,
@@ -106,12 +114,10 @@ impl BuildArgs {
         io: &mut Io,
     ) -> Result<()> {
         let path = self.file.clone().unwrap_or_else(|| self.context.join("Dockerfile"));
-        let shown = path.display().to_string();
-        let size = fs::metadata(&path).with_context(|| format!("read {shown}"))?.len();
-        if size > dockerfile::FILE_MAX as u64 {
-            bail!("{shown}: {size} bytes are too many");
-        }
-        let text = fs::read_to_string(&path).with_context(|| format!("read {shown}"))?;
+        let piped = path.as_os_str() == "-";
+        let shown = if piped { "Dockerfile".to_owned() } else { path.display().to_string() };
+        let text = if piped { read(std::io::stdin()) } else { fs::File::open(&path).and_then(read) };
+        let text = text.with_context(|| format!("read {shown}"))?;
         let file = dockerfile::parse(&text).with_context(|| shown.clone())?;
         let tags: Vec<String> =
             self.tags.iter().map(|tag| Ok(Reference::parse(tag)?.to_string())).collect::<Result<_>>()?;
@@ -169,6 +175,9 @@ impl BuildArgs {
 impl Build<'_> {
     async fn build(&mut self, target: Option<&str>, io: &mut Io) -> Result<minke_runtime::build::Draft> {
         let (global, plans) = self.plan()?;
+        for name in self.unused() {
+            io.note(format!("The build argument {name} is declared by no ARG"));
+        }
         let wanted = match target {
             None => plans.len() - 1,
             Some(name) => find(&plans, name).with_context(|| format!("there is no stage {name:?}"))?,
@@ -197,6 +206,20 @@ impl Build<'_> {
         if !self.quiet {
             io.note(format!("[{done}/{total}] {what}{}", if cached { "  (cached)" } else { "" }));
         }
+    }
+
+    /// Arguments that were given and that nothing asks for: most often misspelt.
+    fn unused(&self) -> Vec<String> {
+        let escape = self.file.escape;
+        let args = self.file.instructions.iter().filter(|step| step.name == "ARG");
+        // Values do not matter here, only names; what cannot be read is told when its turn comes.
+        let declared: Vec<String> = args
+            .filter_map(|step| stage::declared(step, escape, &Variables::new()).ok())
+            .flatten()
+            .map(|(name, _)| name)
+            .collect();
+        let given = self.build_args.keys();
+        given.filter(|name| !declared.contains(name) && !is_proxy(name)).cloned().collect()
     }
 
     /// The variables before the first stage, and the stages.
@@ -278,6 +301,12 @@ fn with_predefined(variables: &Variables) -> Variables {
     let mut all = predefined();
     all.extend(variables.clone());
     all
+}
+
+/// Arguments that RUN steps get without an ARG, and that make no difference to what is cached.
+fn is_proxy(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    ["http_proxy", "https_proxy", "ftp_proxy", "no_proxy", "all_proxy"].contains(&name.as_str())
 }
 
 /// A stage by its name or number.

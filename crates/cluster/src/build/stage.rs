@@ -14,7 +14,7 @@ use super::dockerfile::{self, Arguments, Instruction, Variables};
 use super::ignore::Ignore;
 use super::sandbox::Command;
 use super::tree::{Item, Tree};
-use super::{Build, Plan, find, predefined};
+use super::{Build, Plan, find, is_proxy, predefined};
 use crate::io::Io;
 
 /// Bytes of a file that tell what it is.
@@ -208,7 +208,10 @@ impl Stage {
         // What the image has comes with it; arguments are for the step alone.
         let has: Vec<String> = self.env().into_iter().map(|(name, _)| name).collect();
         let args = self.args.iter().filter(|(name, _)| !has.contains(name));
-        let env = args.map(|(name, value)| (name.clone(), value.clone())).collect();
+        let proxies = build.build_args.iter();
+        let proxies = proxies
+            .filter(|(name, _)| is_proxy(name) && !has.contains(name) && !self.args.contains_key(*name));
+        let env = args.chain(proxies).map(|(name, value)| (name.clone(), value.clone())).collect();
         let outcome = build.sandbox.run(&mut self.draft, Command { argv, env }, io).await?;
         Ok(self.done(build, key, outcome))
     }
