@@ -110,10 +110,16 @@ impl Agent {
         self.remove_orphans();
         let mut looks = tokio::time::interval(eviction::EVERY);
         looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let clock = minke_runtime::ClockWatch::new();
+        let clock_set = async || match &clock {
+            Ok(clock) => clock.set().await,
+            Err(_) => std::future::pending().await,
+        };
         loop {
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return,
+                () = clock_set() => self.take_clock(),
                 event = self.events.recv() => self.take_event(event).await,
                 Some(change) = changes.recv() => self.take_change(change),
                 Some(ended) = self.running.join_next() => self.take_end(ended),
@@ -126,6 +132,14 @@ impl Agent {
                 // Only so that the channel does not fill: admission reads the cache.
                 Some(_) = nodes.recv() => {}
             }
+        }
+    }
+
+    /// The clock was set: waits that were worked out by the old one, and tokens that it kept, are looked at anew.
+    fn take_clock(&self) {
+        tracing::info!("The clock was set");
+        for handle in self.workers.values() {
+            let _ = handle.inbox.send(Message::Changed);
         }
     }
 

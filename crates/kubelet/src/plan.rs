@@ -8,12 +8,16 @@ use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1 as core;
 use minke_runtime::{ContainerState, ContainerStatus, Resources, SandboxState};
 
-use crate::observed::{ASKED_IMAGE_ANNOTATION, Cause, Cleanup, Ending, Job, Observed, ProbeState, backoff};
+use crate::observed::{
+    ASKED_IMAGE_ANNOTATION, Cause, Cleanup, Ending, Job, Observed, ProbeState, Waiting, backoff,
+};
 use crate::pod::{Class, Pod};
 use crate::resources;
 
 /// What is left to a sidecar when the others have used up the grace period.
 const LEAST_GRACE: SignedDuration = SignedDuration::from_secs(2);
+/// No job that failed waits longer than this.
+const LONGEST_RETRY: SignedDuration = SignedDuration::from_secs(122);
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
@@ -232,12 +236,18 @@ pub fn is_finished(pod: &Pod, o: &Observed) -> bool {
     mains_done
 }
 
+/// Whether a wait for `at` is over, which was `longest` at most when it began. One that seems to be longer than that
+/// was worked out before the clock was set back.
+fn is_over(at: Timestamp, longest: SignedDuration, now: Timestamp) -> bool {
+    now >= at || at.duration_since(now) > longest
+}
+
 fn can(o: &Observed, job: &Job, now: Timestamp, plan: &mut Plan) -> bool {
     if o.is_running(job) {
         return false;
     }
     match o.retries.get(job) {
-        Some(retry) if retry.at > now => {
+        Some(retry) if !is_over(retry.at, LONGEST_RETRY, now) => {
             plan.wake_at(retry.at);
             false
         }
@@ -372,7 +382,7 @@ fn plan_container(
             }
             return;
         }
-        Fate::Restart { at, .. } if at > now => {
+        Fate::Restart { at, delay } if !is_over(at, delay, now) => {
             plan.wake_at(at);
             let latest = latest.expect("it ran");
             if !o.announced.contains(&latest.id) {
@@ -383,7 +393,9 @@ fn plan_container(
         }
         Fate::Restart { .. } | Fate::Start => {}
     }
-    if let Some(waiting) = o.waiting.get(name).filter(|waiting| waiting.retry_at > now) {
+    let waits =
+        |waiting: &&Waiting| !is_over(waiting.retry_at, waiting.retry_at.duration_since(waiting.since), now);
+    if let Some(waiting) = o.waiting.get(name).filter(waits) {
         if waiting.later.is_some() && !o.announced.contains(name) {
             if now >= waiting.turns_at() {
                 plan.actions.push(Action::AnnounceBackoff { name: name.clone(), key: name.clone() });
@@ -428,7 +440,8 @@ fn plan_end(pod: &Pod, o: &Observed, ending: &Ending, now: Timestamp, plan: &mut
         |c: &ContainerStatus| pod.container(&c.name).is_some_and(|(class, _)| class == Class::Sidecar);
     let (sidecars, others): (Vec<_>, Vec<_>) = running.iter().copied().partition(|c| is_sidecar(c));
     let overdue = now >= ending.deadline;
-    let mut deadline = ending.deadline;
+    // Further away than was granted it can only be because the clock was set back.
+    let mut deadline = ending.deadline.min(now + SignedDuration::from_secs(ending.grace));
     let victims = if !others.is_empty() && !overdue {
         others
     } else if overdue {

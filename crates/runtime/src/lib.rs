@@ -27,4 +27,4 @@ pub use image::reference::Reference;
 pub use image::{ImageStore, Limits, Prepared, RegistryConfig, unpack_layer};
 pub use local::{LocalRuntime, RuntimeConfig};
 pub use remove::remove_tree;
-pub use watch::DirWatch;
+pub use watch::{ClockWatch, DirWatch};

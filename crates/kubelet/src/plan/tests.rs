@@ -89,6 +89,49 @@ fn with(containers: Vec<ContainerStatus>) -> impl FnOnce(&mut Observed) {
     move |o| *o = observed(containers)
 }
 
+/// Times that were worked out before the clock was set back by an hour hold nobody up, and those before it was set
+/// forward are over.
+#[test]
+fn a_clock_that_jumps_holds_nothing_up() {
+    const HOUR: i64 = 3600;
+    let backing_off = |when: i64| {
+        with(vec![{
+            let mut ended = exited("c", 1, 1, when);
+            ended.annotations.insert(BACKOFF_ANNOTATION.into(), "20000".into());
+            ended.created_at = at(when - 5);
+            ended
+        }])
+    };
+    check_at(json!({}), backing_off(95), 100, &["announce c"], Some(115));
+    check_at(json!({}), backing_off(95 + HOUR), 100, &["start c 2 40s"], None);
+    check_at(json!({}), backing_off(95 - HOUR), 100, &["start c 2 40s"], None);
+    let waiting = |since: i64| {
+        move |o: &mut Observed| {
+            *o = observed(vec![]);
+            let waiting = Waiting {
+                reason: "ErrImagePull".into(),
+                message: String::new(),
+                since: at(since),
+                retry_at: at(since + 10),
+                later: None,
+                on_change: false,
+            };
+            o.waiting.insert("c".into(), waiting);
+        }
+    };
+    check_at(json!({}), waiting(95), 100, &[], Some(105));
+    check_at(json!({}), waiting(95 + HOUR), 100, &["start c 0 0s"], None);
+    check_at(json!({}), waiting(95 - HOUR), 100, &["start c 0 0s"], None);
+    let retrying = |when: i64| {
+        move |o: &mut Observed| {
+            *o = Observed { volumes: true, ..Observed::default() };
+            o.retries.insert(Job::Sandbox, Retry { at: at(when), failures: 5, on_change: false });
+        }
+    };
+    check_at(json!({}), retrying(105), 100, &[], Some(105));
+    check_at(json!({}), retrying(105 + HOUR), 100, &["sandbox 0"], None);
+}
+
 use ContainerState::{Created, Running};
 
 #[test]
