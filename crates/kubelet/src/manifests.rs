@@ -82,10 +82,10 @@ fn parse(text: &[u8], node: &str) -> Result<Pod, String> {
     }
     let digest = Sha256::digest([node.as_bytes(), b"\n", text].concat());
     let hash: String = digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect();
-    let uid = metadata.get("uid").and_then(Value::as_str).unwrap_or(&hash).to_owned();
     let meta = &mut value["metadata"];
     meta["name"] = json!(format!("{name}-{}", node.to_lowercase()));
-    meta["uid"] = json!(uid);
+    // Whatever the file says: another content is another pod, and its mirror leads back to it.
+    meta["uid"] = json!(hash);
     if metadata.get("namespace").and_then(Value::as_str).is_none_or(str::is_empty) {
         meta["namespace"] = json!("default");
     }

@@ -88,6 +88,13 @@ impl Pod {
         self.object.uid()
     }
 
+    /// The uid under which it runs here: a mirror's is that of the pod it mirrors.
+    pub fn uid_here(&self) -> &str {
+        let annotations = self.typed.metadata.annotations.as_ref();
+        let mirrored = annotations.and_then(|all| all.get(crate::manifests::MIRROR_ANNOTATION));
+        mirrored.map_or(self.uid(), String::as_str)
+    }
+
     pub fn name(&self) -> &str {
         self.object.name()
     }
@@ -237,6 +244,13 @@ pub mod tests {
             assert_eq!(go_duration(Duration::from_millis(millis)), want);
         }
         assert_eq!(go_duration(Duration::from_nanos(1_500)), "1.5µs");
+    }
+
+    #[test]
+    fn a_mirror_stands_for_what_it_mirrors() {
+        assert_eq!(pod(json!({})).uid_here(), "u-1");
+        let annotations = json!({crate::manifests::MIRROR_ANNOTATION: "hash"});
+        assert_eq!(pod(json!({"metadata": {"annotations": annotations}})).uid_here(), "hash");
     }
 
     #[test]

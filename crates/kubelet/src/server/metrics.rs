@@ -351,7 +351,10 @@ pub async fn cadvisor(api: &Api) -> String {
 pub fn probes(api: &Api) -> String {
     let mut seen = Vec::new();
     api.context.probe_counts.each(
-        |(uid, namespace, name)| api.pods.get(namespace, name).is_some_and(|pod| pod.uid() == uid),
+        |(uid, namespace, name)| {
+            let pod = api.pods.get(namespace, name).and_then(crate::pod::Pod::new);
+            pod.is_some_and(|pod| pod.uid_here() == uid)
+        },
         |pod, container, kind, count| {
             seen.push((pod.clone(), container.to_owned(), kind.to_owned(), count.clone()));
         },

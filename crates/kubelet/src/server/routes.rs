@@ -220,7 +220,7 @@ struct Found {
 impl Found {
     fn new(api: &Api, namespace: &str, name: &str, uid: Option<&str>) -> Result<Found, Response<Body>> {
         let pod = api.pods.get(namespace, name).and_then(Pod::new);
-        let pod = pod.filter(|pod| uid.is_none_or(|uid| pod.uid() == uid));
+        let pod = pod.filter(|pod| uid.is_none_or(|uid| pod.uid() == uid || pod.uid_here() == uid));
         let pod = pod.ok_or_else(|| missing(format!("pod \"{name}\" not found")))?;
         Ok(Found { pod })
     }
@@ -228,7 +228,7 @@ impl Found {
     /// The runtime's containers of that name, newest first.
     async fn containers(&self, api: &Api, name: &str) -> Vec<ContainerStatus> {
         let sandboxes = api.context.runtime.list().await.unwrap_or_default();
-        let own = sandboxes.into_iter().filter(|sandbox| sandbox.spec.uid == self.pod.uid());
+        let own = sandboxes.into_iter().filter(|sandbox| sandbox.spec.uid == self.pod.uid_here());
         let mut all: Vec<_> = own.flat_map(|sandbox| sandbox.containers).filter(|c| c.name == name).collect();
         all.sort_by_key(|c| std::cmp::Reverse((c.attempt, c.created_at)));
         all
@@ -503,7 +503,7 @@ async fn forward(
     query: &Query,
 ) -> Result<Response<Body>, Response<Body>> {
     let sandboxes = api.context.runtime.list().await.unwrap_or_default();
-    let own = sandboxes.into_iter().filter(|sandbox| sandbox.spec.uid == found.pod.uid());
+    let own = sandboxes.into_iter().filter(|sandbox| sandbox.spec.uid == found.pod.uid_here());
     let ready = own.filter(|s| s.state == minke_runtime::SandboxState::Ready).max_by_key(|s| s.spec.attempt);
     let Some(sandbox) = ready else {
         return Err(missing(format!("pod not found (\"{}_{}\")", found.pod.name(), found.pod.namespace())));
