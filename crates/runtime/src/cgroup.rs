@@ -323,8 +323,11 @@ fn v1_settings(r: &Resources, controllers: &[String]) -> Vec<Setting> {
         out.extend(cpuset(r));
     }
     if has("hugetlb") {
-        let file = |size: &str| format!("hugetlb.{size}.limit_in_bytes").into();
-        out.extend(r.hugepages.iter().map(|(size, v)| (file(size), v.to_string(), true)));
+        for (size, v) in &r.hugepages {
+            out.push((format!("hugetlb.{size}.limit_in_bytes").into(), v.to_string(), true));
+            // What is reserved is limited apart from what is used, by kernels that can.
+            out.push((format!("hugetlb.{size}.rsvd.limit_in_bytes").into(), v.to_string(), false));
+        }
     }
     out
 }
@@ -343,8 +346,10 @@ fn v2_settings(r: &Resources) -> Vec<Setting> {
         out.push(("memory.swap.max".into(), if limit > 0 { "0".into() } else { "max".into() }, false));
     }
     out.extend(r.pids_limit.map(|v| ("pids.max".into(), max_or(v), true)));
-    let file = |size: &str| format!("hugetlb.{size}.max").into();
-    out.extend(r.hugepages.iter().map(|(size, v)| (file(size), v.to_string(), false)));
+    for (size, v) in &r.hugepages {
+        out.push((format!("hugetlb.{size}.max").into(), v.to_string(), false));
+        out.push((format!("hugetlb.{size}.rsvd.max").into(), v.to_string(), false));
+    }
     if r.oom_group {
         out.push(("memory.oom.group".into(), "1".into(), false));
     }
@@ -496,6 +501,9 @@ mod tests {
         for file in ["memory.max", "memory.swap.max", "pids.max", "cpuset.cpus", "cgroup.kill"] {
             fs::write(dir.join(file), "").unwrap();
         }
+        for file in ["memory.oom.group", "hugetlb.2MB.max", "hugetlb.2MB.rsvd.max"] {
+            fs::write(dir.join(file), "").unwrap();
+        }
     }
 
     #[test]
@@ -515,6 +523,9 @@ mod tests {
             cpu_period_us: Some(100_000),
             memory_limit: Some(64 << 20),
             pids_limit: Some(-1),
+            hugepages: [("2MB".to_owned(), 4 << 20)].into(),
+            oom_group: true,
+            cpuset_cpus: "0-1".to_owned(),
             ..Default::default()
         };
         cgroups.create("/m/pod1", &resources).unwrap();
@@ -527,6 +538,27 @@ mod tests {
         assert_eq!(read("m/pod1/memory.max"), "67108864");
         assert_eq!(read("m/pod1/memory.swap.max"), "0");
         assert_eq!(read("m/pod1/pids.max"), "max");
+        assert_eq!(
+            (read("m/pod1/hugetlb.2MB.max"), read("m/pod1/memory.oom.group")),
+            ("4194304".into(), "1".into())
+        );
+        assert_eq!(read("m/pod1/hugetlb.2MB.rsvd.max"), "4194304");
+        assert_eq!(read("m/pod1/cpuset.cpus"), "0-1");
+        // Lifted: what is limited no more says so.
+        let lifted = Resources {
+            cpu_shares: Some(2),
+            cpu_quota_us: Some(-1),
+            cpu_period_us: Some(100_000),
+            memory_limit: Some(-1),
+            pids_limit: Some(77),
+            ..Default::default()
+        };
+        cgroups.update("m/pod1", &lifted).unwrap();
+        let first = |p: &str| read(p).split_whitespace().next().unwrap_or_default().to_owned();
+        // A plain file is overwritten from its start and keeps what is beyond.
+        assert!(first("m/pod1/cpu.max").starts_with("max") && read("m/pod1/cpu.weight").starts_with('1'));
+        assert!(first("m/pod1/memory.max").starts_with("max") && read("m/pod1/pids.max").starts_with("77"));
+        assert!(read("m/pod1/memory.swap.max").starts_with("max"));
         cgroups.join("m/pod1", 42).unwrap();
         assert_eq!(read("m/pod1/cgroup.procs"), "42");
     }

@@ -439,6 +439,7 @@ enum Fault {
     HangAgent,
     KillServer,
     HangServer,
+    KillAll,
     KillShims,
     HangShim,
     KillShimAndAgent,
@@ -456,6 +457,7 @@ const FAULTS: &[Fault] = &[
     Fault::HangAgent,
     Fault::KillServer,
     Fault::HangServer,
+    Fault::KillAll,
     Fault::KillShims,
     Fault::KillShims,
     Fault::HangShim,
@@ -551,6 +553,14 @@ impl Machine {
                 tokio::time::sleep(moment).await;
                 self.server = start_server(&self.minke, self.data.path(), &self.dir)?;
                 Ok("servers killed")
+            }
+            Fault::KillAll => {
+                self.server.kill()?;
+                self.agent.kill()?;
+                self.server.wait()?;
+                self.server = start_server(&self.minke, self.data.path(), &self.dir)?;
+                self.agent_again(moment).await?;
+                Ok("servers and agents killed")
             }
             Fault::KillShims => {
                 for _ in 0..rng.random_range(1..4) {
