@@ -46,6 +46,8 @@ struct State {
     objects: imbl::OrdMap<Key, Arc<Object>>,
     /// Keys of objects by the uid of each of their owners.
     by_owner: HashMap<Arc<str>, BTreeSet<Key>>,
+    /// Keys of objects that nobody controls, from when somebody first asked for them to be kept.
+    orphans: Option<BTreeSet<Key>>,
 }
 
 impl Informer {
@@ -92,6 +94,23 @@ impl Informer {
         let state = self.read();
         let keys = state.by_owner.get(uid).into_iter().flatten();
         keys.filter_map(|key| state.objects.get(key).cloned()).collect()
+    }
+
+    /// Keeps from now on an index of the objects without a controller, for [`Informer::orphans_in`].
+    pub fn index_orphans(&self) {
+        let mut state = self.state.write().expect("no reader or writer of a cache panics");
+        if state.orphans.is_none() {
+            let orphans = state.objects.iter().filter(|(_, object)| object.controller().is_none());
+            state.orphans = Some(orphans.map(|(key, _)| key.clone()).collect());
+        }
+    }
+
+    /// The objects of one namespace that nobody controls, in order of name. None unless they are indexed.
+    pub fn orphans_in(&self, namespace: &str) -> Vec<Arc<Object>> {
+        let (state, from) = (self.read(), Key::new(namespace, ""));
+        let known = state.orphans.iter().flat_map(|orphans| orphans.range(from.clone()..));
+        let here = known.take_while(|key| key.namespace == from.namespace);
+        here.filter_map(|key| state.objects.get(key).cloned()).collect()
     }
 
     /// Tells of every change from now on; the present state comes first, as additions.
@@ -229,6 +248,12 @@ impl State {
         for owner in new.iter().flat_map(|object| object.owners()) {
             self.by_owner.entry((*owner.uid).into()).or_default().insert(key.clone());
         }
+        if let Some(orphans) = &mut self.orphans {
+            match &new {
+                Some(object) if object.controller().is_none() => orphans.insert(key),
+                _ => orphans.remove(&key),
+            };
+        }
         old
     }
 }
@@ -287,7 +312,7 @@ mod tests {
         }});
         if let Some(owner) = owner {
             value["metadata"]["ownerReferences"] =
-                json!([{"apiVersion": "v1", "kind": "X", "name": "x", "uid": owner}]);
+                json!([{"apiVersion": "v1", "kind": "X", "name": "x", "uid": owner, "controller": true}]);
         }
         Arc::new(Object::from_value(pods(), &value).unwrap())
     }
@@ -371,6 +396,7 @@ mod tests {
             Ok(WatchEvent::Bookmark(Revision(9))),
         ];
         let informer = informer(vec![Round(list(5, &[&a]), events, Then::StayOpen)]);
+        informer.index_orphans();
         informer.reached(Revision(9)).await;
         assert_eq!(names(&informer), ["b"]);
         assert!(Arc::ptr_eq(&informer.get("default", "b").unwrap(), &b), "the cache holds no copy");
@@ -411,6 +437,34 @@ mod tests {
                 row("remade", None, Some("9")),
             ]
         );
+    }
+
+    async fn check_orphans(early: bool) {
+        let (kept, lost, found) =
+            (pod("a", "1", 3, None), pod("b", "2", 4, Some("rs")), pod("c", "3", 5, None));
+        let events = vec![
+            Ok(WatchEvent::Modified(pod("b", "2", 7, None))),
+            Ok(WatchEvent::Modified(pod("c", "3", 8, Some("rs")))),
+        ];
+        let informer = informer(vec![Round(list(6, &[&kept, &lost, &found]), events, Then::StayOpen)]);
+        let orphans = || -> Vec<String> {
+            informer.orphans_in("default").iter().map(|object| object.name().to_owned()).collect()
+        };
+        // Asked for before there is anything, the index follows; later, it is made of what there is.
+        if early {
+            informer.index_orphans();
+        }
+        informer.reached(Revision(8)).await;
+        assert_eq!(orphans().is_empty(), !early);
+        informer.index_orphans();
+        assert_eq!(orphans(), ["a", "b"]);
+        assert!(informer.orphans_in("defaul").is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn those_without_a_controller_are_known() {
+        check_orphans(true).await;
+        check_orphans(false).await;
     }
 
     #[tokio::test(start_paused = true)]

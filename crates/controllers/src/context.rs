@@ -4,7 +4,7 @@
 //! the revisions before it hands the key out again, and an object whose deletion was asked for counts as
 //! going at once. So a controller always sees its own writes, which is what upstream's expectations are for.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::ops::Deref;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -110,11 +110,8 @@ pub(crate) struct Shared {
     pub events: EventRecorder,
     pub clock: Clock,
     watches: Vec<&'static Kind>,
-    adopts: Vec<&'static Kind>,
     /// Uids of watched objects whose deletion was asked for, until the cache shows it.
     deleting: Mutex<HashSet<Arc<str>>>,
-    /// Objects of the kinds that are adopted, without a controller. There are few of them.
-    orphans: Mutex<HashMap<&'static Kind, BTreeSet<Key>>>,
 }
 
 impl Shared {
@@ -126,24 +123,16 @@ impl Shared {
         watches: Vec<&'static Kind>,
         adopts: Vec<&'static Kind>,
     ) -> Shared {
-        let (deleting, orphans) = Default::default();
-        Shared { client, informers, events, clock, watches, adopts, deleting, orphans }
+        adopts.into_iter().for_each(|kind| informers.of(kind).index_orphans());
+        Shared { client, informers, events, clock, watches, deleting: Mutex::default() }
     }
 
-    /// Keeps the small indexes up to date. Called once for every change that the controller watches.
+    /// Forgets what is gone. Called once for every change that the controller watches.
     pub fn note(&self, change: &Change) {
         let object = change.object();
         let gone = change.new.as_ref().is_none_or(|new| new.deleted().is_some());
         if gone {
             lock(&self.deleting).remove(object.uid());
-        }
-        if self.adopts.contains(&object.kind()) {
-            let mut orphans = lock(&self.orphans);
-            let orphans = orphans.entry(object.kind()).or_default();
-            match &change.new {
-                Some(new) if new.controller().is_none() => orphans.insert(new.key().clone()),
-                _ => orphans.remove(object.key()),
-            };
         }
     }
 }
@@ -314,16 +303,9 @@ impl Ctx {
         if owner.deleted().is_some() || selector.is_everything() {
             return Ok(mine);
         }
-        let orphans: Vec<Key> = {
-            let orphans = lock(&self.shared.orphans);
-            let from = Key::new(owner.namespace(), "");
-            let known = orphans.get(kind).into_iter().flat_map(|orphans| orphans.range(from.clone()..));
-            known.take_while(|key| key.namespace == from.namespace).cloned().collect()
-        };
-        let informer = self.shared.informers.of(kind);
         let mut may_adopt = false;
-        for orphan in orphans.iter().filter_map(|key| informer.get_key(key)) {
-            if orphan.controller().is_some() || self.is_going(&orphan) || !fits(&orphan) {
+        for orphan in self.shared.informers.of(kind).orphans_in(owner.namespace()) {
+            if self.is_going(&orphan) || !fits(&orphan) {
                 continue;
             }
             if !may_adopt {
