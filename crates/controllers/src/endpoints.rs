@@ -117,12 +117,12 @@ impl Controller for EndpointsController {
         vec![Kind::of::<Service>(), Kind::of::<Pod>(), Kind::of::<Endpoints>()]
     }
 
-    fn items(&self, _: &Shared, change: &Change) -> Vec<Item> {
+    fn items(&self, ctx: &Shared, change: &Change) -> Vec<Item> {
         let object = change.object();
         if object.kind() == Kind::of::<Endpoints>() {
             return vec![Item { kind: Kind::of::<Service>(), key: object.key().clone() }];
         }
-        self.index.items(change)
+        self.index.items(ctx, change)
     }
 
     async fn reconcile(&self, ctx: &Ctx, item: &Item) -> Result<Requeue, Status> {
@@ -138,7 +138,7 @@ impl Controller for EndpointsController {
             return Ok(Requeue::Never);
         };
         let Some(selector) = services::selector(&service) else { return Ok(Requeue::Never) };
-        let pods = services::pods_of(ctx, &service, &selector);
+        let pods = self.index.pods_of(ctx, &service, &selector);
         let (subsets, over) = subsets(&service, &pods);
         let labels = labels(&service, &[MANAGED_BY]);
         let trigger = trigger_time(&service, &pods).map(format_seconds);

@@ -273,7 +273,7 @@ impl Controller for EndpointSlices {
             let services = ctx.informers.of_type::<Service>().snapshot();
             return services.values().map(|service| Item::of(service)).collect();
         }
-        self.index.items(change)
+        self.index.items(ctx, change)
     }
 
     async fn reconcile(&self, ctx: &Ctx, item: &Item) -> Result<Requeue, Status> {
@@ -282,7 +282,7 @@ impl Controller for EndpointSlices {
         if service.object.deleted().is_some() {
             return Ok(Requeue::Never);
         }
-        let pods = services::pods_of(ctx, &service, &selector);
+        let pods = self.index.pods_of(ctx, &service, &selector);
         let nodes = ctx.informer::<Node>();
         let zone_of = |node: &str| nodes.get("", node)?.labels().get(ZONE).map(str::to_owned);
         let desired = desired(&service, &pods, zone_of);

@@ -1,64 +1,88 @@
 //! What Endpoints and EndpointSlices have in common: which services select a pod, and what a pod offers.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::Mutex;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::{Mutex, MutexGuard};
 
 use k8s_openapi::api::core::v1::{ObjectReference, Pod, Service, ServicePort};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use minke_api::{Key, Kind, LabelSelector, Object};
 use minke_client::Change;
 
-use crate::context::{Ctx, Item, Typed};
+use crate::context::{Ctx, Item, Shared, Typed};
 use crate::pods;
 
-/// Services by one pair of their selector, so that a pod finds those that may select it without looking at
-/// every service of its namespace.
+/// Which pods are of which service, kept up to date with every change, so that neither a change of a pod looks at every
+/// service of its namespace nor a pass over a service at every pod.
 #[derive(Default)]
 pub(crate) struct SelectorIndex(Mutex<Index>);
 
+type Pairs = BTreeMap<String, String>;
+
 #[derive(Default)]
 struct Index {
+    /// Services by namespace and one pair of their selector.
     by_pair: HashMap<(String, String, String), HashSet<Key>>,
-    pairs: HashMap<Key, (String, String, String)>,
+    services: HashMap<Key, Known>,
+}
+
+/// A service with a selector, and the pods that it selects.
+struct Known {
+    pairs: Pairs,
+    pods: BTreeSet<Key>,
+}
+
+impl Known {
+    fn selects(&self, pod: &Object) -> bool {
+        self.pairs.iter().all(|(name, value)| pod.labels().get(name) == Some(value))
+    }
+}
+
+fn first_pair(service: &Key, pairs: &Pairs) -> (String, String, String) {
+    let (name, value) = pairs.iter().next().expect("a selector that selects something has pairs");
+    (service.namespace.to_string(), name.clone(), value.clone())
+}
+
+impl Index {
+    fn forget(&mut self, service: &Key) {
+        let Some(known) = self.services.remove(service) else { return };
+        let pair = first_pair(service, &known.pairs);
+        if let Some(keys) = self.by_pair.get_mut(&pair) {
+            keys.remove(service);
+            if keys.is_empty() {
+                self.by_pair.remove(&pair);
+            }
+        }
+    }
 }
 
 impl SelectorIndex {
-    pub fn note_service(&self, change: &Change) {
-        let key = change.object().key();
-        let new = change.new.clone().and_then(Typed::<Service>::new);
-        let pair = new.as_deref().and_then(selector_pairs).and_then(|pairs| {
-            let (name, value) = pairs.iter().next()?;
-            Some((key.namespace.to_string(), name.clone(), value.clone()))
-        });
-        let mut index = self.0.lock().expect("nothing panics under the index");
-        if let Some(old) = index.pairs.remove(key)
-            && let Some(keys) = index.by_pair.get_mut(&old)
-        {
-            keys.remove(key);
-            if keys.is_empty() {
-                index.by_pair.remove(&old);
-            }
-        }
-        if let Some(pair) = pair {
-            index.by_pair.entry(pair.clone()).or_default().insert(key.clone());
-            index.pairs.insert(key.clone(), pair);
-        }
+    fn lock(&self) -> MutexGuard<'_, Index> {
+        self.0.lock().expect("nothing panics under the index")
     }
 
-    /// Services whose selector may match the labels that `pod` has (or had).
-    pub fn candidates(&self, pod: &Object, found: &mut HashSet<Key>) {
-        let index = self.0.lock().expect("nothing panics under the index");
-        for (name, value) in pod.labels().iter() {
-            let pair = (pod.namespace().to_owned(), name.to_owned(), value.to_owned());
-            found.extend(index.by_pair.get(&pair).into_iter().flatten().cloned());
+    fn note_service(&self, ctx: &Shared, change: &Change) {
+        let key = change.object().key();
+        let new = change.new.clone().and_then(Typed::<Service>::new);
+        // Locked while the pods are looked through: none is missed that comes meanwhile.
+        let mut index = self.lock();
+        let pairs = new.as_deref().and_then(selector_pairs);
+        if index.services.get(key).map(|known| &known.pairs) == pairs {
+            return;
         }
+        index.forget(key);
+        let Some(pairs) = pairs.cloned() else { return };
+        let mut known = Known { pairs, pods: BTreeSet::new() };
+        let pods = ctx.informers.of_type::<Pod>().in_namespace(&key.namespace);
+        known.pods = pods.iter().filter(|pod| known.selects(pod)).map(|pod| pod.key().clone()).collect();
+        index.by_pair.entry(first_pair(key, &known.pairs)).or_default().insert(key.clone());
+        index.services.insert(key.clone(), known);
     }
 
     /// The services that a change of a service or a pod concerns.
-    pub fn items(&self, change: &Change) -> Vec<Item> {
+    pub fn items(&self, ctx: &Shared, change: &Change) -> Vec<Item> {
         let kind = Kind::of::<Service>();
         if change.object().kind() == kind {
-            self.note_service(change);
+            self.note_service(ctx, change);
             return vec![Item::of(change.object())];
         }
         if let (Some(old), Some(new)) = (&change.old, &change.new)
@@ -66,11 +90,49 @@ impl SelectorIndex {
         {
             return Vec::new();
         }
-        let mut keys = HashSet::new();
+        self.note_pod(change).into_iter().map(|key| Item { kind, key }).collect()
+    }
+
+    /// The services that select a pod, or did so before the change.
+    fn note_pod(&self, change: &Change) -> HashSet<Key> {
+        let mut index = self.lock();
+        let Index { by_pair, services } = &mut *index;
+        let mut candidates = HashSet::new();
         for pod in change.old.iter().chain(&change.new) {
-            self.candidates(pod, &mut keys);
+            for (name, value) in pod.labels().iter() {
+                let pair = (pod.namespace().to_owned(), name.to_owned(), value.to_owned());
+                candidates.extend(by_pair.get(&pair).into_iter().flatten().cloned());
+            }
         }
-        keys.into_iter().map(|key| Item { kind, key }).collect()
+        candidates.retain(|service| {
+            let Some(known) = services.get_mut(service) else { return false };
+            match &change.new {
+                Some(new) if known.selects(new) => {
+                    known.pods.insert(new.key().clone());
+                    true
+                }
+                _ => known.pods.remove(change.object().key()),
+            }
+        });
+        candidates
+    }
+
+    /// The pods of a service, in order of name: those that have an address and are not finished.
+    pub fn pods_of(&self, ctx: &Ctx, service: &Typed<Service>, selector: &LabelSelector) -> Vec<Typed<Pod>> {
+        let informer = ctx.informer::<Pod>();
+        let keys: Option<Vec<Key>> = {
+            let index = self.lock();
+            let known = index.services.get(service.object.key());
+            let same = known.filter(|known| Some(&known.pairs) == selector_pairs(service));
+            same.map(|known| known.pods.iter().cloned().collect())
+        };
+        let pods = match keys {
+            Some(keys) => keys.iter().filter_map(|key| informer.get_key(key)).collect(),
+            // The service was not told of yet, or not of its new selector.
+            None => informer.in_namespace(service.object.namespace()),
+        };
+        let matching = pods.into_iter().filter(|pod| selector.matches(pod.labels())).filter_map(Typed::new);
+        matching.filter(|pod: &Typed<Pod>| !pods::is_finished(pod) && !addresses(pod).is_empty()).collect()
     }
 }
 
@@ -95,13 +157,6 @@ pub(crate) fn selector(service: &Service) -> Option<LabelSelector> {
     let external = service.spec.as_ref().and_then(|spec| spec.type_.as_deref()) == Some("ExternalName");
     let pairs = selector_pairs(service).filter(|_| !external)?;
     Some(LabelSelector::from_pairs(pairs.clone()))
-}
-
-/// The pods of a service, in order of name: those that have an address and are not finished.
-pub(crate) fn pods_of(ctx: &Ctx, service: &Typed<Service>, selector: &LabelSelector) -> Vec<Typed<Pod>> {
-    let pods = ctx.informer::<Pod>().in_namespace(service.object.namespace());
-    let matching = pods.into_iter().filter(|pod| selector.matches(pod.labels())).filter_map(Typed::new);
-    matching.filter(|pod: &Typed<Pod>| !pods::is_finished(pod) && !addresses(pod).is_empty()).collect()
 }
 
 /// The addresses of a pod, one per family at most.
