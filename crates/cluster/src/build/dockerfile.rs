@@ -1,6 +1,6 @@
 //! Reads Dockerfiles: lines, instructions, their flags and words, and `$VARIABLES` in them.
 //!
-//! Upstream: the Dockerfile reference. What only BuildKit has (heredocs, `RUN --mount`) and `ONBUILD` are refused
+//! Upstream: the Dockerfile reference. What only BuildKit has (`RUN --mount`) and `ONBUILD` are refused
 //! with their line, rather than taken for something else.
 
 use std::collections::BTreeMap;
@@ -20,6 +20,19 @@ pub struct Instruction {
     /// `--from=x` is `("from", "x")`.
     pub flags: Vec<(String, String)>,
     pub arguments: Arguments,
+    /// Files that stand in the Dockerfile itself, for COPY and ADD; those of RUN are part of its text.
+    pub heredocs: Vec<Heredoc>,
+}
+
+/// The lines after `<<NAME`, up to one that is `NAME`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Heredoc {
+    pub name: String,
+    /// Variables are undone, because the name was not quoted.
+    pub expand: bool,
+    /// `<<-NAME`: tabs at the beginnings of lines are not part of it.
+    strip: bool,
+    pub text: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,15 +44,40 @@ pub enum Arguments {
 }
 
 impl Instruction {
-    /// As it stands, for messages and keys.
+    /// As it stands, in one line, for messages and keys.
     pub fn shown(&self) -> String {
         let flags: String = self.flags.iter().map(|(name, value)| format!(" --{name}={value}")).collect();
         match &self.arguments {
-            Arguments::Text(text) => format!("{}{flags} {text}", self.name),
+            Arguments::Text(text) => match text.trim_end().split_once('\n') {
+                Some((first, _)) => format!("{}{flags} {first} ...", self.name),
+                None => format!("{}{flags} {text}", self.name),
+            },
             Arguments::List(list) => {
                 format!("{}{flags} {}", self.name, serde_json::Value::from(list.clone()))
             }
         }
+    }
+
+    /// Puts the heredocs of a RUN, which have been read, where its shell finds them: one that stands alone is the
+    /// script itself.
+    fn settle(&mut self) -> Result<(), String> {
+        let Arguments::Text(text) = &mut self.arguments else { return Ok(()) };
+        if self.name != "RUN" || self.heredocs.is_empty() {
+            return Ok(());
+        }
+        let heredocs = std::mem::take(&mut self.heredocs);
+        if text.split_whitespace().count() == 1 {
+            *text = heredocs.into_iter().map(|heredoc| heredoc.text).collect();
+            return match text.starts_with("#!") {
+                true => Err("RUN <<: a script with an interpreter of its own is not supported".to_owned()),
+                false if text.trim().is_empty() => Err("RUN requires at least one argument".to_owned()),
+                false => Ok(()),
+            };
+        }
+        for Heredoc { name, text: lines, .. } in heredocs {
+            *text = format!("{text}\n{lines}{name}");
+        }
+        Ok(())
     }
 
     pub fn flag(&self, name: &str) -> Option<&str> {
@@ -94,7 +132,12 @@ pub fn parse(text: &str) -> Result<Dockerfile, SyntaxError> {
         }
         let whole = std::mem::take(&mut joined);
         if !whole.trim().is_empty() {
-            instructions.push(instruction(begun, whole.trim())?);
+            let mut instruction = instruction(begun, whole.trim())?;
+            for heredoc in &mut instruction.heredocs {
+                heredoc.read(&mut lines).map_err(|why| SyntaxError { line: begun, why })?;
+            }
+            instruction.settle().map_err(|why| SyntaxError { line: begun, why })?;
+            instructions.push(instruction);
         }
         if instructions.len() > INSTRUCTIONS_MAX {
             return fail(number, format!("more than {INSTRUCTIONS_MAX} instructions"));
@@ -185,9 +228,8 @@ fn instruction(line: usize, text: &str) -> Result<Instruction, SyntaxError> {
     if rest.is_empty() {
         return fail(format!("{name} requires at least one argument"));
     }
-    if matches!(name.as_str(), "RUN" | "COPY" | "ADD") && has_heredoc(rest) {
-        return fail(format!("{name} <<: heredocs are not supported"));
-    }
+    let has_heredocs = matches!(name.as_str(), "RUN" | "COPY" | "ADD") && !rest.starts_with('[');
+    let heredocs = rest.split_whitespace().filter(|_| has_heredocs).filter_map(Heredoc::begun_by).collect();
     let takes_list = matches!(
         name.as_str(),
         "ADD" | "CMD" | "COPY" | "ENTRYPOINT" | "HEALTHCHECK" | "RUN" | "SHELL" | "VOLUME"
@@ -197,18 +239,52 @@ fn instruction(line: usize, text: &str) -> Result<Instruction, SyntaxError> {
         false => None,
     };
     let arguments = list.map_or_else(|| Arguments::Text(rest.to_owned()), Arguments::List);
-    Ok(Instruction { line, name, flags, arguments })
+    Ok(Instruction { line, name, flags, arguments, heredocs })
 }
 
-/// `<<EOF`, `<<-"EOF"`; in a shell's `1<<2` or `$((1 << 2))` there is none.
-fn has_heredoc(text: &str) -> bool {
-    text.split_whitespace().any(|word| {
-        let Some(rest) = word.trim_start_matches(|c: char| c.is_ascii_digit()).strip_prefix("<<") else {
-            return false;
-        };
-        let rest = rest.trim_start_matches('-').trim_start_matches(['"', '\'']);
-        rest.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
-    })
+impl Heredoc {
+    /// `<<EOF`, `<<-"EOF"`; in a shell's `1<<2` or `$((1 << 2))` there is none.
+    fn begun_by(word: &str) -> Option<Heredoc> {
+        let rest = word.trim_start_matches(|c: char| c.is_ascii_digit()).strip_prefix("<<")?;
+        let (strip, rest) = rest.strip_prefix('-').map_or((false, rest), |rest| (true, rest));
+        let quoted = ['"', '\''].iter().find_map(|q| rest.strip_prefix(*q)?.strip_suffix(*q));
+        let name = quoted.unwrap_or(rest);
+        let is_name = name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
+            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b));
+        is_name.then(|| Heredoc {
+            name: name.to_owned(),
+            expand: quoted.is_none(),
+            strip,
+            text: String::new(),
+        })
+    }
+
+    fn read<'a>(&mut self, lines: &mut impl Iterator<Item = (usize, &'a str)>) -> Result<(), String> {
+        for (_, line) in lines {
+            let line = if self.strip { line.trim_start_matches('\t') } else { line };
+            if line == self.name {
+                return Ok(());
+            }
+            self.text.push_str(line);
+            self.text.push('\n');
+        }
+        Err(format!("unterminated heredoc {}", self.name))
+    }
+
+    /// What the file holds. Quotes mean nothing in it.
+    pub fn content(&self, escape: char, variables: &Variables) -> Result<String, String> {
+        if !self.expand {
+            return Ok(self.text.clone());
+        }
+        let pieces = self.text.split_inclusive(['\'', '"']).map(|piece| {
+            let (plain, quote) = match piece.strip_suffix(['\'', '"']) {
+                Some(plain) => (plain, &piece[plain.len()..]),
+                None => (piece, ""),
+            };
+            Ok(expand_all(plain, escape, variables)? + quote)
+        });
+        pieces.collect()
+    }
 }
 
 /// Variables as instructions see them.
@@ -385,9 +461,38 @@ mod tests {
         check("FROM a\nFLY b", Err("line 2: unknown instruction: FLY"));
         check("FROM a\nCOPY", Err("line 2: COPY requires at least one argument"));
         check("FROM a\nRUN --mount=type=cache x", Err("line 2: RUN --mount is not supported"));
-        check("FROM a\nRUN <<EOF\nx\nEOF", Err("line 2: RUN <<: heredocs are not supported"));
+        check("FROM a\nRUN <<EOF\nx\n\n# y\nEOF\nCMD z", Ok(&["FROM a", "RUN x ...", "CMD z"]));
+        check(
+            "FROM a\nCOPY <<A <<-\"B\" /\nx\nA\n\ty\n\tB\nCMD z",
+            Ok(&["FROM a", "COPY <<A <<-\"B\" /", "CMD z"]),
+        );
+        check("FROM a\nRUN <<EOF\nx\n", Err("line 2: unterminated heredoc EOF"));
+        check("FROM a\nRUN <<EOF\nEOF\n", Err("line 2: RUN requires at least one argument"));
+        check(
+            "FROM a\nRUN <<EOF\n#!/bin/python\nEOF\n",
+            Err("line 2: RUN <<: a script with an interpreter of its own is not supported"),
+        );
         check("FROM a\nONBUILD RUN x", Err("line 2: ONBUILD is not supported"));
         check("# escape=x\nFROM a", Err("line 1: invalid escape token \"x\" does not match ` or \\"));
+    }
+
+    #[test]
+    fn heredocs_are_files_and_scripts() {
+        let parsed = |text: &str| parse(text).expect("it is good").instructions.remove(1);
+        let arguments = |text: &str| match parsed(text).arguments {
+            Arguments::Text(text) => text,
+            Arguments::List(list) => list.join("|"),
+        };
+        assert_eq!(arguments("FROM a\nRUN <<EOF\na $B\n  c\nEOF"), "a $B\n  c\n");
+        assert_eq!(
+            arguments("FROM a\nRUN cat <<-E 3<<'F' > x\n\t1\nE\n2\nF"),
+            "cat <<-E 3<<'F' > x\n1\nE\n2\nF"
+        );
+        let heredocs = parsed("FROM a\nCOPY <<A <<'B' /\nit's \"$V\" \\$V\nA\n$V\nB").heredocs;
+        let variables = Variables::from([("V".to_owned(), "1".to_owned())]);
+        let contents: Vec<_> =
+            heredocs.iter().map(|h| h.content('\\', &variables).expect("it is good")).collect();
+        assert_eq!(contents, ["it's \"1\" $V\n", "$V\n"]);
     }
 
     #[track_caller]

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -335,14 +336,26 @@ impl Stage {
             }
         };
         let tree = other.as_ref().unwrap_or(&build.context);
-        let mut found = Vec::new();
+        let (mut found, mut written) = (Vec::new(), step.heredocs.iter());
+        let mut documents = Vec::new();
         for source in sources {
-            found.extend(tree.find(source)?);
+            match written.as_slice().first().filter(|_| source.starts_with("<<")) {
+                Some(heredoc) => {
+                    let content = heredoc.content(escape, &variables).map_err(anyhow::Error::msg)?;
+                    documents.push((&heredoc.name, content));
+                    written.next();
+                }
+                None => found.extend(tree.find(source)?),
+            }
         }
         let content = match &other {
             // What the other image is made of is known.
             Some(_) => from_key,
             None => digest(tree, &found)?,
+        };
+        let content = match documents.is_empty() {
+            true => content,
+            false => hex_digest(&[content.as_bytes(), format!("{documents:?}").as_bytes()]),
         };
         let words = format!("{words:?} {mode:?} {owner:?}");
         let dir = self.text("WorkingDir");
@@ -363,7 +376,7 @@ impl Stage {
         };
         let path = relative(&self.absolute(target));
         let into_dir = target.ends_with('/') || target == "." || target.ends_with("/.") || view.is_dir(&path);
-        if found.len() > 1 && !into_dir {
+        if found.len() + documents.len() > 1 && !into_dir {
             bail!(
                 "When using {} with more than one source file, the destination must be a directory and end with a /",
                 step.name
@@ -371,6 +384,14 @@ impl Stage {
         }
         // Archives are unpacked first, so that they are copied like anything else.
         let mut copies = Vec::new();
+        for (name, content) in &documents {
+            let scratch = build.sandbox.scratch()?;
+            std::fs::write(scratch.join(name), content)?;
+            std::fs::set_permissions(scratch.join(name), std::fs::Permissions::from_mode(0o644))?;
+            let tree = Some(Tree::open(&scratch, Ignore::default())?);
+            let target = if into_dir { path.join(name) } else { path.clone() };
+            copies.push(Copy { tree, source: PathBuf::from(name), target, whole_dir: false });
+        }
         for source in found {
             if tree.is_dir(&source) {
                 copies.push(Copy { tree: None, source, target: path.clone(), whole_dir: true });
@@ -419,7 +440,8 @@ impl Stage {
                 writer.directory(&path, &meta_of(EntryMeta { mode: 0o755, ..now() }, false))?;
             }
             for copy in &copies {
-                let keeps = copy.tree.is_some();
+                // An archive says whose its files are.
+                let keeps = copy.tree.is_some() && copy.whole_dir;
                 let from = copy.tree.as_ref().unwrap_or(tree);
                 from.walk(&copy.source, &copy.target, keeps, &mut |path, item| {
                     match item {
