@@ -83,7 +83,7 @@ impl Group {
         Group {
             looked_at: Vec::new(),
             verdicts: Vec::new(),
-            objections: vec![(0, Arc::new(Objection { reasons: Vec::new(), hopeless: false }))],
+            objections: vec![(0, Arc::new(Objection::new("", false)))],
             raw: raw.collect(),
             scoring,
             sums: Vec::new(),

@@ -86,7 +86,8 @@ impl<'a> Try<'a> {
                 Ok(true) => reserving.push(at),
                 Ok(false) => {}
                 Err(objection) => {
-                    let message = format!("0/{nodes} nodes are available: {}.", objection.reasons.join(", "));
+                    let reasons: Vec<&str> = objection.reasons().map(|reason| &**reason).collect();
+                    let message = format!("0/{nodes} nodes are available: {}.", reasons.join(", "));
                     let rejecting = 1 << (PLUGINS.len() + at);
                     let order = world.picture.known_order();
                     let objections = if objection.hopeless {
@@ -148,9 +149,12 @@ impl<'a> Try<'a> {
         prepared: &Prepared,
         group: &mut Group,
         slot: u32,
+        last: Option<&Arc<Objection>>,
     ) -> Option<(usize, Arc<Objection>)> {
         if world.picture.is_held(slot) {
-            return self.objection(world, prepared, slot).map(|(row, objection)| (row, Arc::new(objection)));
+            return self
+                .objection(world, prepared, slot)
+                .map(|(row, objection)| (row, shared(objection, last)));
         }
         let picture = &world.picture;
         if let Some(known) = group.objection(prepared, picture, slot) {
@@ -160,7 +164,7 @@ impl<'a> Try<'a> {
             return None;
         }
         let objection = prepared.objection(&prepared.wide, picture, picture.node(slot));
-        objection.map(|(row, objection)| (row, Arc::new(objection)))
+        objection.map(|(row, objection)| (row, shared(objection, last)))
     }
 
     /// As if the pods that hold room here, and are no less important, were here already.
@@ -197,7 +201,7 @@ pub fn feasible(
 ) -> Result<Vec<u32>, NoFit> {
     let info = attempt.info;
     let nodes = world.picture.known_order().len();
-    let mut objections = Vec::new();
+    let mut objections: Vec<(u32, Arc<Objection>)> = Vec::new();
     let mut rejecting = 0;
     let mut feasible = Vec::new();
     // A pod that made room for itself goes there if it can.
@@ -221,9 +225,10 @@ pub fn feasible(
             None => world.picture.known_order()[(*start + looked_at) % nodes],
         };
         looked_at += 1;
+        let last = objections.last().map(|(_, objection)| objection);
         let objection = match &mut group {
-            Some(group) => attempt.known_objection(world, prepared, group, slot),
-            None => attempt.objection(world, prepared, slot).map(|(row, why)| (row, Arc::new(why))),
+            Some(group) => attempt.known_objection(world, prepared, group, slot, last),
+            None => attempt.objection(world, prepared, slot).map(|(row, why)| (row, shared(why, last))),
         };
         match objection {
             None => feasible.push(slot),
@@ -256,13 +261,21 @@ pub fn feasible(
     Err(NoFit { message, nodes, objections, rejecting })
 }
 
+/// The objection, or the last one if it is the same.
+fn shared(objection: Objection, last: Option<&Arc<Objection>>) -> Arc<Objection> {
+    match last {
+        Some(last) if **last == objection => last.clone(),
+        _ => Arc::new(objection),
+    }
+}
+
 /// How often each reason was given; prints as upstream lists them.
 #[derive(Default)]
 pub struct Reasons(BTreeMap<Cow<'static, str>, usize>);
 
 impl Reasons {
     pub fn add(&mut self, objection: &Objection, count: usize) {
-        for reason in &objection.reasons {
+        for reason in objection.reasons() {
             match self.0.get_mut(reason) {
                 Some(sum) => *sum += count,
                 None => drop(self.0.insert(reason.clone(), count)),

@@ -344,7 +344,7 @@ impl ReservePlugin for Binding {
 
     fn filter(&mut self, _: &PodInfo, node: &Node) -> Option<Objection> {
         let reasons = self.look(&node.name, &node.labels).err()?;
-        Some(Objection { reasons: reasons.into_iter().map(Into::into).collect(), hopeless: true })
+        Objection::of(reasons.into_iter().map(Into::into).collect(), true)
     }
 
     fn reserve(&mut self, pod: &PodInfo, node: &Node) -> Result<(), String> {

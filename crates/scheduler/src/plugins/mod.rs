@@ -38,13 +38,31 @@ pub mod wake {
 /// Why a node was ruled out. `hopeless`: removing pods from it would not help.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Objection {
-    pub reasons: Vec<Cow<'static, str>>,
+    /// Most have one, which then costs no allocation: thousands of nodes may object to each of thousands of pods.
+    reason: Cow<'static, str>,
+    more: Vec<Cow<'static, str>>,
     pub hopeless: bool,
 }
 
 impl Objection {
     pub fn new(reason: impl Into<Cow<'static, str>>, hopeless: bool) -> Objection {
-        Objection { reasons: vec![reason.into()], hopeless }
+        Objection { reason: reason.into(), more: Vec::new(), hopeless }
+    }
+
+    /// `None` without reasons.
+    pub fn of(mut reasons: Vec<Cow<'static, str>>, hopeless: bool) -> Option<Objection> {
+        match reasons.len() {
+            0 => None,
+            1 => Some(Objection::new(reasons.pop()?, hopeless)),
+            _ => {
+                let more = reasons.split_off(1);
+                Some(Objection { reason: reasons.pop()?, more, hopeless })
+            }
+        }
+    }
+
+    pub fn reasons(&self) -> impl Iterator<Item = &Cow<'static, str>> {
+        std::iter::once(&self.reason).chain(&self.more)
     }
 
     fn one(reason: &'static str, hopeless: bool) -> Option<Objection> {

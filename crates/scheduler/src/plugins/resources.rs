@@ -51,7 +51,7 @@ pub fn fit(pod: &Prepared, _: &Picture, node: &Node) -> Option<Objection> {
             hopeless |= *asked > has;
         }
     }
-    if reasons.is_empty() { None } else { Some(Objection { reasons, hopeless }) }
+    Objection::of(reasons, hopeless)
 }
 
 /// Resources that pods and nodes have only if they name them.
