@@ -168,6 +168,13 @@ pub fn pod_request(pod: &Pod, name: &str) -> i64 {
     sum.unwrap_or(0).saturating_add(overhead)
 }
 
+/// What a pod's containers may use together, as far as they are limited; `None` when none is.
+pub fn pod_limit(pod: &Pod, name: &str) -> Option<i64> {
+    let pod_level = limit(pod.spec().resources.as_ref(), name).map(Quantity::value);
+    let sum = || total(pod, false, |c| limit(c.resources.as_ref(), name).map(Quantity::value));
+    pod_level.or_else(sum).filter(|sum| *sum > 0)
+}
+
 /// Limits of the pod's own cgroup: only what all its containers are limited in.
 pub fn of_pod(pod: &Pod) -> Resources {
     let limits = |name: &'static str, units: fn(Quantity) -> i64| {

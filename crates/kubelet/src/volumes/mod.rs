@@ -27,6 +27,7 @@ use crate::container::Paths;
 use crate::env::{Facts, expand};
 use crate::pod::Pod;
 use crate::references::{self, Held};
+use crate::resources;
 
 use content::{Content, Token};
 use mounts::is_mounted;
@@ -72,8 +73,10 @@ impl Volumes {
                 renewal = [renewal, at].into_iter().flatten().min();
             }
             let content = content::of(pod, volume, &referenced, tokens, facts).map_err(failed)?;
+            let memory = facts.allocatable.get("memory").map(|quantity| quantity.value());
             let (paths, pod, volume) = (self.paths.clone(), pod.clone(), volume.clone());
-            let setup = tokio::task::spawn_blocking(move || set_up(&paths, &pod, &volume, content, claim));
+            let setup =
+                tokio::task::spawn_blocking(move || set_up(&paths, &pod, &volume, content, claim, memory));
             setup.await.map_err(|error| failed(error.to_string()))?.map_err(failed)?;
         }
         Ok(renewal)
@@ -245,13 +248,22 @@ pub fn dir(paths: &Paths, pod: &Pod, volume: &core::Volume) -> PathBuf {
     paths.volumes(pod.uid()).join(plugin).join(&volume.name)
 }
 
-/// Blocking. `content` is what the volume is to hold, for those whose contents are ours.
+/// How large a volume in memory may grow, in bytes: as it says, but not beyond what the pod may use, nor beyond what
+/// the node has for pods.
+fn memory_size(pod: &Pod, empty: &core::EmptyDirVolumeSource, allocatable: Option<i64>) -> Option<i64> {
+    let own = empty.size_limit.as_ref().and_then(|limit| Quantity::try_from(limit).ok()).map(Quantity::value);
+    let limits = [own, resources::pod_limit(pod, "memory"), allocatable];
+    limits.into_iter().flatten().filter(|bytes| *bytes > 0).min()
+}
+
+/// Blocking. `content` is what the volume is to hold, for those whose contents are ours; `memory` is the node's.
 fn set_up(
     paths: &Paths,
     pod: &Pod,
     volume: &core::Volume,
     content: Option<Content>,
     claim: Option<claims::Backing>,
+    memory: Option<i64>,
 ) -> Result<(), String> {
     let dir = dir(paths, pod, volume);
     if let Some(host) = &volume.host_path {
@@ -279,8 +291,7 @@ fn set_up(
         match empty.medium.as_deref().unwrap_or_default() {
             "" => {}
             "Memory" => {
-                let limit = empty.size_limit.as_ref().and_then(|limit| Quantity::try_from(limit).ok());
-                mounts::tmpfs(&dir, limit.map(Quantity::value).filter(|bytes| *bytes > 0)).map_err(say)?;
+                mounts::tmpfs(&dir, memory_size(pod, empty, memory)).map_err(say)?;
             }
             other => return Err(format!("storage medium \"{other}\" is not supported")),
         }
@@ -332,5 +343,40 @@ fn host_path(path: &Path, kind: &str) -> Result<(), String> {
         ("CharDevice", _) => failed("a character device"),
         ("BlockDevice", _) => failed("a block device"),
         (other, _) => Err(format!("{other} is an invalid volume type")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pod::tests::pod;
+    use serde_json::Value;
+
+    /// `limits` are those of two containers, in MiB; sizes are as well.
+    #[track_caller]
+    fn check_size(limits: [Option<i64>; 2], own: Option<i64>, allocatable: i64, want: i64) {
+        let container = |(n, limit): (usize, &Option<i64>)| -> Value {
+            let limits = limit.map(|limit| json!({"memory": format!("{limit}Mi")}));
+            json!({"name": format!("c{n}"), "resources": {"limits": limits.unwrap_or(json!({}))}})
+        };
+        let containers: Vec<Value> = limits.iter().enumerate().map(container).collect();
+        let pod = pod(json!({"spec": {"containers": containers}}));
+        let empty = core::EmptyDirVolumeSource {
+            size_limit: own.map(|own| Quantity::bytes(own << 20).into()),
+            ..Default::default()
+        };
+        assert_eq!(memory_size(&pod, &empty, Some(allocatable << 20)), Some(want << 20));
+    }
+
+    #[test]
+    fn volumes_in_memory_have_a_size() {
+        check_size([None, None], None, 900, 900);
+        check_size([Some(100), Some(50)], None, 900, 150);
+        // As upstream: a container without a limit does not lift that of the others.
+        check_size([Some(100), None], None, 900, 100);
+        check_size([Some(100), Some(50)], Some(10), 900, 10);
+        check_size([Some(100), Some(50)], Some(200), 900, 150);
+        check_size([None, None], Some(0), 900, 900);
+        check_size([Some(4000), None], None, 900, 900);
     }
 }
