@@ -8,6 +8,9 @@ use k8s_openapi::api::core::v1::Pod;
 use minke_testing::sim::Sim;
 use serde_json::{Value, json};
 
+mod common;
+use common::through_all;
+
 fn seconds(n: u64) -> Duration {
     Duration::from_secs(n)
 }
@@ -64,11 +67,7 @@ fn condition(sim: &Sim, type_: &str) -> (String, String) {
     (found.status, found.reason.unwrap_or_default())
 }
 
-async fn life(crash_after: Option<usize>) -> bool {
-    let mut sim = Sim::new(7).nodes(2);
-    if let Some(writes) = crash_after {
-        sim = sim.crash_after(writes);
-    }
+async fn life(mut sim: Sim) -> Sim {
     sim.api.check(|api| {
         let pods = api.list(minke_api::Kind::of::<Pod>());
         let staying = pods.iter().filter(|pod| pod.deleted().is_none()).count();
@@ -89,24 +88,12 @@ async fn life(crash_after: Option<usize>) -> bool {
     sim.settle(seconds(300)).await;
     assert_eq!(replicas(&sim), 2);
     assert_eq!(condition(&sim, "AbleToScale").0, "True");
-    sim.crashed()
+    sim
 }
 
-#[tokio::test(start_paused = true)]
-async fn use_takes_a_workload_up_and_back_down() {
-    life(None).await;
-}
-
-#[tokio::test(start_paused = true)]
-async fn it_survives_a_crash_after_any_write() {
-    let mut rounds = 0;
-    for writes in (1..).step_by(7) {
-        if !life(Some(writes)).await {
-            break;
-        }
-        rounds += 1;
-    }
-    assert!(rounds > 2, "only {rounds} crashes");
+#[test]
+fn use_takes_a_workload_up_and_back_down() {
+    through_all(20, 3, life);
 }
 
 #[tokio::test(start_paused = true)]

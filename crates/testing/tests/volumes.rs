@@ -9,6 +9,9 @@ use minke_client::Propagation;
 use minke_testing::sim::{Api, Sim};
 use serde_json::{Value, json};
 
+mod common;
+use common::through_all;
+
 fn minutes(n: u64) -> Duration {
     Duration::from_secs(60 * n)
 }
@@ -137,24 +140,9 @@ async fn claims_of_the_built_in_class_come_and_go_with_their_pods() {
     assert!(sim.events("ClaimLost").is_empty());
 }
 
-#[tokio::test(start_paused = true)]
-async fn no_crash_between_two_writes_loses_a_volume_or_leaves_one_behind() {
-    let mut crashes = 0;
-    for n in 1.. {
-        let sim = come_and_go(Sim::new(5).nodes(2).crash_after(n)).await;
-        if !sim.crashed() {
-            break;
-        }
-        crashes += 1;
-    }
-    assert!(crashes > 30, "{crashes}");
-}
-
-#[tokio::test(start_paused = true)]
-async fn caches_that_lag_lose_no_volume() {
-    for seed in 0..10 {
-        come_and_go(Sim::new(seed).nodes(2).lag(Duration::from_secs(3))).await;
-    }
+#[test]
+fn no_volume_is_lost_or_left_behind() {
+    through_all(30, 10, come_and_go);
 }
 
 /// Five claims want three volumes.
@@ -178,17 +166,9 @@ async fn scramble(mut sim: Sim) -> Sim {
     sim
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_volume_has_one_claim_whoever_crashes() {
-    for n in 1.. {
-        if !scramble(Sim::new(2).crash_after(n)).await.crashed() {
-            assert!(n > 20, "{n}");
-            break;
-        }
-    }
-    for seed in 0..5 {
-        scramble(Sim::new(seed).lag(Duration::from_secs(3))).await;
-    }
+#[test]
+fn a_volume_has_one_claim_whoever_crashes() {
+    through_all(20, 5, scramble);
 }
 
 #[tokio::test(start_paused = true)]
