@@ -31,6 +31,7 @@ const TESTS: &[(&str, TestFn)] = tests![
     a_cgroup_that_vanished_is_made_again,
     a_full_disk_stops_no_container,
     deep_directories_are_removed,
+    a_start_that_is_killed_fails,
 ];
 
 fn main() {
@@ -284,5 +285,51 @@ async fn deep_directories_are_removed() {
     drop(at);
     node.runtime.remove_container("c").await.unwrap();
     assert!(!node.root().join("containers/c").exists());
+    node.close().await;
+}
+
+/// Neither a helper that is killed nor a first process that is killed before its program runs holds anything up.
+async fn a_start_that_is_killed_fails() {
+    let node = Node::new().await;
+    node.sandbox("pod").await;
+    // Less than it takes to get that far.
+    let tiny = Resources { memory_limit: Some(256 << 10), ..Resources::default() };
+    let spec = ContainerSpec { resources: tiny, ..node.spec("tiny", "true") };
+    node.runtime.create_container("pod", spec).await.unwrap();
+    let started = tokio::time::timeout(Duration::from_secs(30), node.runtime.start_container("tiny")).await;
+    let error = started.expect("it hangs").unwrap_err();
+    assert!(matches!(error, Error::Start(_)), "{error:?}");
+    assert_eq!(node.wait_exit("tiny").await.exit_code, Some(128));
+
+    for n in 0..20 {
+        let id = format!("c{n}");
+        node.runtime.create_container("pod", node.spec(&id, "sleep 1000")).await.unwrap();
+        let killer = async {
+            let helper = || {
+                let all = node.runtime.cgroups().pids(&node.cgroup_root);
+                let is_helper = |pid: &i32| {
+                    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+                    line.starts_with(b"minke-run")
+                };
+                all.into_iter().find(is_helper)
+            };
+            for _ in 0..2000 {
+                if let Some(pid) = helper() {
+                    tokio::time::sleep(Duration::from_millis(n * 2)).await;
+                    let pid = rustix::process::Pid::from_raw(pid).unwrap();
+                    let _ = rustix::process::kill_process(pid, Signal::KILL);
+                    break;
+                }
+                tokio::task::yield_now().await;
+            }
+        };
+        let (started, ()) = tokio::join!(node.runtime.start_container(&id), killer);
+        // It may have been there before it was killed.
+        let state = node.runtime.container_status(&id).await.unwrap().state;
+        let want = if started.is_ok() { ContainerState::Running } else { ContainerState::Exited };
+        assert!(state == want || state == ContainerState::Exited, "{started:?}: {state:?}");
+    }
+    let helpers = node.runtime.cgroups().pids(&format!("{}/shims", node.cgroup_root));
+    assert_eq!(helpers.len(), 1, "only the shim is left: {helpers:?}");
     node.close().await;
 }

@@ -428,17 +428,34 @@ impl Shim {
                 .unwrap_or_else(|e| Report::Failed(format!("helper: {e}"))),
             _ => Report::Failed(format!("helper {} ended without a report", job.helper)),
         };
+        self.finish_job(job, report, fds.pop());
+    }
+
+    /// The helper is no more. What it has begun may wait for it for ever, and hold the other end of its socket.
+    fn helper_ended(&mut self, at: usize) {
+        if readable(&self.jobs[at].socket) {
+            return self.job_ready(at);
+        }
+        let job = self.jobs.remove(at);
+        if let JobKind::Start(container) = &job.kind {
+            container.kill_all();
+        }
+        let report = Report::Failed(format!("helper {} was killed", job.helper));
+        self.finish_job(job, report, None);
+    }
+
+    fn finish_job(&mut self, job: Job, report: Report, fd: Option<OwnedFd>) {
         match (job.kind, report) {
             (JobKind::Exec, Report::Started(started)) => {
                 self.execs.push(ExecProcess { pid: started.pid, client: job.client, seq: job.seq });
-                self.reply(job.client, job.seq, Ok(Reply::Exec { pid: started.pid }), fds.pop());
+                self.reply(job.client, job.seq, Ok(Reply::Exec { pid: started.pid }), fd);
             }
             (JobKind::Exec, Report::Failed(e)) => {
                 let text = format!("exec failed: unable to start container process: {e}");
                 self.reply(job.client, job.seq, Err(ShimError::Start(text)), None);
             }
             (JobKind::Start(mut container), Report::Started(started)) => {
-                container.started(&started, fds.pop());
+                container.started(&started, fd);
                 let id = container.id.clone();
                 self.containers.insert(id.clone(), *container);
                 self.event(None, ShimEvent::Started { id, started });
@@ -466,9 +483,7 @@ impl Shim {
         }
         // A report was sent before its process could be ours to reap, so take reports first.
         for at in (0..self.jobs.len()).rev() {
-            let mut fds = [PollFd::new(&self.jobs[at].socket, PollFlags::IN)];
-            let zero = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
-            if rustix::event::poll(&mut fds, Some(&zero)).is_ok_and(|n| n > 0) {
+            if readable(&self.jobs[at].socket) {
                 self.job_ready(at);
             }
         }
@@ -490,6 +505,9 @@ impl Shim {
             self.stopping.get_or_insert((0, 0));
             self.kill_all();
         }
+        if let Some(at) = self.jobs.iter().position(|job| job.helper == pid) {
+            return self.helper_ended(at);
+        }
         if let Some(at) = self.execs.iter().position(|e| e.pid == pid) {
             let exec = self.execs.swap_remove(at);
             self.event(Some(exec.client), ShimEvent::ExecExited { seq: exec.seq, code });
@@ -506,6 +524,10 @@ impl Shim {
     fn kill_all(&mut self) {
         for container in self.containers.values() {
             container.kill_all();
+        }
+        // What is just being started may never come to its end when something it needs is gone.
+        for job in &self.jobs {
+            kill(job.helper, Signal::SIGKILL as i32);
         }
         if let Some(pause) = self.pause {
             kill(pause, Signal::SIGKILL as i32);
@@ -557,9 +579,18 @@ impl Shim {
     }
 }
 
+fn readable(socket: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(socket, PollFlags::IN)];
+    let zero = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+    rustix::event::poll(&mut fds, Some(&zero)).is_ok_and(|n| n > 0)
+}
+
+/// Numbers that mean more than one process are no process of ours.
 pub fn kill(pid: i32, signal: i32) {
-    if let (Some(pid), Ok(signal)) = (nix::unistd::Pid::from_raw(pid).into(), Signal::try_from(signal)) {
-        let _ = nix::sys::signal::kill(pid, signal);
+    if pid > 0
+        && let Ok(signal) = Signal::try_from(signal)
+    {
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal);
     }
 }
 

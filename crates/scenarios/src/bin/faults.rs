@@ -228,7 +228,7 @@ fn pod(name: &str, kind: &str, rng: &mut StdRng) -> Value {
         "volumes" => json!({
             "containers": [{"name": "main", "image": image,
                 "readinessProbe": {"httpGet": {"path": "/healthz", "port": 8080}, "periodSeconds": 2},
-                "resources": {"limits": {"cpu": "100m", "memory": "64Mi"}},
+                "resources": {"requests": {"cpu": "2m"}, "limits": {"cpu": "200m", "memory": "64Mi"}},
                 "volumeMounts": [
                     {"name": "disk", "mountPath": "/disk"}, {"name": "memory", "mountPath": "/memory"},
                     {"name": "disk", "mountPath": "/part", "subPath": "a/b"},
