@@ -165,7 +165,9 @@ fn read(store: &ImageStore, archive: impl Read, progress: Option<&Progress>) -> 
     for (count, entry) in archive.entries().map_err(broken)?.enumerate() {
         let mut entry = match entry {
             // What is wrong with the first header would be told with all of its bytes.
-            Err(e) if count == 0 && e.kind() == io::ErrorKind::Other => {
+            Err(e)
+                if count == 0 && matches!(e.kind(), io::ErrorKind::Other | io::ErrorKind::UnexpectedEof) =>
+            {
                 return Err(Error::Invalid(
                     "unrecognized image format: this is not a tar archive".to_owned(),
                 ));

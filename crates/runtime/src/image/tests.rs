@@ -171,8 +171,8 @@ fn refuses(archive: Vec<u8>, want: &str) {
 #[test]
 fn archives_that_are_wrong_leave_nothing() {
     let good = Layer::new().file("a", "1").bytes();
-    refuses(b"not a tar at all".to_vec(), "read image archive: failed to read entire block");
-    refuses(vec![b'x'; 1024], "read image archive");
+    refuses(b"not a tar at all".to_vec(), "unrecognized image format: this is not a tar archive");
+    refuses(vec![b'x'; 1024], "unrecognized image format: this is not a tar archive");
     refuses(tar_of(&[("hello", b"x")]), "unrecognized image format");
     refuses(tar_of(&[("manifest.json", b"{")]), "manifest.json: ");
     refuses(tar_of(&[("blobs/sha256/00", b"x")]), "unexpected commit digest");
