@@ -491,4 +491,6 @@ fn plan_end(pod: &Pod, o: &Observed, ending: &Ending, now: Timestamp, plan: &mut
 }
 
 #[cfg(test)]
+mod settles;
+#[cfg(test)]
 pub mod tests;

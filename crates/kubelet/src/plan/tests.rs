@@ -277,6 +277,12 @@ fn sidecars_start_in_turn_and_stay() {
     check(spec(), with(vec![]), &["start s 0 0s"]);
     check(spec(), started(Some(ProbeState::Unknown)), &[]);
     check(spec(), started(Some(ProbeState::Success)), &["start i 0 0s"]);
+    // Until its `postStart` hook is through, it has not started.
+    let hooked = |o: &mut Observed| {
+        started(Some(ProbeState::Success))(o);
+        o.running_jobs.insert(Job::Start("s".into()));
+    };
+    check(spec(), hooked, &[]);
     // It comes back whatever the pod's policy, also beside main containers.
     let mut never = spec();
     never["restartPolicy"] = json!("Never");
@@ -299,6 +305,22 @@ fn probes_that_fail_kill() {
         o.kills.insert("c-0".into(), (at(105), 0));
     };
     check(spec, killing, &[]);
+}
+
+#[test]
+fn a_kill_that_failed_is_tried_again() {
+    let failed = |o: &mut Observed| {
+        o.ending = Some(Ending { cause: Cause::Deleted, grace: 30, deadline: at(130) });
+        o.kills.insert("c-0".into(), (at(130), 1));
+        o.retries.insert(Job::Kill("c-0".into(), 1), Retry { at: at(105), failures: 1, on_change: false });
+    };
+    check_at(deleted(30), failed, 104, &[], Some(105));
+    check_at(deleted(30), failed, 105, &["kill c-0 Ending"], None);
+    let again = |o: &mut Observed| {
+        failed(o);
+        o.kills.insert("c-0".into(), (at(130), 2));
+    };
+    check_at(deleted(30), again, 105, &[], None);
 }
 
 #[test]
@@ -427,120 +449,4 @@ fn the_node_may_refuse_and_time_may_run_out() {
     assert!(matches!(&plan.actions[..], [Action::End(Ending { cause: Cause::Failed { reason, .. }, .. })]
         if reason == "DeadlineExceeded"));
     check_at(json!({"status": {"phase": "Succeeded"}}), |_| {}, 100, &["end Finished 30s"], None);
-}
-
-/// A world where every action works at once; containers end as `exits` says when they are reached.
-fn apply(
-    pod: &Pod,
-    o: &mut Observed,
-    action: Action,
-    now: Timestamp,
-    exits: &dyn Fn(&str, u32) -> Option<i32>,
-) {
-    match action {
-        Action::End(ending) => o.ending = Some(ending),
-        Action::MountVolumes => o.volumes = true,
-        Action::CreateSandbox { attempt } => o.sandboxes.push(sandbox(attempt, SandboxState::Ready)),
-        Action::Start { name, attempt, backoff } => {
-            let mut status = container(&name, attempt, Running);
-            status.created_at = now;
-            status.annotations.insert(BACKOFF_ANNOTATION.into(), backoff.as_millis().to_string());
-            let (_, wanted) = pod.container(&name).expect("only what is there is started");
-            status.resources = resources::of_container(wanted);
-            status
-                .annotations
-                .insert(ASKED_IMAGE_ANNOTATION.into(), wanted.image.clone().unwrap_or_default());
-            if let Some(code) = exits(&name, attempt) {
-                (status.state, status.exit_code, status.finished_at) =
-                    (ContainerState::Exited, Some(code), Some(now));
-            }
-            let sandbox = o.sandboxes.last_mut().expect("a sandbox comes first");
-            status.sandbox_id.clone_from(&sandbox.spec.id);
-            o.probes.insert(status.id.clone(), Probes::default());
-            sandbox.containers.push(status);
-        }
-        Action::Resize { containers, pod } => {
-            for (id, limits) in containers {
-                let mut all = o.sandboxes.iter_mut().flat_map(|s| &mut s.containers);
-                all.find(|c| c.id == id).expect("it runs").resources = limits;
-            }
-            if let (Some(limits), Some(sandbox)) = (pod, o.sandboxes.last_mut()) {
-                sandbox.spec.resources = limits;
-            }
-        }
-        Action::Kill { id, restart, .. } => {
-            if restart {
-                o.restarting.insert(id.clone(), true);
-            }
-            for c in o.sandboxes.iter_mut().flat_map(|s| &mut s.containers).filter(|c| c.id == id) {
-                (c.state, c.exit_code, c.finished_at) = (ContainerState::Exited, Some(143), Some(now));
-            }
-        }
-        Action::RemoveContainer(id) => o.forget_container(&id),
-        Action::RemoveSandbox(id) => o.sandboxes.retain(|sandbox| sandbox.spec.id != id),
-        Action::AnnounceBackoff { key, .. } => drop(o.announced.insert(key)),
-        Action::Teardown { remove } => o.cleanup = if remove { Cleanup::Removed } else { Cleanup::Stopped },
-        Action::Delete => o.gone = true,
-        Action::Exit => unreachable!("the caller ends there"),
-    }
-}
-
-/// Whatever happens, a pod soon has nothing to be done, and stays so; a deleted one is gone.
-#[test]
-fn every_plan_settles() {
-    let shapes = [
-        json!({}),
-        json!({"initContainers": [{"name": "i"}]}),
-        json!({"initContainers": [{"name": "s", "restartPolicy": "Always"}, {"name": "i"}],
-               "containers": [{"name": "c"}, {"name": "d"}]}),
-    ];
-    for policy in ["Always", "OnFailure", "Never"] {
-        for shape in &shapes {
-            for code in [None, Some(0), Some(1)] {
-                for delete_after in [0, 1, 2, 3, 5, 8, 40] {
-                    for change_after in [2, 6, 100] {
-                        settle(policy, shape.clone(), code, change_after, delete_after);
-                    }
-                }
-            }
-        }
-    }
-}
-
-#[track_caller]
-fn settle(policy: &str, shape: Value, code: Option<i32>, change_after: usize, delete_after: usize) {
-    let mut spec = shape;
-    spec["restartPolicy"] = json!(policy);
-    let mut patch = json!({"spec": spec});
-    // Every other run ends as told; init containers always end well.
-    let exits = move |name: &str, attempt: u32| match name {
-        "i" => Some(0),
-        "s" => None,
-        _ => code.filter(|_| attempt.is_multiple_of(2)),
-    };
-    let (mut o, mut now) = (Observed::default(), at(0));
-    for step in 0..200 {
-        if step == change_after {
-            patch["spec"]["containers"] = json!([
-                {"name": "c", "image": "j"}, {"name": "d", "resources": {"limits": {"memory": "9Mi"}}}]);
-        }
-        if step == delete_after {
-            crate::pod::tests::merge(&mut patch, deleted(30));
-        }
-        let plan = plan(&pod(patch.clone()), &o, now);
-        if plan.actions.contains(&Action::Exit) {
-            assert_eq!(o.cleanup, Cleanup::Removed);
-            assert!(o.all_containers().all(|c| c.state == ContainerState::Exited), "{policy} {code:?}");
-            return;
-        }
-        match (plan.actions.is_empty(), plan.wake) {
-            (true, Some(wake)) => now = wake,
-            (true, None) => assert!(step <= delete_after, "nothing happens though it is deleted"),
-            _ => {}
-        }
-        for action in plan.actions {
-            apply(&pod(patch.clone()), &mut o, action, now, &exits);
-        }
-    }
-    panic!("{policy} {code:?} {delete_after}: not gone after 200 steps");
 }

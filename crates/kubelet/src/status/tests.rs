@@ -1,5 +1,5 @@
 use super::*;
-use crate::observed::{Cleanup, Ending, ProbeState, Probes, Waiting};
+use crate::observed::{Cleanup, Ending, Job, ProbeState, Probes, Waiting};
 use crate::plan::tests::{at, container, exited, observed};
 use crate::pod::tests::pod;
 use ContainerState::Running;
@@ -41,6 +41,15 @@ fn phases_follow_the_containers() {
     check(policy("OnFailure"), &observed(vec![exited("c", 0, 0, 50)]), "Succeeded", "c:0");
     check(policy("OnFailure"), &observed(vec![exited("c", 0, 1, 100)]), "Running", "c:1");
     check(policy("Never"), &observed(vec![exited("c", 0, 1, 50)]), "Failed", "c:1");
+    let rules = json!({"spec": {"restartPolicy": "Never", "containers": [{"name": "c", "restartPolicy": "Never",
+        "restartPolicyRules": [{"action": "Restart", "exitCodes": {"operator": "In", "values": [42]}}]}]}});
+    check(rules.clone(), &observed(vec![exited("c", 0, 42, 100)]), "Running", "c:42");
+    check(rules, &observed(vec![exited("c", 0, 1, 100)]), "Failed", "c:1");
+    let unsorted = json!({"spec": {"containers": [{"name": "z"}, {"name": "a"}]}});
+    check(unsorted, &Observed::default(), "Pending", "a:ContainerCreating z:ContainerCreating");
+    let mut starting = observed(vec![container("c", 0, Running)]);
+    starting.running_jobs.insert(Job::Start("c".into()));
+    check(json!({}), &starting, "Pending", "c:ContainerCreating");
     let two = |policy: &str| json!({"spec": {"restartPolicy": policy, "containers": [{"name": "c"}, {"name": "d"}]}});
     let half = observed(vec![exited("c", 0, 1, 50), container("d", 0, Running)]);
     check(two("Never"), &half, "Running", "c:1 d:running+");
