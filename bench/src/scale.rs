@@ -198,19 +198,34 @@ impl Scale {
     }
 
     /// Deletes a namespace and waits until it is gone.
-    async fn drop_namespace(&self, name: &str) -> Result<Duration> {
-        let start = Instant::now();
+    async fn drop_namespace(&self, name: &str) -> Result<()> {
         let target = Target::object(kind("", "v1", "namespaces"), "", name);
         let options = DeleteOptions { propagation: Some(Propagation::Background), ..Default::default() };
         self.admin.delete(target, options).await?;
-        wait(|| async { self.admin.get(target).await.is_err() }).await?;
-        Ok(start.elapsed())
+        wait(|| async { self.admin.get(target).await.is_err() }).await
     }
 }
 
 impl Drop for Scale {
     fn drop(&mut self) {
         self.stop.cancel();
+    }
+}
+
+/// Time that passes, and that all threads of this process spend.
+struct Spent {
+    start: Instant,
+    cpu: Duration,
+}
+
+impl Spent {
+    fn start() -> Result<Spent> {
+        Ok(Spent { start: Instant::now(), cpu: cpu_time(getpid())? })
+    }
+
+    fn end(self) -> Result<String> {
+        let cpu = cpu_time(getpid())?.saturating_sub(self.cpu).as_secs_f64();
+        Ok(format!("{:.1} s; {cpu:.1} CPU-seconds", self.start.elapsed().as_secs_f64()))
     }
 }
 
@@ -445,8 +460,9 @@ pub async fn all(args: &Args, table: &mut Table) -> Result<()> {
 
     preemption(table, &scale, few.min(1000)).await?;
     rollout(table, &scale, few * 2).await?;
-    let took = scale.drop_namespace("rollout").await?;
-    let text = format!("{:.1} s ({} pods)", took.as_secs_f64(), few * 2);
+    let start = Spent::start()?;
+    scale.drop_namespace("rollout").await?;
+    let text = format!("{} ({} pods)", start.end()?, few * 2);
     table.add("scale: a namespace with its pods deleted", text, "");
     let left = scale.pods.snapshot().len();
     table.add("scale: pods at the end", left.to_string(), "");
@@ -511,7 +527,7 @@ async fn rollout(table: &mut Table, scale: &Scale, count: usize) -> Result<()> {
             "template": { "metadata": { "labels": labels }, "spec": { "containers": [{ "name": "c", "image": "v1",
                 "resources": { "requests": { "cpu": "10m", "memory": "8Mi" } } }] } } },
     });
-    let start = Instant::now();
+    let start = Spent::start()?;
     scale.create(("apps", "deployments"), deployment).await?;
     let target = Target::object(kind("apps", "v1", "deployments"), "rollout", "web");
     let done = |generation: u64| async move {
@@ -524,14 +540,12 @@ async fn rollout(table: &mut Table, scale: &Scale, count: usize) -> Result<()> {
             && is("availableReplicas")
     };
     wait(|| done(1)).await.context("the first rollout")?;
-    let first = start.elapsed().as_secs_f64();
-    table.add("scale: a Deployment's first rollout", format!("{first:.1} s ({count} pods)"), "");
-    let start = Instant::now();
+    table.add("scale: a Deployment's first rollout", format!("{} ({count} pods)", start.end()?), "");
+    let start = Spent::start()?;
     let patch =
         json!({ "spec": { "template": { "spec": { "containers": [{ "name": "c", "image": "v2" }] } } } });
     scale.admin.patch(target, Patch::Strategic(patch)).await?;
     wait(|| done(2)).await.context("the update")?;
-    let took = start.elapsed().as_secs_f64();
-    table.add("scale: a rolling update", format!("{took:.1} s ({count} pods)"), "");
+    table.add("scale: a rolling update", format!("{} ({count} pods)", start.end()?), "");
     Ok(())
 }

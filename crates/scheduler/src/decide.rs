@@ -110,7 +110,7 @@ impl<'a> Try<'a> {
     /// Which plugin rules the node out, and why: with the pods that hold room on it, and without.
     pub fn objection(&self, world: &mut World, prepared: &Prepared, slot: u32) -> Option<(usize, Objection)> {
         if world.picture.is_held(slot)
-            && let Some(objection) = self.objection_with_nominated(world, slot)
+            && let Some(objection) = self.objection_with_nominated(world, prepared, slot)
         {
             return Some(objection);
         }
@@ -168,7 +168,12 @@ impl<'a> Try<'a> {
     }
 
     /// As if the pods that hold room here, and are no less important, were here already.
-    fn objection_with_nominated(&self, world: &mut World, slot: u32) -> Option<(usize, Objection)> {
+    fn objection_with_nominated(
+        &self,
+        world: &mut World,
+        prepared: &Prepared,
+        slot: u32,
+    ) -> Option<(usize, Objection)> {
         let nominated = &world.picture.node(slot).nominated;
         let holds = |other: &&Arc<PodInfo>| {
             other.priority >= self.info.priority && other.object.uid() != self.info.object.uid()
@@ -177,14 +182,16 @@ impl<'a> Try<'a> {
         if guests.is_empty() {
             return None;
         }
+        // Counts matter if the pod says something of others, or one of these does.
+        let counted = !prepared.wide.is_empty() || guests.iter().any(|guest| !guest.carries.is_empty());
         for guest in &guests {
             let placed = Placed { info: guest.clone(), object: guest.object.clone() };
-            world.picture.put_back(placed, slot);
+            world.picture.suppose(placed, slot, counted);
         }
-        let prepared = self.prepare(world);
-        let objection = self.plain_objection(world, &prepared, slot);
+        let anew = counted.then(|| self.prepare(world));
+        let objection = self.plain_objection(world, anew.as_ref().unwrap_or(prepared), slot);
         for guest in &guests {
-            world.picture.take(guest.key());
+            world.picture.suppose_without(guest.key(), slot, counted);
         }
         objection
     }

@@ -5,7 +5,7 @@
 //! themselves by preemption are *nominated* to a node: they do not count, but hold the room against others.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use k8s_openapi::api::core::v1::{Node as NodeObject, Pod, Taint};
 use minke_api::{Key, Object};
@@ -23,6 +23,7 @@ const ZONE: &str = "topology.kubernetes.io/zone";
 #[derive(Debug)]
 pub struct PodInfo {
     pub object: Arc<Object>,
+    /// Empty once the pod is seen on its node: what others need of it is in the other fields.
     pub pod: Arc<Pod>,
     pub requests: Resources,
     /// CPU in thousandths and memory in bytes, with scoring's defaults.
@@ -78,6 +79,14 @@ impl PodInfo {
 
     pub fn node_name(&self) -> &str {
         self.object.field("spec.nodeName").unwrap_or_default()
+    }
+
+    /// Lets go of the revision that this was made from, for one that counts the same: it is many times as large as
+    /// the rest of this.
+    fn settle(&mut self, object: &Arc<Object>) {
+        static EMPTY: LazyLock<Arc<Pod>> = LazyLock::new(Arc::default);
+        self.pod = EMPTY.clone();
+        self.object = object.clone();
     }
 
     /// Whether another revision of the pod says nothing new to the scheduler.
@@ -493,26 +502,30 @@ impl Picture {
         self.touch(slot);
     }
 
-    /// Takes a pod that has a node out of the picture for a moment: [`Picture::put_back`] follows.
-    pub fn take(&mut self, key: &Key) -> Option<Placed> {
-        let slot = self.placed.remove(key)?;
+    /// Supposes that a pod were not on the node. Before anything else is done the pod is put back by
+    /// [`Picture::suppose`]. `counted`: counts must follow, because a filter reads them.
+    pub fn suppose_without(&mut self, key: &Key, slot: u32, counted: bool) -> Option<Placed> {
         let placed = self.nodes[slot as usize].remove(key)?;
-        self.count(slot, &placed.info, -1);
-        self.touch(slot);
+        if counted {
+            self.count(slot, &placed.info, -1);
+        }
         Some(placed)
     }
 
-    pub fn put_back(&mut self, placed: Placed, slot: u32) {
-        self.count(slot, &placed.info, 1);
-        self.placed.insert(placed.info.key().clone(), slot);
+    /// Supposes that a pod were on the node; see [`Picture::suppose_without`].
+    pub fn suppose(&mut self, placed: Placed, slot: u32, counted: bool) {
+        if counted {
+            self.count(slot, &placed.info, 1);
+        }
         self.nodes[slot as usize].add(placed.info, placed.object);
-        self.touch(slot);
     }
 
     /// The pod that was removed, and where it was.
     pub fn remove_pod(&mut self, key: &Key) -> Option<(Arc<PodInfo>, u32)> {
-        let slot = *self.placed.get(key)?;
-        let placed = self.take(key)?;
+        let slot = self.placed.remove(key)?;
+        let placed = self.nodes[slot as usize].remove(key)?;
+        self.count(slot, &placed.info, -1);
+        self.touch(slot);
         self.drop_if_empty(slot);
         Some((placed.info, slot))
     }
@@ -534,6 +547,9 @@ impl Picture {
             return false;
         }
         placed.object = object.clone();
+        if let Some(info) = Arc::get_mut(&mut placed.info) {
+            info.settle(object);
+        }
         true
     }
 
@@ -631,6 +647,21 @@ pub(crate) mod tests {
         picture.put_pod(place("a"), "n2");
         let used: Vec<i64> = known(&picture).iter().map(|n| n.used.cpu_milli).collect();
         assert_eq!(used, [1000], "the node that never existed is gone with its last pod");
+    }
+
+    #[test]
+    fn a_pod_that_is_seen_on_its_node_is_held_once() {
+        let mut picture = Picture::default();
+        picture.put_pod(place("a"), "n1");
+        let mut spec = json!({"containers": [{"name": "c"}]});
+        spec["nodeName"] = "n1".into();
+        let bound = pod("a", spec).object;
+        assert!(picture.refresh(&bound, true));
+        let (placed, _) = picture.pod(&Key::new("default", "a")).unwrap();
+        assert!(Arc::ptr_eq(&placed.info.object, &bound) && placed.info.pod.spec.is_none());
+        assert_eq!(picture.node(0).used.cpu_milli, 1000, "what it takes is not forgotten");
+        picture.remove_pod(bound.key());
+        assert!(known(&picture).is_empty());
     }
 
     #[test]

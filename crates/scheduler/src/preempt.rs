@@ -10,7 +10,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
-use minke_api::{LabelSelector, Object};
+use minke_api::{Key, LabelSelector, Object};
 use minke_client::typed;
 use rand::Rng;
 
@@ -203,16 +203,18 @@ fn victims(
     if keys.is_empty() {
         return Err(Objection::new("No preemption victims found for incoming pod", true));
     }
-    let mut out: Vec<Placed> = keys.iter().filter_map(|key| world.picture.take(key)).collect();
+    // What other pods have to say changes as they leave; when none has anything to say, that stays so.
+    let counted = !prepared.wide.is_empty();
+    let without = |world: &mut World, key: &Key| world.picture.suppose_without(key, slot, counted);
+    let mut out: Vec<Placed> = keys.iter().filter_map(|key| without(world, key)).collect();
     let check = |world: &mut World| {
-        // What other pods have to say changes as they leave; when none has anything to say, that stays so.
-        let anew = (!prepared.wide.is_empty()).then(|| attempt.prepare(world));
+        let anew = counted.then(|| attempt.prepare(world));
         let prepared = anew.as_ref().unwrap_or(prepared);
         attempt.objection(world, prepared, slot).map(|(_, objection)| objection)
     };
     if let Some(objection) = check(world) {
         for placed in out {
-            world.picture.put_back(placed, slot);
+            world.picture.suppose(placed, slot, counted);
         }
         return Err(objection);
     }
@@ -235,9 +237,9 @@ fn victims(
         breaking.into_iter().map(|placed| (placed, true)).chain(harmless.into_iter().map(|p| (p, false)))
     {
         let key = placed.info.key().clone();
-        world.picture.put_back(placed, slot);
+        world.picture.suppose(placed, slot, counted);
         if check(world).is_some() {
-            gone.extend(world.picture.take(&key));
+            gone.extend(without(world, &key));
             violations += usize::from(breaks);
         }
     }
@@ -254,7 +256,7 @@ fn victims(
         victims: gone.iter().map(|placed| placed.object.clone()).collect(),
     };
     for placed in gone {
-        world.picture.put_back(placed, slot);
+        world.picture.suppose(placed, slot, counted);
     }
     Ok(candidate)
 }
