@@ -110,3 +110,10 @@ async fn nothing_is_left_of_a_probe_that_is_dropped() {
     assert!(watched.iter().all(|watched| watched.strong_count() == 0));
     std::fs::remove_dir_all(&world.dir).expect("removed");
 }
+
+/// What a probe costs that waits for its turn, when there are hundreds of pods.
+#[test]
+fn a_probe_that_waits_is_small() {
+    let entry = size_of::<Entry>() + size_of::<Probe>();
+    assert!(entry <= 640, "{entry} bytes");
+}

@@ -379,4 +379,27 @@ mod tests {
         check_size([None, None], Some(0), 900, 900);
         check_size([Some(4000), None], None, 900, 900);
     }
+
+    #[tokio::test]
+    async fn a_token_is_kept_until_it_grows_old() {
+        let world = crate::testing::World::new("tokens");
+        let (paths, client) = (Paths { data: world.dir.clone() }, world.api.clone());
+        let volumes = Volumes { paths, client, node_name: "n".to_owned() };
+        let source = json!({"sources": [{"serviceAccountToken": {"path": "t", "expirationSeconds": 600}}]});
+        let source: core::ProjectedVolumeSource = serde_json::from_value(source).expect("a volume");
+        let (pod, mut tokens, began) = (pod(json!({})), Tokens::new(), Timestamp::now());
+        let renewal = volumes.renew_tokens(&pod, "v", &source, &mut tokens).await.expect("a token");
+        // The server said that it is good for years: it is replaced after a day all the same.
+        let wait = renewal.expect("a time").duration_since(began);
+        let day = SignedDuration::from_hours(24);
+        assert!(wait <= day + SignedDuration::from_secs(60) && wait >= day - SignedDuration::from_secs(1));
+        let key = ("v".to_owned(), "t".to_owned());
+        tokens.get_mut(&key).expect("a token").text = "the first".to_owned();
+        let again = volumes.renew_tokens(&pod, "v", &source, &mut tokens).await.expect("a token");
+        assert_eq!((again, tokens[&key].text.as_str()), (renewal, "the first"));
+        tokens.get_mut(&key).expect("a token").renew_at = began;
+        let later = volumes.renew_tokens(&pod, "v", &source, &mut tokens).await.expect("a token");
+        assert!(later >= renewal && tokens[&key].text == "t", "another one");
+        std::fs::remove_dir_all(&world.dir).expect("removed");
+    }
 }
