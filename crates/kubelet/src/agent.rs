@@ -19,6 +19,7 @@ use crate::jobs;
 use crate::manifests;
 use crate::observed::ADDRESS_ANNOTATION;
 use crate::pod::Pod;
+use crate::qos;
 use crate::worker::{Message, Worker};
 
 pub struct Agent {
@@ -150,8 +151,12 @@ impl Agent {
         }
         let active =
             self.workers.values().filter(|h| h.admitted && !h.pod.is_terminal() && !h.pod.is_deleted());
-        let pods = active.map(|handle| handle.pod.clone()).collect();
-        self.survey.spawn(eviction::survey(self.context.clone(), pods));
+        let pods: Vec<Pod> = active.map(|handle| handle.pod.clone()).collect();
+        let context = self.context.clone();
+        self.survey.spawn(async move {
+            qos::keep(&context, &pods).await;
+            eviction::survey(context, pods).await
+        });
     }
 
     fn evict(&self, victims: Vec<(String, String)>) {

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use minke_api::Quantity;
 use minke_client::{Client, Informer};
 use minke_network::EndpointDrain;
-use minke_runtime::Runtime;
+use minke_runtime::{Resources, Runtime};
 
 use crate::container::Paths;
 use crate::env::Facts;
@@ -52,6 +52,8 @@ pub struct Context {
     pub prober: Prober,
     pub grants: resize::Grants,
     pub pressure: eviction::Pressure,
+    /// What the cgroups of the classes of service have, by class.
+    pub classes: tokio::sync::Mutex<BTreeMap<&'static str, Resources>>,
     pub settings: Settings,
 }
 

@@ -33,6 +33,7 @@ mod plan;
 mod pod;
 mod probe_counts;
 mod probes;
+mod qos;
 mod references;
 mod resize;
 mod resources;
@@ -181,6 +182,7 @@ impl Kubelet {
             probe_counts,
             grants: resize::Grants::default(),
             pressure: eviction::Pressure::default(),
+            classes: Default::default(),
             settings,
             node_name: config.node_name,
         });

@@ -27,7 +27,8 @@ pub fn limit(resources: Option<&core::ResourceRequirements>, name: &str) -> Opti
     Quantity::try_from(resources?.limits.as_ref()?.get(name)?).ok()
 }
 
-fn shares(milli_cpu: i64) -> u64 {
+/// A share of the CPU, in cgroup v1's units.
+pub fn shares(milli_cpu: i64) -> u64 {
     let shares = u64::try_from(milli_cpu).unwrap_or(0).saturating_mul(1024) / 1000;
     shares.clamp(LEAST_SHARES, MOST_SHARES)
 }

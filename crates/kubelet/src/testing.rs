@@ -106,6 +106,7 @@ impl World {
             prober,
             probe_counts,
             grants: crate::resize::Grants::default(),
+            classes: Default::default(),
             pressure: crate::eviction::Pressure::default(),
             settings: crate::settings::Settings {
                 thresholds: vec![],

@@ -438,6 +438,11 @@ pub trait Runtime: Send + Sync {
         Err(Error::NotFound(format!("cgroup {path:?} not found")))
     }
 
+    /// Makes a cgroup above the sandboxes', when it is missing, and sets its limits. Not every runtime can.
+    async fn set_cgroup(&self, _path: &str, _resources: Resources) -> Result<()> {
+        Ok(())
+    }
+
     /// What the container has written to its root filesystem; walks it. Not every runtime knows.
     async fn container_disk_use(&self, id: &str) -> Result<DiskUse> {
         Err(Error::NotFound(format!("the files of container {id:?} are not known")))

@@ -744,6 +744,11 @@ impl Runtime for LocalRuntime {
         blocking(move || cgroups.stats(&path).map_err(failed)).await
     }
 
+    async fn set_cgroup(&self, path: &str, resources: Resources) -> Result<()> {
+        let (cgroups, path) = (self.inner.cgroups.clone(), path.to_owned());
+        blocking(move || cgroups.create(&path, &resources).map_err(failed)).await
+    }
+
     async fn container_disk_use(&self, id: &str) -> Result<DiskUse> {
         self.container(id, |_| ())?;
         let upper = self.container_dir(id).join("upper");
