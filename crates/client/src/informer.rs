@@ -48,6 +48,12 @@ struct State {
     by_owner: HashMap<Arc<str>, BTreeSet<Key>>,
     /// Keys of objects that nobody controls, from when somebody first asked for them to be kept.
     orphans: Option<BTreeSet<Key>>,
+    /// Keys of objects by the node that they are on, from when somebody first asked.
+    by_node: Option<HashMap<Box<str>, BTreeSet<Key>>>,
+}
+
+fn node_of(object: &Object) -> Option<&str> {
+    object.field("spec.nodeName").filter(|node| !node.is_empty())
 }
 
 impl Informer {
@@ -111,6 +117,16 @@ impl Informer {
         let known = state.orphans.iter().flat_map(|orphans| orphans.range(from.clone()..));
         let here = known.take_while(|key| key.namespace == from.namespace);
         here.filter_map(|key| state.objects.get(key).cloned()).collect()
+    }
+
+    /// The objects whose `spec.nodeName` is this node, in order of key. The first call makes an index of them.
+    pub fn on_node(&self, node: &str) -> Vec<Arc<Object>> {
+        if self.read().by_node.is_none() {
+            self.state.write().expect("no reader or writer of a cache panics").index_nodes();
+        }
+        let state = self.read();
+        let keys = state.by_node.as_ref().and_then(|nodes| nodes.get(node)).into_iter().flatten();
+        keys.filter_map(|key| state.objects.get(key).cloned()).collect()
     }
 
     /// Tells of every change from now on; the present state comes first, as additions.
@@ -232,6 +248,30 @@ impl Informer {
 }
 
 impl State {
+    fn index_nodes(&mut self) {
+        let mut nodes: HashMap<Box<str>, BTreeSet<Key>> = HashMap::new();
+        for (key, object) in &self.objects {
+            if let Some(node) = node_of(object) {
+                nodes.entry(node.into()).or_default().insert(key.clone());
+            }
+        }
+        self.by_node = Some(nodes);
+    }
+
+    /// Most changes of an object leave it where it is.
+    fn move_to(&mut self, key: &Key, from: Option<&str>, to: Option<&str>) {
+        let Some(nodes) = self.by_node.as_mut().filter(|_| from != to) else { return };
+        if let Some((from, keys)) = from.and_then(|from| Some((from, nodes.get_mut(from)?))) {
+            keys.remove(key);
+            if keys.is_empty() {
+                nodes.remove(from);
+            }
+        }
+        if let Some(to) = to {
+            nodes.entry(to.into()).or_default().insert(key.clone());
+        }
+    }
+
     fn put(&mut self, key: Key, new: Option<Arc<Object>>) -> Option<Arc<Object>> {
         let old = match &new {
             Some(object) => self.objects.insert(key.clone(), object.clone()),
@@ -248,6 +288,7 @@ impl State {
         for owner in new.iter().flat_map(|object| object.owners()) {
             self.by_owner.entry((*owner.uid).into()).or_default().insert(key.clone());
         }
+        self.move_to(&key, old.as_deref().and_then(node_of), new.as_deref().and_then(node_of));
         if let Some(orphans) = &mut self.orphans {
             match &new {
                 Some(object) if object.controller().is_none() => orphans.insert(key),
@@ -474,5 +515,31 @@ mod tests {
         informer.synced().await;
         let change = informer.subscribe().recv().await.unwrap();
         assert!(change.old.is_none() && Arc::ptr_eq(&change.new.unwrap(), &a));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn pods_are_found_by_their_node() {
+        let on = |name: &str, revision: u64, node: Option<&str>| {
+            let mut value = pod(name, name, revision, None).value();
+            if let Some(node) = node {
+                value["spec"]["nodeName"] = node.into();
+            }
+            Arc::new(Object::from_value(pods(), &value).unwrap())
+        };
+        let (a, b) = (on("a", 3, Some("n1")), on("b", 4, None));
+        let events = vec![
+            Ok(WatchEvent::Modified(on("b", 6, Some("n1")))),
+            Ok(WatchEvent::Deleted(on("a", 7, Some("n1")))),
+            Ok(WatchEvent::Added(on("c", 8, Some("n2")))),
+        ];
+        let informer = informer(vec![Round(list(5, &[&a, &b]), events, Then::StayOpen)]);
+        let names =
+            |node: &str| informer.on_node(node).iter().map(|o| o.name().to_owned()).collect::<Vec<_>>();
+        assert!(names("n1").is_empty(), "nothing is known yet");
+        informer.reached(Revision(8)).await;
+        assert_eq!((names("n1"), names("n2")), (vec!["b".to_owned()], vec!["c".to_owned()]));
+        // An index that is made late holds the same.
+        informer.state.write().unwrap().by_node = None;
+        assert_eq!((names("n1"), names("n2")), (vec!["b".to_owned()], vec!["c".to_owned()]));
     }
 }

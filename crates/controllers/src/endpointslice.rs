@@ -270,8 +270,8 @@ impl Controller for EndpointSlices {
             if change.old.as_ref().and_then(zone) == change.new.as_ref().and_then(zone) {
                 return Vec::new();
             }
-            let services = ctx.informers.of_type::<Service>().snapshot();
-            return services.values().map(|service| Item::of(service)).collect();
+            let services = self.index.services_of(&ctx.informers.of_type::<Pod>().on_node(object.name()));
+            return services.into_iter().map(|key| Item { kind: Kind::of::<Service>(), key }).collect();
         }
         self.index.items(ctx, change)
     }

@@ -319,9 +319,8 @@ impl Controller for NodeLifecycle {
 impl NodeLifecycle {
     /// Takes the pods of a node that cannot be trusted out of their services.
     async fn mark_pods(&self, ctx: &Ctx, node: &str) -> Result<(), Status> {
-        let pods = ctx.informer::<Pod>().snapshot();
-        let here = pods.values().filter(|pod| pod.field("spec.nodeName") == Some(node));
-        for pod in here.cloned().filter_map(Typed::<Pod>::new).filter(|pod| pods::is_ready(pod)) {
+        let here = ctx.informer::<Pod>().on_node(node);
+        for pod in here.into_iter().filter_map(Typed::<Pod>::new).filter(|pod| pods::is_ready(pod)) {
             let condition = PodCondition {
                 type_: "Ready".to_owned(),
                 status: "False".to_owned(),

@@ -99,16 +99,16 @@ impl Controller for PodGc {
         let object = change.object();
         let pods = Kind::of::<Pod>();
         if object.kind() != pods {
-            let all = ctx.informers.of(pods).snapshot();
-            let here = all.values().filter(|pod| node_of(pod) == Some(object.name()));
+            let here = || ctx.informers.of(pods).on_node(object.name());
             let Some(node) = &change.new else {
-                return here.map(|pod| Item::of(pod)).collect();
+                return here().iter().map(|pod| Item::of(pod)).collect();
             };
             self.state().missing.remove(object.name());
             if !is_out_of_service(node) || change.old.as_ref().is_some_and(is_out_of_service) {
                 return Vec::new();
             }
-            return here.filter(|pod| pod.deleted().is_some()).map(|pod| Item::of(pod)).collect();
+            let pods = here();
+            return pods.iter().filter(|pod| pod.deleted().is_some()).map(|pod| Item::of(pod)).collect();
         }
         let mut items = Vec::new();
         let mut state = self.state();

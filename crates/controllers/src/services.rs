@@ -1,7 +1,7 @@
 //! What Endpoints and EndpointSlices have in common: which services select a pod, and what a pod offers.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use k8s_openapi::api::core::v1::{ObjectReference, Pod, Service, ServicePort};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
@@ -43,6 +43,14 @@ fn first_pair(service: &Key, pairs: &Pairs) -> (String, String, String) {
 }
 
 impl Index {
+    /// Services of which a pair is among the labels of the pod.
+    fn candidates(&self, pod: &Object) -> Vec<Key> {
+        let pairs = pod.labels().iter();
+        let pairs =
+            pairs.map(|(name, value)| (pod.namespace().to_owned(), name.to_owned(), value.to_owned()));
+        pairs.flat_map(|pair| self.by_pair.get(&pair).into_iter().flatten().cloned()).collect()
+    }
+
     fn forget(&mut self, service: &Key) {
         let Some(known) = self.services.remove(service) else { return };
         let pair = first_pair(service, &known.pairs);
@@ -96,16 +104,10 @@ impl SelectorIndex {
     /// The services that select a pod, or did so before the change.
     fn note_pod(&self, change: &Change) -> HashSet<Key> {
         let mut index = self.lock();
-        let Index { by_pair, services } = &mut *index;
-        let mut candidates = HashSet::new();
-        for pod in change.old.iter().chain(&change.new) {
-            for (name, value) in pod.labels().iter() {
-                let pair = (pod.namespace().to_owned(), name.to_owned(), value.to_owned());
-                candidates.extend(by_pair.get(&pair).into_iter().flatten().cloned());
-            }
-        }
+        let mut candidates: HashSet<Key> =
+            change.old.iter().chain(&change.new).flat_map(|pod| index.candidates(pod)).collect();
         candidates.retain(|service| {
-            let Some(known) = services.get_mut(service) else { return false };
+            let Some(known) = index.services.get_mut(service) else { return false };
             match &change.new {
                 Some(new) if known.selects(new) => {
                     known.pods.insert(new.key().clone());
@@ -115,6 +117,17 @@ impl SelectorIndex {
             }
         });
         candidates
+    }
+
+    /// The services of these pods.
+    pub fn services_of(&self, pods: &[Arc<Object>]) -> HashSet<Key> {
+        let index = self.lock();
+        let of_pod = |pod: &Arc<Object>| {
+            let selects =
+                |key: &Key| index.services.get(key).is_some_and(|known| known.pods.contains(pod.key()));
+            index.candidates(pod).into_iter().filter(selects).collect::<Vec<_>>()
+        };
+        pods.iter().flat_map(of_pod).collect()
     }
 
     /// The pods of a service, in order of name: those that have an address and are not finished.
@@ -137,7 +150,7 @@ impl SelectorIndex {
 }
 
 /// Whether a change of a pod can change what it offers. Most updates of a starting pod do not.
-fn matters(old: &std::sync::Arc<Object>, new: &std::sync::Arc<Object>) -> bool {
+fn matters(old: &Arc<Object>, new: &Arc<Object>) -> bool {
     let (Some(before), Some(after)) = (Typed::<Pod>::new(old.clone()), Typed::<Pod>::new(new.clone())) else {
         return true;
     };

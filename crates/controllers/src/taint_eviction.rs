@@ -120,9 +120,8 @@ impl Controller for TaintEviction {
                 return Vec::new();
             }
             self.note(object.name(), now, ctx.clock.now());
-            let pods = ctx.informers.of_type::<Pod>().snapshot();
-            let here = pods.values().filter(|pod| pod.field("spec.nodeName") == Some(object.name()));
-            return here.map(|pod| Item::of(pod)).collect();
+            let here = ctx.informers.of_type::<Pod>().on_node(object.name());
+            return here.iter().map(|pod| Item::of(pod)).collect();
         }
         let Some(pod) = &change.new else {
             self.doomed().remove(object.uid());

@@ -270,6 +270,26 @@ fn endpoints_are_where_pods_are() {
     through_all(20, 8, serve);
 }
 
+#[tokio::test(start_paused = true)]
+async fn endpoints_tell_the_zone_of_their_node() {
+    let mut sim = Sim::new(4).nodes(1);
+    sim.create(service("web", json!({ "app": "web" })));
+    sim.create(web(2));
+    sim.settle(minutes(5)).await;
+    let zones = |sim: &Sim| {
+        let slices = sim.list::<EndpointSlice>();
+        let endpoints = slices.into_iter().flat_map(|slice| slice.endpoints.unwrap_or_default());
+        endpoints.map(|endpoint| endpoint.zone.unwrap_or_default()).collect::<Vec<_>>()
+    };
+    assert_eq!(zones(&sim), ["", ""]);
+    for zone in ["a", "b"] {
+        let labels = json!({ "metadata": { "labels": { "topology.kubernetes.io/zone": zone } } });
+        sim.patch::<Node>("node1", labels).await;
+        sim.settle(minutes(5)).await;
+        assert_eq!(zones(&sim), [zone, zone]);
+    }
+}
+
 /// How often objects of this kind were written.
 fn writes(sim: &Sim, plural: &str) -> usize {
     let kind = format!(" {plural} ");
