@@ -196,7 +196,7 @@ fn flags_of(name: &str) -> &'static [&'static str] {
     match name {
         "FROM" => &["platform"],
         "COPY" => &["from", "chown", "chmod", "link"],
-        "ADD" => &["chown", "chmod", "link"],
+        "ADD" => &["chown", "chmod", "link", "checksum"],
         "HEALTHCHECK" => &["interval", "timeout", "start-period", "start-interval", "retries"],
         _ => &[],
     }

@@ -30,7 +30,7 @@ use crate::io::Io;
 
 /// Build an image from a Dockerfile.
 ///
-/// Known are FROM (an image, scratch or a stage), COPY, ADD (files and local archives), RUN, ENV, ARG, WORKDIR, USER,
+/// Known are FROM (an image, scratch or a stage), COPY, ADD (files, local archives and URLs), RUN, ENV, ARG, WORKDIR, USER,
 /// CMD, ENTRYPOINT, EXPOSE, LABEL, VOLUME, SHELL, STOPSIGNAL, HEALTHCHECK and MAINTAINER.
 #[derive(Debug, Args)]
 pub struct BuildArgs {
@@ -342,6 +342,9 @@ pub fn fuzz(text: &str) {
     if let Ok(file) = dockerfile::parse(text) {
         let variables = with_predefined(&Variables::from([("A".to_owned(), "1 2".to_owned())]));
         for instruction in &file.instructions {
+            for heredoc in &instruction.heredocs {
+                let _ = heredoc.content(file.escape, &variables);
+            }
             if let Arguments::Text(text) = &instruction.arguments {
                 let _ = dockerfile::words(text, file.escape, &variables);
                 let _ = dockerfile::expand_all(text, file.escape, &variables);

@@ -293,11 +293,9 @@ impl Stage {
             bail!("{} requires at least two arguments", step.name);
         };
         let is_add = step.name == "ADD";
-        let remote = |s: &&String| ["http://", "https://", "git@", "git://"].iter().any(|p| s.starts_with(p));
-        if let Some(url) = sources.iter().find(remote).filter(|_| is_add) {
-            bail!(
-                "{url}: files from elsewhere are not fetched; use a RUN step, or put the file beside the Dockerfile"
-            );
+        let git = |s: &&String| ["git@", "git://", "ssh://"].iter().any(|p| s.starts_with(p));
+        if let Some(url) = sources.iter().find(git).filter(|_| is_add) {
+            bail!("{url}: repositories are not fetched; use a RUN step");
         }
         let flag =
             |name: &str| step.flag(name).map(|text| expand(text).map(|words| words.concat())).transpose();
@@ -337,8 +335,13 @@ impl Stage {
         };
         let tree = other.as_ref().unwrap_or(&build.context);
         let (mut found, mut written) = (Vec::new(), step.heredocs.iter());
-        let mut documents = Vec::new();
+        let (mut documents, mut fetched) = (Vec::new(), Vec::new());
+        let checksum = flag("checksum")?;
         for source in sources {
+            if is_add && (source.starts_with("http://") || source.starts_with("https://")) {
+                fetched.push(fetch(source, target, checksum.as_deref(), build.sandbox.scratch()?).await?);
+                continue;
+            }
             match written.as_slice().first().filter(|_| source.starts_with("<<")) {
                 Some(heredoc) => {
                     let content = heredoc.content(escape, &variables).map_err(anyhow::Error::msg)?;
@@ -353,9 +356,12 @@ impl Stage {
             Some(_) => from_key,
             None => digest(tree, &found)?,
         };
-        let content = match documents.is_empty() {
+        if checksum.is_some() && fetched.is_empty() {
+            bail!("checksum can't be specified for local files");
+        }
+        let content = match documents.is_empty() && fetched.is_empty() {
             true => content,
-            false => hex_digest(&[content.as_bytes(), format!("{documents:?}").as_bytes()]),
+            false => hex_digest(&[content.as_bytes(), format!("{documents:?} {fetched:?}").as_bytes()]),
         };
         let words = format!("{words:?} {mode:?} {owner:?}");
         let dir = self.text("WorkingDir");
@@ -376,7 +382,7 @@ impl Stage {
         };
         let path = relative(&self.absolute(target));
         let into_dir = target.ends_with('/') || target == "." || target.ends_with("/.") || view.is_dir(&path);
-        if found.len() + documents.len() > 1 && !into_dir {
+        if found.len() + documents.len() + fetched.len() > 1 && !into_dir {
             bail!(
                 "When using {} with more than one source file, the destination must be a directory and end with a /",
                 step.name
@@ -391,6 +397,11 @@ impl Stage {
             let tree = Some(Tree::open(&scratch, Ignore::default())?);
             let target = if into_dir { path.join(name) } else { path.clone() };
             copies.push(Copy { tree, source: PathBuf::from(name), target, whole_dir: false });
+        }
+        for file in &fetched {
+            let tree = Some(Tree::open(&file.dir, Ignore::default())?);
+            let target = if into_dir { path.join(&file.name) } else { path.clone() };
+            copies.push(Copy { tree, source: PathBuf::from(&file.name), target, whole_dir: false });
         }
         for source in found {
             if tree.is_dir(&source) {
@@ -619,6 +630,46 @@ struct Copy {
     source: PathBuf,
     target: PathBuf,
     whole_dir: bool,
+}
+
+/// A file from elsewhere, in a directory of its own.
+struct Fetched {
+    dir: PathBuf,
+    name: String,
+    digest: String,
+}
+
+impl std::fmt::Debug for Fetched {
+    /// What it is, not where it lies.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}", self.name, self.digest)
+    }
+}
+
+async fn fetch(url: &str, target: &str, checksum: Option<&str>, dir: PathBuf) -> Result<Fetched> {
+    let path = url.split(['?', '#']).next().unwrap_or_default();
+    let host_end = path.find("://").map_or(0, |at| at + 3);
+    let name =
+        path[host_end..].split_once('/').and_then(|(_, path)| path.rsplit('/').next()).unwrap_or_default();
+    let name = match name {
+        "" | "." | ".." if target.ends_with('/') => bail!("cannot determine filename for url: {url}"),
+        "" | "." | ".." => "file",
+        name => name,
+    };
+    let file = dir.join(name);
+    let mut out = std::fs::File::create(&file)?;
+    let changed = minke_runtime::build::download(url, &mut out).await?;
+    let changed = changed.and_then(|text| jiff::fmt::rfc2822::parse(&text).ok());
+    if let Some(changed) = changed.filter(|changed| changed.timestamp().as_second() >= 0) {
+        out.set_modified(changed.timestamp().into())?;
+    }
+    // As upstream: nobody but its owner is to read it unless the step says so.
+    out.set_permissions(std::fs::Permissions::from_mode(0o600))?;
+    let digest = minke_runtime::build::hex_digest_of(std::fs::File::open(&file)?)?;
+    if let Some(wanted) = checksum.filter(|wanted| *wanted != format!("sha256:{digest}")) {
+        bail!("digest mismatch sha256:{digest}: {wanted}");
+    }
+    Ok(Fetched { dir, name: name.to_owned(), digest })
 }
 
 fn now() -> EntryMeta {

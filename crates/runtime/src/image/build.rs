@@ -30,6 +30,14 @@ const REMEMBERED: i64 = 7 * 24 * 3600;
 /// Outcomes remembered at most; the oldest go first.
 const REMEMBERED_MAX: usize = 1000;
 
+/// Most bytes of a file that a build fetches.
+const DOWNLOAD_MAX: u64 = 8 << 30;
+
+/// Fetches a file; returns when it was last changed, as its server says.
+pub async fn download(url: &str, out: &mut impl Write) -> Result<Option<String>> {
+    super::remote::download(url, out, DOWNLOAD_MAX).await
+}
+
 /// An image under way.
 #[derive(Debug, Clone)]
 pub struct Draft {

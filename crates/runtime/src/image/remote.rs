@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
+use std::time::Duration;
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
@@ -18,6 +19,10 @@ use crate::api::{Auth, Error, Result};
 
 /// Most bytes of an answer to a request for a token, or of an error.
 const ANSWER_MAX: usize = 1 << 20;
+
+/// How long a server of files may take to answer, and between two pieces of one.
+const DOWNLOAD_CONNECT: Duration = Duration::from_secs(10);
+const DOWNLOAD_READ: Duration = Duration::from_secs(60);
 
 /// A connection to one host, for one repository.
 pub struct Remote {
@@ -238,6 +243,34 @@ fn server_message(bytes: &[u8]) -> Option<String> {
     let shown = |text: &str| text.chars().filter(|c| !c.is_control()).take(300).collect::<String>();
     let (code, message) = (shown(&first.code.to_lowercase().replace('_', " ")), shown(&first.message));
     Some(if message.is_empty() { code } else { format!("{code}: {message}") })
+}
+
+/// Fetches one file of at most `max` bytes from anywhere; returns what its server says of when it was changed.
+pub async fn download(url: &str, out: &mut impl std::io::Write, max: u64) -> Result<Option<String>> {
+    let error = |failure: Failure| Error::Failed(failure.to_string());
+    let client = Client::builder()
+        .user_agent(concat!("minke/", env!("CARGO_PKG_VERSION")))
+        .connect_timeout(DOWNLOAD_CONNECT)
+        .read_timeout(DOWNLOAD_READ);
+    let client = client.build().map_err(|e| Error::Failed(chain(&e)))?;
+    let response =
+        client.get(url).send().await.map_err(|e| error(Failure::network(&Method::GET, url, &e)))?;
+    if !response.status().is_success() {
+        let status = response.status();
+        return Err(Error::Failed(format!("unexpected status from GET request to {url}: {status}")));
+    }
+    let changed = response.headers().get(header::LAST_MODIFIED).and_then(|v| v.to_str().ok());
+    let changed = changed.map(str::to_owned);
+    let (mut stream, mut size) = (response.bytes_stream(), 0);
+    while let Some(chunk) = stream.next().await {
+        let chunk = chunk.map_err(|e| error(Failure::network(&Method::GET, url, &e)))?;
+        size += chunk.len() as u64;
+        if size > max {
+            return Err(Error::Failed(format!("{url}: more than {max} bytes")));
+        }
+        out.write_all(&chunk).map_err(|e| Error::Failed(e.to_string()))?;
+    }
+    Ok(changed)
 }
 
 /// An answer's body, of bounded size.
