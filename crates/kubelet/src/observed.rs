@@ -141,6 +141,8 @@ pub struct Observed {
     pub kills: BTreeMap<String, (Timestamp, u32)>,
     /// Containers that were killed so that they run again, by id; true when at once.
     pub restarting: BTreeMap<String, bool>,
+    /// No container that ended waits longer than this to run again, when the node is set up so.
+    pub longest_wait: Option<SignedDuration>,
     /// A resize that the node has no room for.
     pub resize_pending: Option<crate::resize::Pending>,
     /// Why the last attempt at a resize failed.
@@ -234,16 +236,20 @@ impl Observed {
 }
 
 /// How long to wait after the exit of `container` before it is started again, and what its successor's
-/// wait will be. 10 s doubling to 5 min; a container that ran for more than 10 min starts over.
-pub fn backoff(container: &ContainerStatus) -> (SignedDuration, SignedDuration) {
+/// wait will be. 10 s doubling to 5 min, or to `longest`; a container that ran for more than 10 min starts over.
+pub fn backoff(
+    container: &ContainerStatus,
+    longest: Option<SignedDuration>,
+) -> (SignedDuration, SignedDuration) {
     const FIRST: SignedDuration = SignedDuration::from_secs(10);
     const LONGEST: SignedDuration = SignedDuration::from_secs(300);
     const FORGIVEN: SignedDuration = SignedDuration::from_secs(600);
+    let longest = longest.unwrap_or(LONGEST);
     let millis = container.annotations.get(BACKOFF_ANNOTATION).and_then(|text| text.parse().ok());
-    let this = SignedDuration::from_millis(millis.unwrap_or(0)).min(LONGEST);
+    let this = SignedDuration::from_millis(millis.unwrap_or(0)).min(longest);
     let ended = container.finished_at.unwrap_or(container.created_at);
     if this.is_zero() || ended.duration_since(container.created_at) > FORGIVEN {
-        return (SignedDuration::ZERO, FIRST);
+        return (SignedDuration::ZERO, FIRST.min(longest));
     }
-    (this, (this * 2).min(LONGEST))
+    (this, (this * 2).min(longest))
 }

@@ -184,7 +184,7 @@ pub fn fate(pod: &Pod, class: Class, container: &core::Container, o: &Observed) 
             }
             // Another image may do better, and is tried at once.
             let at_once = killed_for_it == Some(&true) || is_changed(container, latest);
-            let delay = if at_once { SignedDuration::ZERO } else { backoff(latest).0 };
+            let delay = if at_once { SignedDuration::ZERO } else { backoff(latest, o.longest_wait).0 };
             Fate::Restart { at: latest.finished_at.unwrap_or(latest.created_at) + delay, delay }
         }
     }
@@ -407,7 +407,7 @@ fn plan_container(
         return;
     }
     let attempt = latest.map_or(0, |c| c.attempt + 1);
-    let backoff = latest.map_or(SignedDuration::ZERO, |c| backoff(c).1);
+    let backoff = latest.map_or(SignedDuration::ZERO, |c| backoff(c, o.longest_wait).1);
     plan.actions.push(Action::Start { name: name.clone(), attempt, backoff });
 }
 

@@ -33,13 +33,22 @@ pub struct Settings {
     pub log_look_every: Duration,
     /// Images that are pulled at the same time; without one only their layers have a limit.
     pub pulls_max: Option<usize>,
+    /// Longest wait before a container that ended runs again; upstream's five minutes when there is none.
+    pub restart_wait_max: Option<SignedDuration>,
     /// Where static pods are described.
     pub manifests: PathBuf,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
+struct CrashLoopBackOff {
+    max_container_restart_period: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
 struct File {
+    crash_loop_back_off: CrashLoopBackOff,
     eviction_hard: Option<std::collections::BTreeMap<String, String>>,
     pod_pids_limit: Option<i64>,
     allowed_unsafe_sysctls: Vec<String>,
@@ -62,6 +71,7 @@ impl Settings {
             log_files_max: 5,
             log_look_every: Duration::from_secs(10),
             pulls_max: None,
+            restart_wait_max: None,
             manifests: data.join("manifests"),
         }
     }
@@ -123,6 +133,13 @@ impl Settings {
             (Some(true), _) => Some(1),
             (_, most) => most,
         };
+        if let Some(text) = file.crash_loop_back_off.max_container_restart_period {
+            let most = text.parse::<SignedDuration>().ok();
+            let most = most.filter(|most| (1..=300).contains(&most.as_secs()));
+            settings.restart_wait_max = Some(most.ok_or_else(|| {
+                format!("crashLoopBackOff.maxContainerRestartPeriod {text:?} must be between 1s and 5m0s")
+            })?);
+        }
         if let Some(path) = file.static_pod_path {
             settings.manifests = data.join(path);
         }
@@ -156,7 +173,8 @@ mod tests {
         check(
             "evictionHard: {memory.available: 5%}\npodPidsLimit: 99\nallowedUnsafeSysctls: [kernel.msg*, net/a]\n\
              containerLogMaxSize: 1Mi\ncontainerLogMaxFiles: 3\nstaticPodPath: /m\n\
-             containerLogMonitorInterval: 1m3s\nmaxParallelImagePulls: 2\n",
+             containerLogMonitorInterval: 1m3s\nmaxParallelImagePulls: 2\n\
+             crashLoopBackOff: {maxContainerRestartPeriod: 30s}\n",
             Ok(Settings {
                 thresholds: Threshold::parse("memory.available<5%").expect("a threshold"),
                 pod_pids: Some(99),
@@ -165,12 +183,17 @@ mod tests {
                 log_files_max: 3,
                 log_look_every: Duration::from_secs(63),
                 pulls_max: Some(2),
+                restart_wait_max: Some(SignedDuration::from_secs(30)),
                 manifests: "/m".into(),
             }),
         );
         check("evictionHard: {x: 5%}\n", Err("unsupported eviction signal \"x\""));
         check("containerLogMaxFiles: 1\n", Err("containerLogMaxFiles must be at least 2"));
         check("containerLogMonitorInterval: 1s\n", Err("containerLogMonitorInterval must be at least 3s"));
+        check(
+            "crashLoopBackOff: {maxContainerRestartPeriod: 6m}\n",
+            Err("crashLoopBackOff.maxContainerRestartPeriod \"6m\" must be between 1s and 5m0s"),
+        );
         check("containerLogMonitorInterval: x\n", Err("invalid containerLogMonitorInterval \"x\""));
         check("serializeImagePulls: true\n", Ok(Settings { pulls_max: Some(1), ..new() }));
         check("serializeImagePulls: false\n", Ok(new()));

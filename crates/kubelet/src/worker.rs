@@ -98,6 +98,7 @@ impl Worker {
             context.grants.grant(&pod);
         }
         let freed = context.grants.subscribe();
+        let longest_wait = context.settings.restart_wait_max;
         let mut worker = Worker {
             context,
             pod,
@@ -105,7 +106,7 @@ impl Worker {
             mirror: None,
             resizing: false,
             freed,
-            o: Observed { rejected, ..Observed::default() },
+            o: Observed { rejected, longest_wait, ..Observed::default() },
             held: Held::default(),
             tokens: Tokens::default(),
             volumes_due: None,

@@ -215,6 +215,16 @@ fn crashes_back_off_and_are_told_of_once() {
     check_at(json!({}), crashed(160, 50), 210, &["start c 4 300s"], None);
     check_at(json!({}), crashed(300, 50), 350, &["start c 4 300s"], None);
     check_at(json!({}), crashed(300, 601), 601, &["start c 4 10s"], None);
+    // A node may be set up to be less patient.
+    let hasty = |longest: i64, backoff_s: i64| {
+        move |o: &mut Observed| {
+            crashed(backoff_s, 50)(o);
+            o.longest_wait = Some(SignedDuration::from_secs(longest));
+        }
+    };
+    check_at(json!({}), hasty(30, 20), 70, &["start c 4 30s"], None);
+    check_at(json!({}), hasty(30, 300), 80, &["start c 4 30s"], None);
+    check_at(json!({}), hasty(5, 0), 50, &["start c 4 5s"], None);
     let told = |o: &mut Observed| {
         crashed(10, 50)(o);
         o.announced.insert("c-3".into());

@@ -35,6 +35,13 @@ pub fn answer(context: &Context) -> Value {
         "containerLogMonitorInterval": crate::pod::go_duration(context.settings.log_look_every),
         "serializeImagePulls": context.settings.pulls_max == Some(1),
         "maxParallelImagePulls": context.settings.pulls_max,
+        "crashLoopBackOff": {
+            "maxContainerRestartPeriod": context
+                .settings
+                .restart_wait_max
+                .and_then(|most| std::time::Duration::try_from(most).ok())
+                .map(crate::pod::go_duration),
+        },
         "staticPodPath": context.settings.manifests,
     }})
 }
