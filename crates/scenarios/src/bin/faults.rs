@@ -31,6 +31,8 @@ const NAMESPACE: &str = "default";
 const HITS_MAX: u32 = 3;
 /// How long it may take at the end until all is as it should be: the longest of those waits, and some.
 const SETTLE_MAX: Duration = Duration::from_secs(90);
+/// Between two faults, in milliseconds.
+const BETWEEN_FAULTS: std::ops::Range<u64> = 100..3000;
 /// Between two looks.
 const PAUSE: Duration = Duration::from_millis(500);
 /// Seconds that a pod takes which ends by itself, and what it ends with.
@@ -109,6 +111,8 @@ async fn rounds(args: &Args, machine: &mut Machine, mut rng: StdRng) -> Result<(
         client: client.clone(),
         ledger: ledger.clone(),
         pods: args.pods,
+        // Some 40 s, or as long as lets several generations come and go.
+        life_ms: (args.seconds * 1000 / 3).min(40_000),
         rng: StdRng::seed_from_u64(rng.random()),
     };
     let churn = tokio::spawn(churner.run(stopped));
@@ -117,7 +121,7 @@ async fn rounds(args: &Args, machine: &mut Machine, mut rng: StdRng) -> Result<(
     let end = Instant::now() + Duration::from_secs(args.seconds);
     let mut counts: BTreeMap<&str, u32> = BTreeMap::new();
     while Instant::now() < end {
-        tokio::time::sleep(Duration::from_millis(rng.random_range(200..4000))).await;
+        tokio::time::sleep(Duration::from_millis(rng.random_range(BETWEEN_FAULTS))).await;
         if churn.is_finished() {
             break;
         }
@@ -360,14 +364,16 @@ struct Churner {
     client: Arc<dyn Client>,
     ledger: Arc<Mutex<Ledger>>,
     pods: usize,
+    /// Of a pod, on average.
+    life_ms: u64,
     rng: StdRng,
 }
 
 impl Churner {
     async fn run(mut self, mut stopped: tokio::sync::watch::Receiver<bool>) -> Result<usize> {
         let mut changes = 0;
-        // A pod lives for some 40 s on average; names are used again, and the first pods come quickly.
-        let pause = 40_000 / self.pods as u64;
+        // Names are used again, and the first pods come quickly.
+        let pause = self.life_ms / self.pods as u64;
         while !*stopped.borrow_and_update() {
             let present = lock(&self.ledger).pods.values().filter(|w| **w != Wanted::Absent).count();
             let name = format!("p{}", self.rng.random_range(0..self.pods + self.pods / 2));
