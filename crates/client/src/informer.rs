@@ -102,6 +102,13 @@ impl Informer {
         keys.filter_map(|key| state.objects.get(key).cloned()).collect()
     }
 
+    /// Whether any object that names `uid` among its owners is such.
+    pub fn any_owned_by(&self, uid: &str, is_such: impl Fn(&Object) -> bool) -> bool {
+        let state = self.read();
+        let mut keys = state.by_owner.get(uid).into_iter().flatten();
+        keys.any(|key| state.objects.get(key).is_some_and(|object| is_such(object)))
+    }
+
     /// Keeps from now on an index of the objects without a controller, for [`Informer::orphans_in`].
     pub fn index_orphans(&self) {
         let mut state = self.state.write().expect("no reader or writer of a cache panics");
@@ -442,6 +449,10 @@ mod tests {
         assert_eq!(names(&informer), ["b"]);
         assert!(Arc::ptr_eq(&informer.get("default", "b").unwrap(), &b), "the cache holds no copy");
         assert_eq!(informer.owned_by("rs").len(), 1);
+        assert!(informer.any_owned_by("rs", |pod| pod.name() == "b"));
+        assert!(
+            !informer.any_owned_by("rs", |pod| pod.name() == "a") && !informer.any_owned_by("", |_| true)
+        );
         assert_eq!(informer.in_namespace("default").len(), 1);
         assert!(informer.in_namespace("defaul").is_empty());
     }
