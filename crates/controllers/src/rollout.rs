@@ -79,6 +79,12 @@ impl Set<'_> {
         self.set.status.as_ref().map_or(0, |status| status.replicas)
     }
 
+    /// Whether its status is about its present size.
+    fn is_observed(&self) -> bool {
+        let observed = self.set.status.as_ref().and_then(|status| status.observed_generation);
+        self.set.object.generation() <= observed.unwrap_or(0)
+    }
+
     fn available(&self) -> i32 {
         self.set.status.as_ref().and_then(|status| status.available_replicas).unwrap_or(0)
     }
@@ -193,6 +199,18 @@ impl<'a> Rollout<'a> {
         self.all().map(|set| set.replicas).sum()
     }
 
+    /// The most pods that there may be while it is scaled in mid-rollout.
+    fn allowed(&self) -> i32 {
+        if self.replicas > 0 { self.replicas + self.surge } else { 0 }
+    }
+
+    /// The pods that there are or may soon be, if that is known: a ReplicaSet that was just made smaller may not have come to
+    /// it, or not even have heard of it. (Upstream goes by what it has told them, and so can have more pods for a
+    /// moment than surge allows.)
+    fn there(&self) -> Option<i32> {
+        self.all().map(|set| set.is_observed().then(|| set.replicas.max(set.actual()))).sum()
+    }
+
     fn condition(&self, type_: &str) -> Option<&DeploymentCondition> {
         condition(&self.conditions, type_)
     }
@@ -268,6 +286,10 @@ impl<'a> Rollout<'a> {
     /// Brings the ReplicaSets to the Deployment's size without getting on with the rollout.
     fn scale(&mut self) {
         let active: Vec<Set> = self.all().filter(|set| set.replicas > 0).cloned().collect();
+        if self.total() < self.allowed() && self.there() != Some(self.total()) {
+            // What grows would meet pods that are still to go.
+            return;
+        }
         let only = match active.len() {
             0 => self.new.clone().or_else(|| self.old.last().cloned()),
             1 => Some(active[0].clone()),
@@ -301,8 +323,7 @@ impl<'a> Rollout<'a> {
     /// Spreads growth and shrinkage over the ReplicaSets in proportion to their sizes, so that a scaling in
     /// the middle of a rollout does not hasten it. What rounding leaves goes to the largest.
     fn scale_proportionally(&mut self, mut active: Vec<Set<'a>>) {
-        let allowed = if self.replicas > 0 { self.replicas + self.surge } else { 0 };
-        let to_add = allowed - active.iter().map(|set| set.replicas).sum::<i32>();
+        let to_add = self.allowed() - active.iter().map(|set| set.replicas).sum::<i32>();
         // Of sets that are equally large, the newer grow and the older shrink first.
         active.sort_by(|a, b| {
             let newer = b.age().cmp(&a.age());
@@ -351,9 +372,7 @@ impl<'a> Rollout<'a> {
         if !self.rolling() {
             return self.replicas;
         }
-        // A ReplicaSet that was just made smaller may not have come to it. (Upstream goes by what it was told, and
-        // so can have more pods for a moment than surge allows.)
-        let there: i32 = self.all().map(|set| set.replicas.max(set.actual())).sum();
+        let Some(there) = self.there() else { return present };
         let room = self.replicas + self.surge - there;
         if room <= 0 { present } else { present + room.min(self.replicas - present) }
     }
@@ -447,8 +466,7 @@ impl<'a> Rollout<'a> {
         let surplus = old.len().saturating_sub(usize::try_from(limit).unwrap_or(0));
         old.sort_by_key(|set| (set.revision(), set.age()));
         for set in old.into_iter().take(surplus) {
-            let observed = set.set.status.as_ref().and_then(|status| status.observed_generation).unwrap_or(0);
-            if set.replicas == 0 && set.actual() == 0 && set.set.object.generation() <= observed {
+            if set.replicas == 0 && set.actual() == 0 && set.is_observed() {
                 self.plan.steps.push(Step::Delete { set: set.at });
             }
         }

@@ -158,12 +158,42 @@ async fn roll_daemons(mut sim: Sim, limits: Value, least: usize, most: usize) ->
 }
 
 #[tokio::test(start_paused = true)]
-async fn daemons_roll_within_their_limits_when_caches_lag() {
-    for seed in 0..10 {
-        let sim = || Sim::new(seed).nodes(3).lag(Duration::from_secs(3));
-        roll_daemons(sim(), json!({ "maxUnavailable": 1, "maxSurge": 0 }), 2, 3).await;
-        roll_daemons(sim(), json!({ "maxUnavailable": "67%", "maxSurge": 0 }), 0, 3).await;
-        roll_daemons(sim(), json!({ "maxUnavailable": 0, "maxSurge": 1 }), 3, 4).await;
+async fn daemons_roll_within_their_limits_in_any_trouble() {
+    for seed in 0..4 {
+        for (limits, least, most) in [
+            (json!({ "maxUnavailable": 1, "maxSurge": 0 }), 2, 3),
+            (json!({ "maxUnavailable": "67%", "maxSurge": 0 }), 0, 3),
+            (json!({ "maxUnavailable": 0, "maxSurge": 1 }), 3, 4),
+        ] {
+            for sim in Sim::troubled(seed, 3) {
+                roll_daemons(sim, limits.clone(), least, most).await;
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn daemons_that_are_replaced_by_hand_stay_until_then() {
+    for seed in 0..3 {
+        for mut sim in Sim::troubled(seed, 3) {
+            sim.create(workload("DaemonSet", "v1", json!({ "updateStrategy": { "type": "OnDelete" } })));
+            sim.settle(minutes(30)).await;
+            // Nobody but the user takes a pod away.
+            keep_within(&sim, 2, 3);
+            sim.patch::<DaemonSet>("web", image("v2")).await;
+            sim.settle(minutes(30)).await;
+            check_nodes(&sim, "v1", &["node1", "node2", "node3"]);
+            let status = sim.get::<DaemonSet>("web").unwrap().status.unwrap();
+            assert_eq!((status.updated_number_scheduled, status.number_available), (None, Some(3)));
+            for node in ["node1", "node2", "node3"] {
+                let name =
+                    sim.list::<Pod>().iter().find(|pod| node_of(pod) == node).unwrap().metadata.name.clone();
+                sim.delete::<Pod>(&name.unwrap(), Propagation::Background).await.unwrap();
+                sim.settle(minutes(30)).await;
+            }
+            check_nodes(&sim, "v2", &["node1", "node2", "node3"]);
+            assert_eq!(revisions(&sim), [1, 2]);
+        }
     }
 }
 
@@ -244,21 +274,22 @@ fn grows_in_order(sim: &Sim) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stateful_set_grows_in_order() {
-    for seed in 0..10 {
-        let mut sim = Sim::new(seed).nodes(2).lag(Duration::from_secs(3));
-        grows_in_order(&sim);
-        sim.create(ordered(json!({})));
-        sim.settle(minutes(10)).await;
-        sim.patch::<StatefulSet>("web", json!({ "spec": { "replicas": 5 } })).await;
-        sim.settle(minutes(10)).await;
-        check_images(
-            &sim,
-            &[("web-0", "v1"), ("web-1", "v1"), ("web-2", "v1"), ("web-3", "v1"), ("web-4", "v1")],
-        );
-        sim.patch::<StatefulSet>("web", json!({ "spec": { "replicas": 1 } })).await;
-        sim.settle(minutes(10)).await;
-        check_images(&sim, &[("web-0", "v1")]);
+async fn a_stateful_set_grows_and_shrinks_in_order_in_any_trouble() {
+    for seed in 0..4 {
+        for mut sim in Sim::troubled(seed, 2) {
+            grows_in_order(&sim);
+            sim.create(ordered(json!({})));
+            sim.settle(minutes(10)).await;
+            sim.patch::<StatefulSet>("web", json!({ "spec": { "replicas": 5 } })).await;
+            sim.settle(minutes(10)).await;
+            check_images(
+                &sim,
+                &[("web-0", "v1"), ("web-1", "v1"), ("web-2", "v1"), ("web-3", "v1"), ("web-4", "v1")],
+            );
+            sim.patch::<StatefulSet>("web", json!({ "spec": { "replicas": 1 } })).await;
+            sim.settle(minutes(10)).await;
+            check_images(&sim, &[("web-0", "v1")]);
+        }
     }
 }
 
@@ -290,13 +321,19 @@ async fn roll_stateful(mut sim: Sim, spec: Value, least: usize) -> Sim {
 }
 
 #[tokio::test(start_paused = true)]
-async fn stateful_sets_roll_within_their_limits_when_caches_lag() {
+async fn stateful_sets_roll_within_their_limits_in_any_trouble() {
     let two = json!({ "type": "RollingUpdate", "rollingUpdate": { "partition": 0, "maxUnavailable": 2 } });
-    for seed in 0..8 {
-        let sim = || Sim::new(seed).nodes(2).lag(Duration::from_secs(3));
-        roll_stateful(sim(), json!({}), 2).await;
-        roll_stateful(sim(), json!({ "podManagementPolicy": "Parallel" }), 2).await;
-        roll_stateful(sim(), json!({ "podManagementPolicy": "Parallel", "updateStrategy": two }), 1).await;
+    for seed in 0..3 {
+        for (spec, least) in [
+            (json!({}), 2),
+            (json!({ "updateStrategy": two }), 1),
+            (json!({ "podManagementPolicy": "Parallel" }), 2),
+            (json!({ "podManagementPolicy": "Parallel", "updateStrategy": two }), 1),
+        ] {
+            for sim in Sim::troubled(seed, 2) {
+                roll_stateful(sim, spec.clone(), least).await;
+            }
+        }
     }
 }
 
@@ -358,6 +395,9 @@ async fn claims_are_kept_or_go_as_the_policy_says() {
         ("Delete", "Delete", (first(), Vec::new())),
     ] {
         assert_eq!(claims_of(&mut Sim::new(5).nodes(1), deleted, scaled).await, want, "{deleted}, {scaled}");
+        for mut sim in Sim::troubled(5, 1) {
+            assert_eq!(claims_of(&mut sim, deleted, scaled).await, want, "{deleted}, {scaled}, in trouble");
+        }
     }
 }
 

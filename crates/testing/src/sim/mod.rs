@@ -65,6 +65,18 @@ impl Sim {
         }
     }
 
+    /// Clusters of so many nodes with each of the troubles, and with all of them at once.
+    pub fn troubled(seed: u64, nodes: usize) -> [Sim; 4] {
+        let (second, three) = (Duration::from_secs(1), Duration::from_secs(3));
+        let sim = || Sim::new(seed).nodes(nodes);
+        [
+            sim().lag(three),
+            sim().slow(second),
+            sim().blink(Duration::from_secs(10)),
+            sim().lag(three).slow(second).blink(three),
+        ]
+    }
+
     pub fn nodes(mut self, count: usize) -> Sim {
         for n in 1..=count {
             let name = format!("node{n}");
