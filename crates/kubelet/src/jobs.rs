@@ -378,23 +378,34 @@ async fn run_hook(
 ) -> Result<(), String> {
     let user_agent = format!("kube-lifecycle/{}", context.short_version());
     let handler = Handler::of_hook(hook, &Place { container, address, user_agent: &user_agent });
-    // The grace period, or the end of the container, is what limits a hook.
-    let timeout = match handler {
-        Handler::Exec(_) => Duration::ZERO,
-        _ => Duration::from_secs(24 * 3600),
-    };
-    let why = match handler.run(&*context.runtime, id, timeout).await {
-        Outcome::Success | Outcome::Warning(_) => return Ok(()),
-        Outcome::Failure(why) | Outcome::Error(why) => why,
-    };
-    let about = format!("Container {:?} in Pod {:?} failed", container.name, pod.long_name());
-    Err(match handler {
-        Handler::Exec(command) => {
-            format!("Exec lifecycle hook ([{}]) for {about}: {why}", command.join(" "))
-        }
-        Handler::Http { url, .. } => format!("HTTP lifecycle hook ({url}) for {about}: {why}"),
-        _ => format!("Lifecycle hook for {about}: {why}"),
-    })
+    let about = format!("for Container {:?} in Pod {:?} failed - error", container.name, pod.long_name());
+    if let Handler::Exec(command) = &handler {
+        // The grace period, or the end of the container, is what limits it.
+        let done = context.runtime.exec_sync(id, command.clone(), Duration::ZERO).await;
+        let (why, output) = match done {
+            Ok(done) if done.exit_code == 0 => return Ok(()),
+            Ok(done) => {
+                let stderr = String::from_utf8_lossy(&done.stderr);
+                let code = done.exit_code;
+                let why = format!("command '{}' exited with {code}: {stderr}", command.join(" "));
+                (why, [done.stdout, done.stderr].concat())
+            }
+            Err(error) => (error.to_string(), vec![]),
+        };
+        let output = env::go_quote(&String::from_utf8_lossy(&output));
+        let command = command.join(" ");
+        return Err(format!("Exec lifecycle hook ([{command}]) {about}: {why}, message: {output}"));
+    }
+    match handler.run(&*context.runtime, id, Duration::from_secs(24 * 3600)).await {
+        Outcome::Success | Outcome::Warning(_) => Ok(()),
+        Outcome::Failure(why) | Outcome::Error(why) => Err(match &hook.http_get {
+            Some(get) => {
+                let path = get.path.as_deref().unwrap_or_default();
+                format!("HTTP lifecycle hook ({path}) {about}: {why}")
+            }
+            None => format!("Lifecycle hook {about}: {why}"),
+        }),
+    }
 }
 
 async fn post_start(
