@@ -6,12 +6,9 @@ use serde_json::Value;
 
 use super::body::{self, Body, Expected, Validation};
 use super::scale::SCALE;
-use super::write::{Failure, Part};
+use super::write::{Failure, Part, RACES};
 use super::{Call, Registry, Written, convert, meta};
 use crate::kinds::tree::Tree;
-
-/// How often a patch is tried on an object that changes meanwhile.
-const TRIES: usize = 5;
 
 /// A patch and what it is written in.
 #[derive(Debug, Clone)]
@@ -53,7 +50,7 @@ impl Registry {
             let mut warnings = Vec::new();
             match self.try_patch(call, patch, &mut warnings).await {
                 Ok(object) => return Ok(Written { object, created: false, warnings }),
-                Err(Failure::Raced) if attempt < TRIES => {}
+                Err(Failure::Raced) if attempt < RACES => {}
                 Err(Failure::Raced) => return Err(Status::modified(call.kind, call.name)),
                 Err(Failure::Status(status)) => return Err(*status),
             }

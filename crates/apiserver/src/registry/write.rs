@@ -20,8 +20,11 @@ use crate::kinds::tree::Tree;
 use crate::strategy::{Strategy, strategy};
 use crate::{token_secrets, validation};
 
-/// How often a generated name is tried, and a write whose object was changed meanwhile.
+/// How often a generated name is tried.
 const TRIES: usize = 8;
+/// How often a write that names no revision is tried on an object that changes meanwhile. Each time that one loses, another has
+/// won, so this ends; upstream tries until the request times out.
+pub(super) const RACES: usize = 1000;
 /// The longest that a new pod waits for its service account: in a new namespace it is just being made.
 const ACCOUNT_PATIENCE: Duration = Duration::from_secs(1);
 const MIRROR: &str = "kubernetes.io/config.mirror";
@@ -237,7 +240,7 @@ impl Registry {
                     let object = convert::view(call.kind, &object);
                     return Ok(Written { object, created: false, warnings });
                 }
-                Err(Failure::Raced) if unconditional && attempt < TRIES => warnings.clear(),
+                Err(Failure::Raced) if unconditional && attempt < RACES => warnings.clear(),
                 Err(Failure::Raced) => return Err(Status::modified(call.kind, call.name)),
                 Err(Failure::Status(status)) => return Err(*status),
             }
