@@ -289,7 +289,7 @@ async fn logs_come_from_the_kubelet_and_its_errors_are_statuses() {
     check(
         &format!("{log}?tailLines=-1"),
         422,
-        "PodLogOptions \"\" is invalid: tailLines: Invalid value: -1: must be greater than or equal to 0",
+        "PodLogOptions \"p\" is invalid: tailLines: Invalid value: -1: must be greater than or equal to 0",
     )
     .await;
     // The kubelet moves; what it refuses now is told in its words.
