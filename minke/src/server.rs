@@ -244,7 +244,7 @@ impl Setting {
         minke_cluster::up::require_root(data)?;
         data.create()?;
         let lock = data.lock(lock)?.ok_or_else(|| anyhow!("another minke uses {}", data.path().display()))?;
-        let config = data.config_with(wishes)?;
+        let config = data.settle(wishes)?;
         let found = minke_network::node_address().await?;
         let (node_ip, mtu) = match (config.node_ip, found) {
             (Some(address), found) => (address, found.map_or(1500, |found| found.mtu)),
@@ -273,7 +273,6 @@ impl Setting {
             user: &setting.keys.admin,
         };
         write_file(&data.join("kubeconfig"), entry.to_yaml().as_bytes(), 0o600)?;
-        data.register(&setting.config)?;
         Ok(setting)
     }
 

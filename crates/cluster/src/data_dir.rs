@@ -158,6 +158,17 @@ impl DataDir {
         write_file(&self.join("config.json"), &serde_json::to_vec_pretty(config)?, 0o600)
     }
 
+    /// As [`Self::config_with`], and from now on other clusters keep clear of its ports and networks, also those
+    /// that are made at the same moment.
+    pub fn settle(&self, wishes: &Wishes) -> Result<Config> {
+        fs::create_dir_all(REGISTRY).with_context(|| format!("make {REGISTRY}"))?;
+        let _turn = wait_for(&Path::new(REGISTRY).with_file_name("clusters.lock"))?;
+        let config = self.config_with(wishes)?;
+        let path = Path::new(REGISTRY).join(self.id().as_str());
+        write_file(&path, &serde_json::to_vec(&(&self.0, &config))?, 0o644)?;
+        Ok(config)
+    }
+
     /// The cluster's configuration; decided and kept if there is none. Wishes change what is there.
     pub fn config_with(&self, wishes: &Wishes) -> Result<Config> {
         self.create()?;
@@ -216,7 +227,7 @@ impl DataDir {
         Ok(config)
     }
 
-    /// The other clusters of this machine that are up, by data directory.
+    /// The other clusters of this machine that are up or about to be, by data directory.
     fn others(&self) -> Vec<(PathBuf, Config)> {
         let files = fs::read_dir(REGISTRY).into_iter().flatten().flatten();
         let entries = files.filter_map(|file| fs::read(file.path()).ok());
@@ -225,13 +236,7 @@ impl DataDir {
         entries.filter(|(path, _)| *path != self.0 && path.join("config.json").exists()).collect()
     }
 
-    /// Tells other clusters of this machine that this one is up.
-    pub fn register(&self, config: &Config) -> Result<()> {
-        fs::create_dir_all(REGISTRY).with_context(|| format!("make {REGISTRY}"))?;
-        let path = Path::new(REGISTRY).join(self.id().as_str());
-        write_file(&path, &serde_json::to_vec(&(&self.0, config))?, 0o644)
-    }
-
+    /// Its ports and networks are free for others.
     pub fn unregister(&self) {
         // Only a file that is there can be in the way of anything.
         let _ = fs::remove_file(Path::new(REGISTRY).join(self.id().as_str()));
@@ -282,12 +287,16 @@ impl DataDir {
 
     /// Keeps others from starting or stopping this cluster at the same time; waits for those who are at it.
     pub fn transition(&self) -> Result<Lock> {
-        let path = self.join("transition.lock");
-        let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
-        let file = file.with_context(|| format!("open {}", path.display()))?;
-        flock(&file, FlockOperation::LockExclusive).with_context(|| format!("lock {}", path.display()))?;
-        Ok(Lock { _file: file })
+        wait_for(&self.join("transition.lock"))
     }
+}
+
+/// Locks the file, which need not be there, when whoever has it lets go.
+fn wait_for(path: &Path) -> Result<Lock> {
+    let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path);
+    let file = file.with_context(|| format!("open {}", path.display()))?;
+    flock(&file, FlockOperation::LockExclusive).with_context(|| format!("lock {}", path.display()))?;
+    Ok(Lock { _file: file })
 }
 
 /// Ends with the value; the kernel also ends it with the process.

@@ -75,7 +75,7 @@ impl UpArgs {
             node_name: self.node_name,
             node_ip: self.node_ip,
         };
-        let mut config = if running { data.config()? } else { data.config_with(&wishes)? };
+        let mut config = if running { data.config()? } else { data.settle(&wishes)? };
         if running && self.port.is_some_and(|port| port != config.api_port) {
             bail!("the cluster is up on port {}: stop it first to move it", config.api_port);
         }
