@@ -214,6 +214,15 @@ fn validate_security_context(spec: &Value, path: &str, errors: &mut FieldErrors)
                 errors.forbidden(&at(path, field), "when `hostUsers` is false");
             }
         }
+    } else {
+        for list in ["initContainers", "containers"] {
+            for (n, container) in spec.items(list).iter().enumerate() {
+                if container.at("securityContext").text("procMount") == "Unmasked" {
+                    let path = format!("{}[{n}].securityContext.procMount", at(path, list));
+                    errors.invalid(&path, "Unmasked", "`hostUsers` must be false to use `Unmasked`");
+                }
+            }
+        }
     }
     let context = spec.at("securityContext");
     let path = at(path, "securityContext");
@@ -496,6 +505,10 @@ mod tests {
         check(
             |s| s["activeDeadlineSeconds"] = 0.into(),
             "spec.activeDeadlineSeconds: Invalid value: 0: must be between 1 and 2147483647, inclusive",
+        );
+        check(
+            |s| s["containers"][0]["securityContext"] = json!({"procMount": "Unmasked"}),
+            "spec.containers[0].securityContext.procMount: Invalid value: \"Unmasked\": `hostUsers` must be false to use `Unmasked`",
         );
         check(
             |s| s["tolerations"] = json!([{"operator": "Equal"}]),
