@@ -20,7 +20,7 @@ pub struct Reference {
 impl Reference {
     pub fn parse(text: &str) -> Result<Self, Error> {
         let invalid =
-            |why: &str| Error::InvalidImageName(format!("failed to parse image reference {text:?}: {why}"));
+            |why: &str| Error::InvalidImageName(format!("couldn't parse image name {text:?}: {why}"));
         let format = || invalid("invalid reference format");
         if text.is_empty() || text.len() > 4096 {
             return Err(format());
@@ -54,7 +54,9 @@ impl Reference {
             false => path,
         };
         if path.bytes().any(|b| b.is_ascii_uppercase()) {
-            return Err(invalid("invalid reference format: repository name must be lowercase"));
+            return Err(invalid(&format!(
+                "invalid reference format: repository name ({path}) must be lowercase"
+            )));
         }
         if !path.split('/').all(is_path_component) || !is_host(domain) || domain.len() + path.len() > 254 {
             return Err(format());
@@ -176,8 +178,8 @@ mod tests {
     fn what_is_no_reference_is_refused() {
         const FORMAT: &str = "invalid reference format";
         check("", Err(FORMAT));
-        check("Nginx", Err("repository name must be lowercase"));
-        check("a/Nginx", Err("repository name must be lowercase"));
+        check("Nginx", Err("repository name (library/Nginx) must be lowercase"));
+        check("a/Nginx", Err("repository name (a/Nginx) must be lowercase"));
         check("nginx:", Err(FORMAT));
         check("nginx:-x", Err(FORMAT));
         check("nginx latest", Err(FORMAT));
