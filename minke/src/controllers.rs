@@ -37,9 +37,7 @@ pub struct ControllerArgs {
 }
 
 fn duration(text: &str) -> Result<Duration, String> {
-    parse_go_duration(text)
-        .filter(|_| !text.is_empty())
-        .ok_or_else(|| "use a duration such as 1m30s".to_owned())
+    parse_go_duration(text).map_err(|why| format!("{why}: use one such as 1m30s"))
 }
 
 /// A time that passes again and again: not none.

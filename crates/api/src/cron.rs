@@ -8,6 +8,8 @@ use jiff::civil::Date;
 use jiff::tz::{TimeZone, TimeZoneDatabase};
 use jiff::{SignedDuration, Timestamp};
 
+use crate::time::parse_go_duration;
+
 /// A schedule is looked ahead for this many years; one that is not due by then never is (31 February, say).
 const YEARS_MAX: i16 = 5;
 const MINUTE: i64 = 60;
@@ -227,33 +229,9 @@ fn parse_number(text: &str) -> Result<i64, String> {
 
 /// A duration such as `1h30m`, in whole seconds and at least one.
 fn parse_period(whole: &str, text: &str) -> Result<SignedDuration, String> {
-    let bad = |why: String| format!("failed to parse duration {whole}: time: {why}");
-    let invalid = || bad(format!("invalid duration {text:?}"));
-    let mut rest = text;
-    let mut seconds = 0.0;
-    while !rest.is_empty() {
-        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len());
-        let number: f64 = rest[..digits].parse().map_err(|_| invalid())?;
-        rest = &rest[digits..];
-        let unit = rest.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(rest.len());
-        seconds += number
-            * match &rest[..unit] {
-                "h" => 3600.0,
-                "m" => 60.0,
-                "s" => 1.0,
-                "ms" => 1e-3,
-                "us" | "µs" => 1e-6,
-                "ns" => 1e-9,
-                "" => return Err(bad(format!("missing unit in duration {text:?}"))),
-                other => return Err(bad(format!("unknown unit {other:?} in duration {text:?}"))),
-            };
-        rest = &rest[unit..];
-    }
-    // As long as upstream's longest: 292 years.
-    if text.is_empty() || seconds > i64::MAX as f64 / 1e9 {
-        return Err(invalid());
-    }
-    Ok(SignedDuration::from_secs((seconds as i64).max(1)))
+    let period =
+        parse_go_duration(text).map_err(|why| format!("failed to parse duration {whole}: time: {why}"))?;
+    Ok(SignedDuration::from_secs(i64::try_from(period.as_secs()).unwrap_or(i64::MAX).max(1)))
 }
 
 #[cfg(test)]

@@ -21,27 +21,36 @@ pub fn format_micros(time: Timestamp) -> String {
     format!("{}.{micros:06}Z", time.strftime("%Y-%m-%dT%H:%M:%S"))
 }
 
-/// Reads a duration as Go prints it: `15.123s`, `1m30s`, `250ms`. None for what is no such text, or is negative.
-pub fn parse_go_duration(text: &str) -> Option<Duration> {
+/// Longest duration that Go can say, in seconds: 292 years.
+const GO_LONGEST: f64 = i64::MAX as f64 / 1e9;
+
+/// Reads a duration as Go does: `15.123s`, `1m30s`, `250ms`, `0`. The error is in Go's words; a negative one is
+/// invalid too. Source: Go's time.ParseDuration.
+pub fn parse_go_duration(text: &str) -> Result<Duration, String> {
+    let invalid = || format!("invalid duration {text:?}");
     let (mut rest, mut sum) = (text, 0.0);
-    while !rest.is_empty() {
-        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
-        let number: f64 = rest[..digits].parse().ok()?;
-        let unit = &rest[digits..];
-        let end = unit.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(unit.len());
+    while !rest.is_empty() && text != "0" {
+        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len());
+        let number: f64 = rest[..digits].parse().map_err(|_| invalid())?;
+        rest = &rest[digits..];
+        let unit = rest.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(rest.len());
         sum += number
-            * match &unit[..end] {
+            * match &rest[..unit] {
                 "h" => 3600.0,
                 "m" => 60.0,
                 "s" => 1.0,
                 "ms" => 1e-3,
                 "us" | "µs" => 1e-6,
                 "ns" => 1e-9,
-                _ => return None,
+                "" => return Err(format!("missing unit in duration {text:?}")),
+                other => return Err(format!("unknown unit {other:?} in duration {text:?}")),
             };
-        rest = &unit[end..];
+        rest = &rest[unit..];
     }
-    Duration::try_from_secs_f64(sum).ok()
+    if text.is_empty() || sum > GO_LONGEST {
+        return Err(invalid());
+    }
+    Duration::try_from_secs_f64(sum).map_err(|_| invalid())
 }
 
 /// Parses RFC 3339; the error is in upstream's words.
@@ -135,11 +144,21 @@ mod tests {
 
     #[test]
     fn durations_are_read_as_go_prints_them() {
-        for (text, ms) in [("15.123s", 15_123), ("1m0.5s", 60_500), ("1h0m0s", 3_600_000), ("250ms", 250)] {
-            assert_eq!(parse_go_duration(text), Some(Duration::from_millis(ms)), "{text}");
+        for (text, ms) in
+            [("15.123s", 15_123), ("1m0.5s", 60_500), ("1h0m0s", 3_600_000), ("250ms", 250), ("0", 0)]
+        {
+            assert_eq!(parse_go_duration(text), Ok(Duration::from_millis(ms)), "{text}");
         }
-        for text in ["5", "s", "1y", "1.2.3s", "-1s"] {
-            assert_eq!(parse_go_duration(text), None, "{text}");
+        for (text, why) in [
+            ("", "invalid duration \"\""),
+            ("5", "missing unit in duration \"5\""),
+            ("s", "invalid duration \"s\""),
+            ("1y", "unknown unit \"y\" in duration \"1y\""),
+            ("1.2.3s", "invalid duration \"1.2.3s\""),
+            ("-1s", "invalid duration \"-1s\""),
+            ("3000000h", "invalid duration \"3000000h\""),
+        ] {
+            assert_eq!(parse_go_duration(text), Err(why.to_owned()), "{text}");
         }
     }
 

@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
+use minke_api::time::parse_go_duration;
 use minke_runtime::build::{
     Draft, EntryMeta, LayerWriter, Outcome, hex_digest, is_archive, owner_of, unpack_files,
 };
@@ -612,7 +613,7 @@ impl Stage {
             ("start-interval", "StartInterval"),
         ] {
             if let Some(text) = step.flag(flag) {
-                let nanoseconds = duration(text).ok_or_else(|| format!("invalid duration {text:?}"))?;
+                let nanoseconds = parse_go_duration(text)?.as_nanos() as u64;
                 check[field] = nanoseconds.into();
             }
         }
@@ -732,26 +733,4 @@ fn ports(text: &str) -> Result<impl Iterator<Item = String>, String> {
         return Err(invalid());
     }
     Ok((first..=last).map(move |port| format!("{port}/{protocol}")))
-}
-
-/// Nanoseconds of `1m30s` or `500ms`.
-fn duration(text: &str) -> Option<u64> {
-    let mut rest = text;
-    let mut sum = 0u64;
-    while !rest.is_empty() {
-        let digits = rest.find(|c: char| !c.is_ascii_digit())?;
-        let number: u64 = rest[..digits].parse().ok()?;
-        let unit = &rest[digits..];
-        let length = unit.find(|c: char| c.is_ascii_digit()).unwrap_or(unit.len());
-        let nanoseconds = match &unit[..length] {
-            "ms" => 1_000_000,
-            "s" => 1_000_000_000,
-            "m" => 60_000_000_000,
-            "h" => 3_600_000_000_000u64,
-            _ => return None,
-        };
-        sum = sum.checked_add(number.checked_mul(nanoseconds)?)?;
-        rest = &unit[length..];
-    }
-    (!text.is_empty()).then_some(sum)
 }

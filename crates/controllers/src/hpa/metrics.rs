@@ -89,7 +89,7 @@ async fn resource(
             ))
         })?;
         let at = value["timestamp"].as_str().and_then(|text| text.parse().ok());
-        let window = value["window"].as_str().and_then(parse_go_duration);
+        let window = value["window"].as_str().and_then(|text| parse_go_duration(text).ok());
         if let (Some(value), Some(at)) = (used, at) {
             let metric = PodMetric { value, at, window: window.unwrap_or_default() };
             metrics.insert(pod.name().to_owned(), metric);

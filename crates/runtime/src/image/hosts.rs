@@ -12,6 +12,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use minke_api::time::parse_go_duration;
 use toml::{Table, Value};
 
 use crate::api::{Error, Result};
@@ -207,7 +208,8 @@ fn fill(host: &mut Endpoint, dir: &Path, table: &Table) -> Result<(), String> {
     host.skip_verify = boolean(table, "skip_verify")?;
     if let Some(timeout) = table.get("dial_timeout") {
         let text = timeout.as_str().ok_or("dial_timeout is not a text")?;
-        host.connect_timeout = duration(text).ok_or(format!("invalid dial_timeout {text:?}"))?;
+        host.connect_timeout =
+            parse_go_duration(text).map_err(|why| format!("invalid dial_timeout: {why}"))?;
     }
     if let Some(headers) = table.get("header") {
         for (name, values) in headers.as_table().ok_or("header is not a table")? {
@@ -217,28 +219,6 @@ fn fill(host: &mut Endpoint, dir: &Path, table: &Table) -> Result<(), String> {
         }
     }
     Ok(())
-}
-
-/// `1m30s`, `500ms`, as Go writes it.
-fn duration(text: &str) -> Option<Duration> {
-    let mut rest = text;
-    let mut sum = Duration::ZERO;
-    while !rest.is_empty() {
-        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
-        let number: f64 = rest[..digits].parse().ok()?;
-        let unit = &rest[digits..];
-        let length = unit.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(unit.len());
-        let seconds = match &unit[..length] {
-            "ms" => 0.001,
-            "s" => 1.0,
-            "m" => 60.0,
-            "h" => 3600.0,
-            _ => return None,
-        };
-        sum = sum.checked_add(Duration::try_from_secs_f64(number * seconds).ok()?)?;
-        rest = &unit[length..];
-    }
-    (!text.is_empty()).then_some(sum)
 }
 
 /// `None` when there is no such file.
