@@ -5,7 +5,7 @@ use std::time::Duration;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
 use k8s_openapi::api::core::v1::Pod;
-use minke_testing::sim::Sim;
+use minke_testing::sim::{self, Sim};
 use serde_json::{Value, json};
 
 mod common;
@@ -16,18 +16,10 @@ fn seconds(n: u64) -> Duration {
 }
 
 fn web(replicas: i32) -> Value {
-    json!({
-        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": { "name": "web" },
-        "spec": {
-            "replicas": replicas,
-            "selector": { "matchLabels": { "app": "web" } },
-            "strategy": { "type": "RollingUpdate", "rollingUpdate": { "maxSurge": "25%", "maxUnavailable": "25%" } },
-            "template": {
-                "metadata": { "labels": { "app": "web" } },
-                "spec": { "containers": [{ "name": "c", "image": "web", "resources": { "requests": { "memory": "1000" } } }] },
-            },
-        },
-    })
+    sim::web(
+        replicas,
+        json!({ "name": "c", "image": "web", "resources": { "requests": { "memory": "1000" } } }),
+    )
 }
 
 fn autoscaler(behavior: Value) -> Value {

@@ -13,7 +13,7 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::rbac::v1::ClusterRole;
 use minke_api::{Key, Kind, Object};
 use minke_client::{DeleteOptions, Patch, Propagation, Target};
-use minke_testing::sim::{Api, Sim};
+use minke_testing::sim::{self, Api, Sim};
 use serde_json::{Value, json};
 
 mod common;
@@ -24,18 +24,7 @@ fn minutes(n: u64) -> Duration {
 }
 
 fn web(replicas: i32) -> Value {
-    json!({
-        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": { "name": "web" },
-        "spec": {
-            "replicas": replicas,
-            "selector": { "matchLabels": { "app": "web" } },
-            "strategy": { "type": "RollingUpdate", "rollingUpdate": { "maxSurge": "25%", "maxUnavailable": "25%" } },
-            "template": {
-                "metadata": { "labels": { "app": "web" } },
-                "spec": { "containers": [{ "name": "c", "image": "web" }] },
-            },
-        },
-    })
+    sim::web(replicas, json!({ "name": "c", "image": "web" }))
 }
 
 /// Makes a ConfigMap that these own, and whose end they wait for in the foreground.

@@ -10,7 +10,7 @@ use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use minke_api::Kind;
 use minke_client::Propagation;
-use minke_testing::sim::Sim;
+use minke_testing::sim::{self, Sim};
 use serde_json::{Value, json};
 
 mod common;
@@ -262,18 +262,7 @@ async fn jobs_of_a_cron_job_wait_for_each_other_or_take_turns() {
 }
 
 fn web(replicas: i32) -> Value {
-    json!({
-        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": { "name": "web" },
-        "spec": {
-            "replicas": replicas,
-            "selector": { "matchLabels": { "app": "web" } },
-            "strategy": { "type": "RollingUpdate", "rollingUpdate": { "maxSurge": "25%", "maxUnavailable": "25%" } },
-            "template": {
-                "metadata": { "labels": { "app": "web" } },
-                "spec": { "containers": [{ "name": "c", "image": "v1" }] },
-            },
-        },
-    })
+    sim::web(replicas, json!({ "name": "c", "image": "v1" }))
 }
 
 fn budget(spec: Value) -> Value {

@@ -287,3 +287,16 @@ impl Sim {
         told.filter_map(|event| event.message).collect()
     }
 }
+
+/// A Deployment named `web` whose pods have this one container.
+pub fn web(replicas: i32, container: Value) -> Value {
+    json!({
+        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": { "name": "web" },
+        "spec": {
+            "replicas": replicas,
+            "selector": { "matchLabels": { "app": "web" } },
+            "strategy": { "type": "RollingUpdate", "rollingUpdate": { "maxSurge": "25%", "maxUnavailable": "25%" } },
+            "template": { "metadata": { "labels": { "app": "web" } }, "spec": { "containers": [container] } },
+        },
+    })
+}
