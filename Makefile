@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 BUILD_NEEDS := gcc libseccomp-dev pkg-config nftables
-TEST_NEEDS := busybox-static ca-certificates conntrack curl docker-registry iproute2 python3-pip
+TEST_NEEDS := busybox-static ca-certificates conntrack curl docker-registry iproute2 openssl procps python3-pip runc
 
 .PHONY: up down build needs test-needs test unit scenarios crash bench clean
 
