@@ -19,6 +19,7 @@ mod status;
 pub mod storage;
 pub mod table;
 pub mod time;
+mod typed;
 
 pub use field_errors::FieldErrors;
 pub use kind::{KINDS, Kind, Subresource};
@@ -26,3 +27,4 @@ pub use object::{Draft, EncodeError, Key, Labels, Object, OwnerReference, Revisi
 pub use quantity::Quantity;
 pub use selector::{FieldSelector, LabelSelector, SelectorError};
 pub use status::{Cause, Details, ListMeta, Status};
+pub use typed::ApiType;

@@ -14,10 +14,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use jiff::Timestamp;
-use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use crate::Kind;
+use crate::{ApiType, Kind};
 
 /// Counts every write in the cluster; an object's resourceVersion is the count at its last write.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -399,7 +398,7 @@ impl Object {
 
     /// The typed view, parsed on first use and then shared by all who ask for the same type, until there is a
     /// newer revision.
-    pub fn view<T: DeserializeOwned + Send + Sync + 'static>(&self) -> Result<Arc<T>, serde_json::Error> {
+    pub fn view<T: ApiType>(&self) -> Result<Arc<T>, serde_json::Error> {
         // The lock is held while the first one parses, so that the others wait instead of parsing as well.
         let mut kept = self.kept_view();
         if let View::Made(view) = &*kept
@@ -407,7 +406,7 @@ impl Object {
         {
             return Ok(view);
         }
-        let view: Arc<T> = Arc::new(serde_json::from_slice(&self.json)?);
+        let view: Arc<T> = Arc::new(T::from_json(&self.json)?);
         // Someone may have been first with another type; then this one is just not kept.
         if matches!(*kept, View::None) {
             *kept = View::Made(view.clone());

@@ -23,8 +23,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures_util::stream::BoxStream;
 use k8s_openapi::Resource;
-use minke_api::{FieldSelector, Kind, LabelSelector, Object, Revision, Status};
-use serde::Serialize;
+use minke_api::{ApiType, FieldSelector, Kind, LabelSelector, Object, Revision, Status};
 use serde_json::Value;
 
 /// What a list selects. The default selects everything at the newest revision.
@@ -161,20 +160,9 @@ pub trait Client: Send + Sync + 'static {
     }
 }
 
-/// A typed object as a request body.
-///
-/// # Panics
-/// Never for the types of `k8s_openapi`, which all serialise.
-pub fn body<T: Serialize>(object: &T) -> Value {
-    serde_json::to_value(object).expect("typed objects serialise")
-}
-
 /// The typed view of a cached object. An object that does not fit its type (a field of a future
 /// version, say) is logged and treated as absent, so that one such object does not stop a controller.
-pub fn typed<T>(object: &Object) -> Option<Arc<T>>
-where
-    T: Resource + serde::de::DeserializeOwned + Send + Sync + 'static,
-{
+pub fn typed<T: Resource + ApiType>(object: &Object) -> Option<Arc<T>> {
     match object.view::<T>() {
         Ok(view) => Some(view),
         Err(error) => {

@@ -4,8 +4,8 @@
 
 use async_trait::async_trait;
 use k8s_openapi::api::rbac::v1::{ClusterRole, PolicyRule};
-use minke_api::{Kind, LabelSelector, Status};
-use minke_client::{Change, Target, body};
+use minke_api::{ApiType, Kind, LabelSelector, Status};
+use minke_client::{Change, Target};
 
 use crate::context::{Ctx, Item, Requeue, Shared, Typed};
 use crate::run::Controller;
@@ -49,7 +49,7 @@ impl Controller for Aggregation {
         let Some(rules) = rules(&role, &all) else { return Ok(Requeue::Never) };
         if role.rules.clone().unwrap_or_default() != rules {
             let mut new = role.object.value();
-            new["rules"] = body(&rules);
+            new["rules"] = rules.to_value();
             ctx.update(Target::of(&role.object), new).await?;
         }
         Ok(Requeue::Never)

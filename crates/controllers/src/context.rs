@@ -12,12 +12,10 @@ use std::time::Duration;
 use jiff::Timestamp;
 use k8s_openapi::Resource;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{OwnerReference, Time};
-use minke_api::{Key, Kind, LabelSelector, Object, Revision, Status};
+use minke_api::{ApiType, Key, Kind, LabelSelector, Object, Revision, Status};
 use minke_client::{
     Change, Client, Clock, DeleteOptions, EventRecorder, Informer, Informers, Patch, Target, typed,
 };
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 /// What is reconciled: most controllers have items of one kind only.
@@ -86,19 +84,15 @@ impl<T> Deref for Typed<T> {
     }
 }
 
-impl<T: Resource + DeserializeOwned + Send + Sync + 'static> Typed<T> {
+impl<T: Resource + ApiType> Typed<T> {
     pub fn new(object: Arc<Object>) -> Option<Typed<T>> {
         Some(Typed { view: typed(&object)?, object })
     }
 
     /// A typed object of a test, through its JSON as in life.
     #[cfg(test)]
-    pub fn test(object: &T) -> Typed<T>
-    where
-        T: Serialize,
-    {
-        let object =
-            Object::from_value(Kind::of::<T>(), &minke_client::body(object)).expect("a valid object");
+    pub fn test(object: &T) -> Typed<T> {
+        let object = Object::from_value(Kind::of::<T>(), &object.to_value()).expect("a valid object");
         Typed::new(Arc::new(object)).expect("fits its type")
     }
 }
@@ -174,10 +168,7 @@ impl Ctx {
         self.shared.informers.of_type::<T>()
     }
 
-    pub fn get<T>(&self, key: &Key) -> Option<Typed<T>>
-    where
-        T: Resource + DeserializeOwned + Send + Sync + 'static,
-    {
+    pub fn get<T: Resource + ApiType>(&self, key: &Key) -> Option<Typed<T>> {
         Typed::new(self.informer::<T>().get_key(key)?)
     }
 
@@ -219,13 +210,9 @@ impl Ctx {
     }
 
     /// Writes the status of `object` as it was read: a conflict if it has changed since.
-    pub async fn update_status(
-        &self,
-        object: &Object,
-        status: &impl Serialize,
-    ) -> Result<Arc<Object>, Status> {
+    pub async fn update_status(&self, object: &Object, status: &impl ApiType) -> Result<Arc<Object>, Status> {
         let mut body = object.value();
-        body["status"] = minke_client::body(status);
+        body["status"] = status.to_value();
         self.update(Target::of(object).sub("status"), body).await
     }
 

@@ -12,7 +12,7 @@ use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::batch::v1::{CronJob, CronJobSpec, CronJobStatus, Job};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use minke_api::cron::{self, Schedule};
-use minke_api::{Kind, Object, Status};
+use minke_api::{ApiType, Kind, Object, Status};
 use minke_client::{Change, DeleteOptions, Propagation, Target, reference};
 use serde_json::{Value, json};
 
@@ -321,7 +321,7 @@ fn job_of(cron: &Typed<CronJob>, at: Timestamp) -> Value {
             "annotations": annotations,
             "ownerReferences": [controller_ref(&cron.object)],
         },
-        "spec": template.spec.unwrap_or_default(),
+        "spec": template.spec.unwrap_or_default().to_value(),
     })
 }
 

@@ -7,8 +7,8 @@
 use async_trait::async_trait;
 use k8s_openapi::api::apps::v1::{Deployment, DeploymentStatus, ReplicaSet};
 use k8s_openapi::api::core::v1::Pod;
-use minke_api::{Kind, LabelSelector, Object, Status};
-use minke_client::{Change, DeleteOptions, Propagation, Target, body};
+use minke_api::{ApiType, Kind, LabelSelector, Object, Status};
+use minke_client::{Change, DeleteOptions, Propagation, Target};
 use serde_json::{Value, json};
 
 use crate::context::{Ctx, Item, Requeue, Shared, Typed, controller_ref};
@@ -210,9 +210,9 @@ fn replica_set(
 ) -> Value {
     let spec = &deployment.spec;
     let hash = rollout::template_hash(deployment);
-    let mut template = body(&spec.template);
+    let mut template = spec.template.to_value();
     template["metadata"]["labels"][HASH] = hash.clone().into();
-    let mut selector = body(&spec.selector);
+    let mut selector = spec.selector.to_value();
     selector["matchLabels"][HASH] = hash.into();
     let mut set = json!({
         "apiVersion": "apps/v1",

@@ -14,8 +14,8 @@ use k8s_openapi::api::discovery::v1::{
     Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, ForNode, ForZone,
 };
 use minke_api::time::format_seconds;
-use minke_api::{Kind, Object, Status};
-use minke_client::{Change, DeleteOptions, Target, body};
+use minke_api::{ApiType, Kind, Object, Status};
+use minke_client::{Change, DeleteOptions, Target};
 use serde_json::{Value, json};
 
 use crate::context::{Ctx, Item, Requeue, Shared, Typed, controller_ref};
@@ -342,7 +342,7 @@ pub(crate) async fn carry_out(
     }
     for (at, endpoints) in plan.update {
         let mut slice = slices[at].object.value();
-        slice["endpoints"] = body(&endpoints);
+        slice["endpoints"] = endpoints.to_value();
         slice["metadata"]["labels"] = labels.clone();
         for (name, value) in annotations {
             slice["metadata"]["annotations"][name] = value.as_str().into();

@@ -5,7 +5,7 @@
 use async_trait::async_trait;
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod, Volume};
 use minke_api::{Key, Kind, Status, storage};
-use minke_client::{Change, body, typed};
+use minke_client::{Change, typed};
 use serde_json::{Value, json};
 
 use crate::context::{Ctx, Item, Requeue, Shared, Typed, controller_ref};
@@ -24,7 +24,7 @@ fn claim(pod: &Typed<Pod>, volume: &Volume) -> Option<Value> {
     let given = template.metadata.clone().unwrap_or_default();
     for (field, map) in [("labels", given.labels), ("annotations", given.annotations)] {
         if let Some(map) = map {
-            metadata[field] = body(&map);
+            metadata[field] = json!(map);
         }
     }
     Some(json!({

@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use async_trait::async_trait;
 use k8s_openapi::api::core::v1::{Node, PersistentVolume, PersistentVolumeClaim};
 use k8s_openapi::api::storage::v1::StorageClass;
-use minke_api::{Key, Kind, Object, Status, storage};
-use minke_client::{Change, Target, body, reference, typed};
+use minke_api::{ApiType, Key, Kind, Object, Status, storage};
+use minke_client::{Change, Target, reference, typed};
 use serde_json::{Map, Value, json};
 
 use crate::context::{Ctx, Item, Requeue, Shared, Typed, seconds};
@@ -247,7 +247,7 @@ fn volume_naming(volume: &Typed<PersistentVolume>, claim: &Claim) -> Option<Valu
         return None;
     }
     let mut body = volume.object.value();
-    body["spec"]["claimRef"] = minke_client::body(&reference(&claim.object));
+    body["spec"]["claimRef"] = reference(&claim.object).to_value();
     if !meant {
         body["metadata"]["annotations"][storage::BOUND_BY_CONTROLLER] = "yes".into();
     }
@@ -271,15 +271,16 @@ fn claim_naming(claim: &Claim, volume: &str) -> Option<Value> {
 
 /// The status of a claim that is bound to the volume; none if it says so already.
 fn bound_status(claim: &Claim, volume: &PersistentVolume) -> Option<Value> {
-    let old = body(&claim.status).as_object().cloned().unwrap_or_default();
+    let old = claim.status.as_ref().and_then(|status| status.to_value().as_object().cloned());
+    let old = old.unwrap_or_default();
     let mut new = old.clone();
     let spec = volume.spec.as_ref()?;
     let was_bound = old.get("phase").is_some_and(|phase| phase == "Bound");
     new.insert("phase".to_owned(), "Bound".into());
-    new.insert("accessModes".to_owned(), body(&spec.access_modes));
+    new.insert("accessModes".to_owned(), json!(spec.access_modes));
     // What a volume has that grew is told by who makes it grow.
     if !was_bound || !old.contains_key("capacity") {
-        new.insert("capacity".to_owned(), body(&spec.capacity));
+        new.insert("capacity".to_owned(), json!(spec.capacity));
     }
     match &spec.volume_attributes_class_name {
         Some(class) => {
@@ -364,10 +365,7 @@ fn edit<G: Hash + Eq, N: Ord + Clone>(groups: &mut Groups<G, N>, group: G, name:
     if put { groups.put(group, name) } else { groups.remove(&group, &name) }
 }
 
-fn of_kind<T>(object: &Object) -> Option<Arc<T>>
-where
-    T: k8s_openapi::Resource + serde::de::DeserializeOwned + Send + Sync + 'static,
-{
+fn of_kind<T: k8s_openapi::Resource + ApiType>(object: &Object) -> Option<Arc<T>> {
     (object.kind() == Kind::of::<T>()).then(|| typed::<T>(object)).flatten()
 }
 
@@ -661,7 +659,7 @@ async fn set_phase(
     }
     let mut status = Map::new();
     status.insert("phase".to_owned(), phase.into());
-    status.insert("lastPhaseTransitionTime".to_owned(), minke_client::body(&seconds(ctx.now())));
+    status.insert("lastPhaseTransitionTime".to_owned(), json!(seconds(ctx.now())));
     if !message.is_empty() {
         status.insert("message".to_owned(), message.into());
     }

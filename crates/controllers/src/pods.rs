@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodTemplateSpec};
-use minke_api::Object;
+use minke_api::{ApiType, Object};
 use serde_json::{Value, json};
 
 use crate::context::{Typed, controller_ref};
@@ -48,7 +48,7 @@ pub(crate) fn from_template(template: &PodTemplateSpec, owner: &Object) -> Value
             "generateName": name_prefix(owner.name()),
             "ownerReferences": [controller_ref(owner)],
         },
-        "spec": template.spec,
+        "spec": template.spec.as_ref().map(ApiType::to_value),
     });
     if let Some(labels) = metadata.and_then(|metadata| metadata.labels.as_ref()) {
         pod["metadata"]["labels"] = json!(labels);

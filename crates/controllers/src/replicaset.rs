@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::{ReplicaSet, ReplicaSetCondition, ReplicaSetStatus};
 use k8s_openapi::api::core::v1::{Pod, PodTemplateSpec, ReplicationController};
-use minke_api::{Kind, LabelSelector, Object, Status};
+use minke_api::{ApiType, Kind, LabelSelector, Object, Status};
 use minke_client::{Change, DeleteOptions};
 
 use crate::context::{Ctx, Item, Requeue, Shared, Typed, nonzero, seconds};
@@ -62,13 +62,13 @@ fn read_replication_controller(object: &std::sync::Arc<Object>) -> Option<Set> {
     let set = Typed::<ReplicationController>::new(object.clone())?;
     let spec = set.spec.as_ref()?;
     // The same fields under the same names, except that there are no terminating replicas.
-    let status = serde_json::to_value(&set.status).and_then(serde_json::from_value::<Option<_>>);
+    let status = set.status.as_ref().map(|status| ReplicaSetStatus::from_value(&status.to_value()));
     Some(Set {
         replicas: spec.replicas.unwrap_or(1),
         min_ready_seconds: spec.min_ready_seconds.unwrap_or(0),
         selector: LabelSelector::from_pairs(spec.selector.clone().unwrap_or_default()),
         template: spec.template.clone().unwrap_or_default(),
-        status: status.ok().flatten().unwrap_or_default(),
+        status: status.and_then(Result::ok).unwrap_or_default(),
     })
 }
 

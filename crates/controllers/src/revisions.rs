@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::apps::v1::ControllerRevision;
 use k8s_openapi::api::core::v1::PodTemplateSpec;
-use minke_api::{Kind, LabelSelector, Object, Status};
-use minke_client::{DeleteOptions, Target, body};
+use minke_api::{ApiType, Kind, LabelSelector, Object, Status};
+use minke_client::{DeleteOptions, Target};
 use serde_json::{Value, json};
 
 use crate::context::{Ctx, Typed, controller_ref};
@@ -22,7 +22,7 @@ pub(crate) const POD_REVISION: &str = "controller-revision-hash";
 
 /// The state that a revision keeps: a patch that replaces the pod template.
 pub(crate) fn patch_of(template: &PodTemplateSpec) -> Value {
-    let mut template = body(template);
+    let mut template = template.to_value();
     template["$patch"] = "replace".into();
     json!({ "spec": { "template": template } })
 }
@@ -31,7 +31,7 @@ pub(crate) fn patch_of(template: &PodTemplateSpec) -> Value {
 pub(crate) fn template_of(revision: &ControllerRevision) -> Option<PodTemplateSpec> {
     let mut template = revision.data.0.get("spec")?.get("template")?.clone();
     template.as_object_mut()?.remove("$patch");
-    serde_json::from_value(template).ok()
+    PodTemplateSpec::from_value(&template).ok()
 }
 
 /// Its place in the history, from 1.

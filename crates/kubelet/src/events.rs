@@ -10,7 +10,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use minke_api::Kind;
+use minke_api::{ApiType, Kind};
 use minke_client::{Client, Patch, Target};
 use serde_json::json;
 use tokio::sync::mpsc;
@@ -212,7 +212,7 @@ async fn write(client: Arc<dyn Client>, node: Arc<str>, mut queue: mpsc::Receive
             let event = event(&told, message.clone(), &node);
             let namespace = event.metadata.namespace.clone().unwrap_or_default();
             let name = event.metadata.name.clone().unwrap_or_default();
-            let body = minke_client::body(&event);
+            let body = event.to_value();
             match client.create(Target::collection(kind, &namespace), body).await {
                 Ok(_) => {
                     let combined = message.starts_with("(combined from similar events)");

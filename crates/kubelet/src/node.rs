@@ -11,7 +11,7 @@ use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::coordination::v1 as coordination;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta, OwnerReference, Time};
-use minke_api::{Kind, Object, Status};
+use minke_api::{ApiType, Kind, Object, Status};
 use minke_client::{Patch, Target};
 use minke_runtime::ContainerState;
 use serde_json::{Value, json};
@@ -117,7 +117,7 @@ impl Node {
             Ok(known) => known,
             Err(error) if error.is_not_found() => {
                 let collection = Target::collection(Kind::of::<core::Node>(), "");
-                let node = client.create(collection, minke_client::body(&wanted)).await?;
+                let node = client.create(collection, wanted.to_value()).await?;
                 self.tell_conditions();
                 tracing::info!(node = self.context.node_name, "Registered node");
                 return Ok(node);
@@ -128,7 +128,7 @@ impl Node {
         let typed: Option<Arc<core::Node>> = minke_client::typed(&known);
         let spec = typed.as_ref().and_then(|node| node.spec.as_ref());
         if self.identity.pod_cidr.is_some() && spec.is_none_or(|spec| spec.pod_cidr.is_none()) {
-            change["spec"] = minke_client::body(&wanted.spec);
+            change["spec"] = json!(wanted.spec);
         }
         let node = client.patch(self.target(), Patch::Merge(change)).await?;
         let info = typed.as_ref().and_then(|node| node.status.as_ref()?.node_info.as_ref());
@@ -294,7 +294,7 @@ impl Node {
         status: &core::NodeStatus,
         known: &core::NodeStatus,
     ) -> Result<Arc<Object>, Status> {
-        let mut body = minke_client::body(status);
+        let mut body = status.to_value();
         // Addresses merge by their type, which is no real key: they are replaced when they change.
         if known.addresses.is_some()
             && known.addresses != status.addresses
@@ -379,7 +379,7 @@ impl Node {
             }),
         };
         let collection = Target::collection(kind, LEASE_NAMESPACE);
-        self.context.client.create(collection, minke_client::body(&lease)).await.map(drop)
+        self.context.client.create(collection, lease.to_value()).await.map(drop)
     }
 }
 
@@ -395,5 +395,5 @@ fn without_heartbeats(status: &core::NodeStatus) -> Value {
     for condition in ours.conditions.iter_mut().flatten() {
         condition.last_heartbeat_time = None;
     }
-    minke_client::body(&ours)
+    ours.to_value()
 }

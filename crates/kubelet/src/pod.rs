@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1 as core;
-use minke_api::Object;
+use minke_api::{ApiType, Object};
 
 /// Where a pod comes from, when not from the API server: `file`.
 pub const SOURCE_ANNOTATION: &str = "kubernetes.io/config.source";
@@ -48,7 +48,7 @@ impl Pod {
         let ephemeral = typed.spec.as_ref().and_then(|spec| spec.ephemeral_containers.as_ref());
         let ephemeral = ephemeral.into_iter().flatten().filter_map(|container| {
             // The types have the same fields but for the target, so they agree on the wire.
-            serde_json::from_value(minke_client::body(container)).ok()
+            core::Container::from_value(&container.to_value()).ok()
         });
         let ephemeral = ephemeral.collect();
         Some(Pod { object, typed, ephemeral })

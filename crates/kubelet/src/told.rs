@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1 as core;
-use minke_api::{Object, Status};
+use minke_api::{ApiType, Object, Status};
 use minke_client::{Client, Patch, Target};
 use serde_json::Value;
 use tokio::task::{JoinError, JoinSet};
@@ -68,7 +68,7 @@ impl Told {
         status: core::PodStatus,
         now: Timestamp,
     ) -> bool {
-        let wanted = minke_client::body(&status);
+        let wanted = status.to_value();
         let known = std::mem::replace(&mut self.last, status).conditions;
         add_theirs(&mut self.last, known.unwrap_or_default());
         if !self.writing.is_empty() {

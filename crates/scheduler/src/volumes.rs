@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim, Pod, TopologySelectorTerm};
 use k8s_openapi::api::storage::v1::StorageClass;
-use minke_api::{Key, Kind, Object, Status, placement, storage};
-use minke_client::{Change, Client, Informer, Informers, Patch, Target, body, reference, typed};
+use minke_api::{ApiType, Key, Kind, Object, Status, placement, storage};
+use minke_client::{Change, Client, Informer, Informers, Patch, Target, reference, typed};
 use serde_json::json;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
@@ -450,7 +450,7 @@ async fn give_volume(client: &dyn Client, caches: &Caches, claim: &Key, volume: 
     if known.is_none() {
         metadata["annotations"] = json!({ storage::BOUND_BY_CONTROLLER: "yes" });
     }
-    let patch = json!({ "metadata": metadata, "spec": { "claimRef": body(&reference(&claim)) } });
+    let patch = json!({ "metadata": metadata, "spec": { "claimRef": reference(&claim).to_value() } });
     client.patch(Target::of(&volume), Patch::Merge(patch)).await.map(drop)
 }
 

@@ -8,13 +8,11 @@ use std::time::Duration;
 use k8s_openapi::Resource;
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use k8s_openapi::api::core::v1::{Pod, ReplicationController};
-use minke_api::{Kind, Object};
+use minke_api::{ApiType, Kind, Object};
 use minke_client::Propagation;
 use minke_testing::sim::{Api, Sim};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 fn minutes(n: u64) -> Duration {
@@ -212,7 +210,7 @@ fn replication_controller(replicas: i32) -> Value {
 }
 
 /// Grows and shrinks a set of either kind, takes one pod over and lets one go; it never has a pod more than it should.
-async fn live<T: Resource + DeserializeOwned + Serialize>(mut sim: Sim, set: Value) -> Sim {
+async fn live<T: Resource + ApiType>(mut sim: Sim, set: Value) -> Sim {
     sim.create(json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": "early", "labels": { "app": "web" } },
         "spec": { "containers": [{ "name": "c", "image": "v0" }] } }));
     sim.create(set);
@@ -232,7 +230,7 @@ async fn live<T: Resource + DeserializeOwned + Serialize>(mut sim: Sim, set: Val
     sim.patch::<T>("web", json!({ "spec": { "replicas": 4 } })).await;
     sim.settle(minutes(30)).await;
     assert_eq!(sim.list::<Pod>().len(), 5);
-    let status = json!(sim.get::<T>("web").unwrap())["status"].take();
+    let status = sim.get::<T>("web").unwrap().to_value()["status"].take();
     assert_eq!((&status["replicas"], &status["availableReplicas"]), (&json!(4), &json!(4)));
     sim.delete::<T>("web", Propagation::Background).await.unwrap();
     sim.settle(minutes(30)).await;

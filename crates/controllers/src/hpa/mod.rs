@@ -23,7 +23,7 @@ use k8s_openapi::api::autoscaling::v2::{
     HorizontalPodAutoscalerStatus, MetricStatus,
 };
 use k8s_openapi::api::core::v1::Pod;
-use minke_api::{KINDS, Key, Kind, LabelSelector, Quantity, Status};
+use minke_api::{ApiType, KINDS, Key, Kind, LabelSelector, Quantity, Status};
 use minke_client::{Change, Target};
 use serde_json::{Value, json};
 
@@ -232,7 +232,7 @@ impl Controller for Autoscalers {
             return Ok(Requeue::Never);
         };
         let now = ctx.now();
-        let text = minke_client::body(&hpa.spec).to_string();
+        let text = hpa.spec.to_value().to_string();
         {
             let mut all = self.lock();
             let known = all.entry(item.key.clone()).or_default();

@@ -16,9 +16,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::Resource;
-use minke_api::{Key, Kind, Object, Status};
+use minke_api::{ApiType, Key, Kind, Object, Status};
 use minke_client::{Client, DeleteOptions, Informers, Patch, Propagation, Target};
-use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -266,18 +265,15 @@ impl Sim {
     }
 
     /// An object of namespace `default`, or of none.
-    pub fn get<T: Resource + DeserializeOwned>(&self, name: &str) -> Option<T> {
+    pub fn get<T: Resource + ApiType>(&self, name: &str) -> Option<T> {
         let object = self.api.get(Kind::of::<T>(), &Key::new(self.namespace_of::<T>(), name))?;
-        Some(serde_json::from_slice(object.json()).expect("it fits its type"))
+        Some(T::from_json(object.json()).expect("it fits its type"))
     }
 
     /// All objects of a kind, in all namespaces.
-    pub fn list<T: Resource + DeserializeOwned>(&self) -> Vec<T> {
+    pub fn list<T: Resource + ApiType>(&self) -> Vec<T> {
         let objects = self.api.list(Kind::of::<T>());
-        objects
-            .iter()
-            .map(|object| serde_json::from_slice(object.json()).expect("it fits its type"))
-            .collect()
+        objects.iter().map(|object| T::from_json(object.json()).expect("it fits its type")).collect()
     }
 
     /// The messages of all events with this reason.

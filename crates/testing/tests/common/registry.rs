@@ -10,13 +10,12 @@ use std::time::{Duration, SystemTime};
 use k8s_openapi::Resource;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Event;
-use minke_api::{Kind, Object};
+use minke_api::{ApiType, Kind, Object};
 use minke_apiserver::{ApiServer, UserInfo, kubernetes_service_address};
 use minke_client::{Client, Clock, DeleteOptions, Informers, ListOptions, Patch, Propagation, Target};
 use minke_cluster::keys::{Keys, Names};
 use minke_store::Store;
 use minke_testing::sim::Kubelet;
-use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -101,14 +100,14 @@ impl Cluster {
         self.admin.create(Target::collection(kind, namespace), object.clone()).await.unwrap()
     }
 
-    pub async fn get<T: Resource + DeserializeOwned>(&self, namespace: &str, name: &str) -> Option<T> {
+    pub async fn get<T: Resource + ApiType>(&self, namespace: &str, name: &str) -> Option<T> {
         let object = self.admin.get(Target::object(Kind::of::<T>(), namespace, name)).await.ok()?;
-        Some(serde_json::from_slice(object.json()).unwrap())
+        Some(T::from_json(object.json()).unwrap())
     }
 
-    pub async fn list<T: Resource + DeserializeOwned>(&self, namespace: &str) -> Vec<T> {
+    pub async fn list<T: Resource + ApiType>(&self, namespace: &str) -> Vec<T> {
         let list = self.admin.list(Kind::of::<T>(), namespace, ListOptions::default()).await.unwrap();
-        list.items.iter().map(|object| serde_json::from_slice(object.json()).unwrap()).collect()
+        list.items.iter().map(|object| T::from_json(object.json()).unwrap()).collect()
     }
 
     pub async fn delete<T: Resource>(&self, namespace: &str, name: &str, propagation: Propagation) {
