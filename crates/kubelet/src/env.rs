@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use k8s_openapi::api::core::v1 as core;
 use minke_api::Quantity;
 
+use crate::env_files::EnvFiles;
 use crate::pod::Pod;
 use crate::references::Referenced;
 use crate::resources;
@@ -170,9 +171,9 @@ pub fn build(
     container: &core::Container,
     services: &[std::sync::Arc<core::Service>],
     referenced: &Referenced,
+    files: &EnvFiles,
     facts: &Facts,
 ) -> Result<Vec<(String, String)>, String> {
-    let namespace = pod.namespace();
     let mut from_services = BTreeMap::new();
     for service in services {
         service_variables(service, &mut from_services);
@@ -201,7 +202,7 @@ pub fn build(
                 Some(expand(text, |name| env.get(name).or_else(|| from_services.get(name)).cloned()))
             }
             (_, None) => Some(String::new()),
-            (_, Some(from)) => from_source(pod, container, from, referenced, facts, namespace)?,
+            (_, Some(from)) => from_source(pod, container, from, referenced, files, facts)?,
         };
         if let Some(value) = value {
             env.insert(variable.name.clone(), value);
@@ -219,9 +220,10 @@ fn from_source(
     container: &core::Container,
     from: &core::EnvVarSource,
     referenced: &Referenced,
+    files: &EnvFiles,
     facts: &Facts,
-    namespace: &str,
 ) -> Result<Option<String>, String> {
+    let namespace = pod.namespace();
     if let Some(selector) = &from.field_ref {
         return field(pod, &selector.field_path, facts).map(Some);
     }
@@ -248,7 +250,10 @@ fn from_source(
             }
         };
     }
-    Err("env from files is not supported".to_owned())
+    match &from.file_key_ref {
+        Some(selector) => files.value(selector),
+        None => Ok(None),
+    }
 }
 
 #[cfg(test)]
@@ -297,7 +302,8 @@ mod tests {
             pod_ip: "10.1.0.9".parse().ok(),
             allocatable: [("cpu".to_owned(), Quantity::parse("4").expect("a quantity"))].into(),
         };
-        let got = build(&pod, &pod.spec().containers[0], &services, &referenced, &facts);
+        let got =
+            build(&pod, &pod.spec().containers[0], &services, &referenced, &EnvFiles::default(), &facts);
         let got: BTreeMap<String, String> = match got {
             Ok(env) => env.into_iter().collect(),
             Err(message) => [("error".to_owned(), message)].into(),

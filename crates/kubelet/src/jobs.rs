@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::container::{self, Inputs, Paths};
 use crate::context::Context;
 use crate::env::{self, Facts};
+use crate::env_files::{self, EnvFiles};
 use crate::etc;
 use crate::handlers::{Handler, Outcome, Place};
 use crate::manifests;
@@ -250,7 +251,8 @@ async fn try_start(context: &Context, pod: &Pod, held: &Held, start: &Start) -> 
     };
     let services = services(context, pod).await;
     let facts = context.facts(start.address);
-    let env = env::build(pod, container, &services, &referenced, &facts).map_err(unfit)?;
+    let files = env_files(context, pod, container).await;
+    let env = env::build(pod, container, &services, &referenced, &files, &facts).map_err(unfit)?;
     let volumes = image_volumes(context, pod, container, held, start).await?;
     let mounts = context.volumes.container_mounts(pod, container, &env, &volumes).await.map_err(unfit)?;
     let passing = mounts.iter().filter(|mount| mount.propagation != Propagation::Private);
@@ -304,6 +306,15 @@ async fn image_volumes(
     held: &Held,
     start: &Start,
 ) -> Result<BTreeMap<String, String>, StartFailure> {
+async fn env_files(context: &Context, pod: &Pod, container: &core::Container) -> EnvFiles {
+    if env_files::named(container).next().is_none() {
+        return EnvFiles::default();
+    }
+    let (paths, pod, container) = (context.paths.clone(), pod.clone(), container.clone());
+    let read = tokio::task::spawn_blocking(move || EnvFiles::read(&paths, &pod, &container));
+    read.await.unwrap_or_default()
+}
+
     let mut ids = BTreeMap::new();
     let mounted =
         |volume: &&core::Volume| container.volume_mounts.iter().flatten().any(|m| m.name == volume.name);

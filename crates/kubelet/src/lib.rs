@@ -12,6 +12,7 @@ mod agent_tests;
 mod container;
 mod context;
 mod env;
+mod env_files;
 mod etc;
 mod events;
 mod eviction;

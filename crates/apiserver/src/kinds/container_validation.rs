@@ -12,6 +12,7 @@ use super::pod_validation::{validate_ids, validate_seccomp};
 use super::resources::amounts;
 use super::tree::Tree;
 
+use super::volume_validation::file_path;
 const PULL_POLICIES: [&str; 3] = ["Always", "IfNotPresent", "Never"];
 const HANDLERS: [&str; 4] = ["exec", "grpc", "httpGet", "tcpSocket"];
 const FIELD_PATHS: [&str; 9] = [
@@ -45,6 +46,8 @@ pub fn validate_containers(spec: &Value, path: &str, volumes: &HashSet<&str>, er
             let path = format!("{path}.{list}[{n}]");
             let name = container.text("name");
             if seen.insert(name, list).is_some() && !name.is_empty() {
+/// Most bytes of a key in a file of variables.
+const FILE_KEY_MAX: usize = 128;
                 errors.duplicate(&at(&path, "name"), name);
             }
             validate_container(container, list, spec, &path, volumes, errors);
@@ -76,7 +79,7 @@ fn validate_container(
     let messages = ["FallbackToLogsOnError", "File"];
     check::one_of_if_set(container, path, "terminationMessagePolicy", &messages, errors);
     validate_ports(container, spec.flag("hostNetwork"), path, errors);
-    validate_env(container, path, errors);
+    validate_env(container, spec, path, errors);
     validate_mounts(container, path, volumes, errors);
     validate_resources(container.at("resources"), &at(path, "resources"), errors);
     validate_context(container, path, errors);
@@ -186,7 +189,7 @@ fn env_name(name: &str, path: &str, errors: &mut FieldErrors) {
     }
 }
 
-fn validate_env(container: &Value, path: &str, errors: &mut FieldErrors) {
+fn validate_env(container: &Value, spec: &Value, path: &str, errors: &mut FieldErrors) {
     for (n, env) in container.items("env").iter().enumerate() {
         let path = format!("{path}.env[{n}]");
         match env.text("name") {
@@ -194,7 +197,7 @@ fn validate_env(container: &Value, path: &str, errors: &mut FieldErrors) {
             name => env_name(name, &at(&path, "name"), errors),
         }
         if env.at("valueFrom").is_object() {
-            validate_env_source(env, &at(&path, "valueFrom"), errors);
+            validate_env_source(env, spec, &at(&path, "valueFrom"), errors);
         }
     }
     for (n, from) in container.items("envFrom").iter().enumerate() {
@@ -216,7 +219,7 @@ fn validate_env(container: &Value, path: &str, errors: &mut FieldErrors) {
     }
 }
 
-fn validate_env_source(env: &Value, path: &str, errors: &mut FieldErrors) {
+fn validate_env_source(env: &Value, spec: &Value, path: &str, errors: &mut FieldErrors) {
     const SOURCES: [&str; 5] =
         ["fieldRef", "resourceFieldRef", "configMapKeyRef", "secretKeyRef", "fileKeyRef"];
     let source = env.at("valueFrom");
@@ -240,11 +243,7 @@ fn validate_env_source(env: &Value, path: &str, errors: &mut FieldErrors) {
         match name {
             "fieldRef" => field_ref(reference, &FIELD_PATHS, &path, errors),
             "resourceFieldRef" => resource_field_ref(reference, false, &path, errors),
-            "fileKeyRef" => {
-                for field in ["volumeName", "path", "key"] {
-                    check::required(reference, &path, field, errors);
-                }
-            }
+            "fileKeyRef" => file_key_ref(reference, spec, &path, errors),
             _ => {
                 for field in ["name", "key"] {
                     check::required(reference, &path, field, errors);
@@ -268,6 +267,32 @@ pub fn field_ref(reference: &Value, allowed: &[&str], path: &str, errors: &mut F
                 &path,
                 field,
                 "error converting fieldPath: field label does not support subscript",
+/// A variable in a file in one of the pod's `emptyDir` volumes.
+fn file_key_ref(reference: &Value, spec: &Value, path: &str, errors: &mut FieldErrors) {
+    for field in ["volumeName", "path", "key"] {
+        check::required(reference, path, field, errors);
+    }
+    let (volume, key) = (reference.text("volumeName"), reference.text("key"));
+    if !volume.is_empty() {
+        let path = at(path, "volumeName");
+        check::name(volume, &path, names::dns_label, errors);
+        match spec.items("volumes").iter().find(|known| known.text("name") == volume) {
+            None => errors.not_found(&path, volume),
+            Some(known) if !known.at("emptyDir").is_object() => {
+                errors.invalid(&path, volume, "referenced volume must be of type emptyDir");
+            }
+            Some(_) => {}
+        }
+    }
+    file_path(reference.text("path"), &at(path, "path"), errors);
+    if !key.is_empty() {
+        env_name(key, &at(path, "key"), errors);
+        if key.len() > FILE_KEY_MAX {
+            errors.too_long(&at(path, "key"), FILE_KEY_MAX);
+        }
+    }
+}
+
             );
         } else {
             check::name(&key.to_lowercase(), &path, names::qualified_name, errors);
@@ -517,7 +542,7 @@ mod tests {
         for (field, value) in container.as_object().unwrap() {
             whole.set(field, value.clone());
         }
-        let mut pod = json!({"spec": {"containers": [whole], "volumes": [{"name": "v"}]}});
+        let mut pod = json!({"spec": {"containers": [whole], "volumes": [{"name": "v"}, {"name": "c", "configMap": {"name": "c"}}]}});
         (POD.set_defaults)(&mut pod);
         let mut errors = FieldErrors::default();
         (POD.validate)(&pod, &mut errors);
@@ -588,6 +613,34 @@ mod tests {
         check(
             json!({"volumeMounts": [{"name": "v", "mountPath": "/v", "subPath": "../x"}]}),
             "volumeMounts[0].subPath: Invalid value: \"../x\": must not contain '..'",
+    #[track_caller]
+    fn check_file_key(change: (&str, &str), want: &str) {
+        let mut from = json!({"volumeName": "v", "path": "d/f", "key": "A"});
+        from.set(change.0, change.1);
+        let want =
+            if want.is_empty() { String::new() } else { format!("env[0].valueFrom.fileKeyRef.{want}") };
+        check(json!({"env": [{"name": "A", "valueFrom": {"fileKeyRef": from}}]}), &want);
+    }
+
+    #[test]
+    fn files_of_variables_are_checked() {
+        check_file_key(("key", "a.b"), "");
+        check_file_key(("key", ""), "key: Required value");
+        check_file_key(
+            ("key", "a=b"),
+            "key: Invalid value: \"a=b\": a valid environment variable name must consist",
+        );
+        check_file_key(("key", &"k".repeat(129)), "key: Too long: may not be more than 128 bytes");
+        check_file_key(("path", "/f"), "path: Invalid value: \"/f\": must be a relative path");
+        check_file_key(("path", "a/../f"), "path: Invalid value: \"a/../f\": must not contain '..'");
+        check_file_key(("path", "..f"), "path: Invalid value: \"..f\": must not start with '..'");
+        check_file_key(("volumeName", "w"), "volumeName: Not found: \"w\"");
+        check_file_key(
+            ("volumeName", "c"),
+            "volumeName: Invalid value: \"c\": referenced volume must be of type emptyDir",
+        );
+    }
+
         );
         check(
             json!({"resources": {"requests": {"cpu": "2"}, "limits": {"cpu": "1"}}}),

@@ -141,7 +141,8 @@ fn files(source: &Value, path: &str, errors: &mut FieldErrors) {
     }
 }
 
-fn file_path(target: &str, path: &str, errors: &mut FieldErrors) {
+/// A relative path that keeps off the names which volumes use themselves.
+pub fn file_path(target: &str, path: &str, errors: &mut FieldErrors) {
     relative_path(target, path, errors);
     if target.starts_with("..") && !target.split('/').any(|part| part == "..") {
         errors.invalid(path, target, "must not start with '..'");
