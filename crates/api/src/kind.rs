@@ -233,6 +233,7 @@ pub static KINDS: &[Kind] = &[
     Kind { group: "batch", kind: "CronJob", plural: "cronjobs", singular: "cronjob", short: &["cj"], categories: &["all"], subresources: &[STATUS], storage_version_hash: "sd5LIXh4Fjs=", ..Kind::NAMESPACED },
     Kind { group: "batch", kind: "Job", plural: "jobs", singular: "job", categories: &["all"], subresources: &[STATUS], fields: &["status.successful"], storage_version_hash: "mudhfqk/qZY=", ..Kind::NAMESPACED },
     Kind { group: "certificates.k8s.io", kind: "CertificateSigningRequest", plural: "certificatesigningrequests", singular: "certificatesigningrequest", short: &["csr"], subresources: &[APPROVAL, STATUS], fields: &["spec.signerName"], storage_version_hash: "95fRKMXA+00=", ..Kind::CLUSTER },
+    Kind { group: "certificates.k8s.io", kind: "ClusterTrustBundle", plural: "clustertrustbundles", singular: "clustertrustbundle", fields: &["spec.signerName"], storage_version_hash: "R/wbJqMRFu8=", ..Kind::CLUSTER },
     Kind { group: "networking.k8s.io", kind: "IngressClass", plural: "ingressclasses", singular: "ingressclass", storage_version_hash: "l/iqIbDgFyQ=", ..Kind::CLUSTER },
     Kind { group: "networking.k8s.io", kind: "Ingress", plural: "ingresses", singular: "ingress", short: &["ing"], subresources: &[STATUS], storage_version_hash: "39NQlfNR+bo=", ..Kind::NAMESPACED },
     Kind { group: "networking.k8s.io", kind: "IPAddress", plural: "ipaddresses", singular: "ipaddress", short: &["ip"], storage_version_hash: "3f/plJFChNE=", ..Kind::CLUSTER },

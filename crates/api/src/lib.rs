@@ -11,6 +11,7 @@ pub mod names;
 mod object;
 pub mod openapi;
 pub mod patch;
+pub mod pem;
 pub mod placement;
 pub mod quantity;
 pub mod schema;

@@ -77,6 +77,12 @@ pub static VIEWS: &[View] = &[
         },
     },
     View {
+        group: "certificates.k8s.io",
+        kind: "ClusterTrustBundle",
+        columns: &[NAME, text("SignerName")],
+        cells: |o| cells![o.name(), or(o.str("spec.signerName"), NONE)],
+    },
+    View {
         group: "scheduling.k8s.io",
         kind: "PriorityClass",
         columns: &[NAME, integer("Value"), boolean("Global-Default"), AGE, text("PreemptionPolicy")],

@@ -16,6 +16,7 @@ use crate::kinds::tree::Tree;
 
 const GROUP: &str = "certificates.k8s.io";
 const KIND: &str = "CertificateSigningRequest";
+const BUNDLE: &str = "ClusterTrustBundle";
 const API_CLIENT: &str = "kubernetes.io/kube-apiserver-client";
 
 fn is_request(request: &Request<'_>) -> bool {
@@ -126,8 +127,41 @@ fn check_new(request: &Request<'_>, object: &Value, signer: &str) -> Result<(), 
     Ok(())
 }
 
-/// The signer itself is permitted, or all of its domain.
+/// Refuses bundles of trust anchors of a signer that the user may not speak for.
+pub fn attest(context: &Context<'_>, request: &Request<'_>, object: &Value) -> Result<(), Status> {
+    let signer = object.at("spec").text("signerName");
+    let is_bundle = request.kind.group == GROUP && request.kind.kind == BUNDLE;
+    if !is_bundle || request.operation == Operation::Delete || signer.is_empty() {
+        return Ok(());
+    }
+    if request.old.is_some_and(|old| of_substance(object) == of_substance(old))
+        || may(context, request, "attest", signer)
+    {
+        return Ok(());
+    }
+    Err(request.forbid(format!("user not permitted to attest for signerName {signer:?}")))
+}
+
+/// What is not the garbage collector's to change.
+fn of_substance(object: &Value) -> Value {
+    let mut object = object.clone();
+    for field in ["ownerReferences", "finalizers", "managedFields", "resourceVersion"] {
+        object.object("metadata").unset(field);
+    }
+    object
+}
+
 fn require(context: &Context<'_>, request: &Request<'_>, verb: &str, signer: &str) -> Result<(), Status> {
+    match may(context, request, verb, signer) {
+        true => Ok(()),
+        false => {
+            Err(request.forbid(format!("user not permitted to {verb} requests with signerName {signer:?}")))
+        }
+    }
+}
+
+/// Whether the signer itself is permitted, or all of its domain.
+fn may(context: &Context<'_>, request: &Request<'_>, verb: &str, signer: &str) -> bool {
     let domain = signer.split('/').next().unwrap_or_default();
     let may = |name: &str| {
         let attributes = Attributes::Resource {
@@ -141,10 +175,7 @@ fn require(context: &Context<'_>, request: &Request<'_>, verb: &str, signer: &st
         };
         context.authorizer.authorize(request.user, &attributes).allowed
     };
-    if may(signer) || may(&format!("{domain}/*")) {
-        return Ok(());
-    }
-    Err(request.forbid(format!("user not permitted to {verb} requests with signerName {signer:?}")))
+    may(signer) || may(&format!("{domain}/*"))
 }
 
 #[cfg(test)]
@@ -153,6 +184,7 @@ mod tests {
 
     use crate::UserInfo;
     use crate::kinds::certificates::tests::encoded_request;
+    use crate::kinds::trust_bundle::tests::certificate;
     use crate::testing::Api;
 
     const PATH: &str = "/apis/certificates.k8s.io/v1/certificatesigningrequests";
@@ -230,5 +262,40 @@ mod tests {
             codes.push(bob.json(&format!("PATCH {PATH}/jane/{sub}"), body).await.code);
         }
         assert_eq!(codes, [200, 403]);
+    }
+
+    #[tokio::test]
+    async fn whoever_attests_speaks_for_the_signer() {
+        const BUNDLES: &str = "/apis/certificates.k8s.io/v1/clustertrustbundles";
+        let api = Api::new().await;
+        let rule = |resource: &str, names: &[&str], verb: &str| json!({"apiGroups": ["certificates.k8s.io"], "resources": [resource], "resourceNames": names, "verbs": [verb]});
+        let rules = [rule("clustertrustbundles", &[], "*"), rule("signers", &["example.com/*"], "attest")];
+        let role = json!({"metadata": {"name": "r"}, "rules": rules});
+        api.json(&format!("POST {RBAC}/clusterroles"), role).await.ok();
+        let binding = json!({"metadata": {"name": "r"},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "r"},
+            "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "bob"}]});
+        api.json(&format!("POST {RBAC}/clusterrolebindings"), binding).await.ok();
+        let bob = api.as_user(UserInfo::new("bob", &[]));
+        let bundle = |name: &str, signer: &str| json!({"metadata": {"name": name}, "spec": {"signerName": signer, "trustBundle": certificate(true)}});
+        let make = async |api: &Api, name: &str, signer: &str| {
+            api.json(&format!("POST {BUNDLES}"), bundle(name, signer)).await
+        };
+        make(&bob, "open", "").await.ok();
+        make(&bob, "example.com:ca:a", "example.com/ca").await.ok();
+        let refused = make(&bob, "other.io:ca:a", "other.io/ca").await.error();
+        let want = "user not permitted to attest for signerName \"other.io/ca\"";
+        assert!(refused.0 == 403 && refused.2.ends_with(want), "{refused:?}");
+        make(&api, "other.io:ca:a", "other.io/ca").await.ok();
+        // What only tells of owners and finalizers says nothing of the anchors.
+        let patch = async |body: Value| bob.json(&format!("PATCH {BUNDLES}/other.io:ca:a"), body).await;
+        patch(json!({"metadata": {"finalizers": ["example.com/keep"]}})).await.ok();
+        assert_eq!(patch(json!({"metadata": {"labels": {"a": "b"}}})).await.error().0, 403);
+        let renamed = json!({"spec": {"signerName": "example.com/cb"}});
+        let fixed = api.json(&format!("PATCH {BUNDLES}/example.com:ca:a"), renamed).await.error();
+        assert!(fixed.0 == 422 && fixed.2.contains("spec.signerName: Invalid value"), "{fixed:?}");
+        let of = |signer: &str| format!("GET {BUNDLES}?fieldSelector=spec.signerName={signer}");
+        let found = api.json(&of("example.com/ca"), Value::Null).await.ok();
+        assert_eq!(found["items"].as_array().map(Vec::len), Some(1), "{found}");
     }
 }

@@ -100,6 +100,7 @@ const VALIDATING: &[Validate] = &[
     defaults::claim_may_grow,
     roles_do_not_escalate,
     certificates::check,
+    certificates::attest,
 ];
 
 /// Lets every plugin change the object. Returns warnings for the user.

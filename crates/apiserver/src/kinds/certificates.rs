@@ -96,7 +96,7 @@ fn validate(request: &Value, errors: &mut FieldErrors) {
 }
 
 /// `example.com/path`: a domain, and a name within it.
-fn signer(name: &str, path: &str, errors: &mut FieldErrors) {
+pub fn signer(name: &str, path: &str, errors: &mut FieldErrors) {
     if name.is_empty() {
         return errors.required(path, "");
     }

@@ -19,6 +19,7 @@ mod service;
 mod storage;
 pub mod tree;
 mod volume_validation;
+pub mod trust_bundle;
 mod workloads;
 
 use minke_api::Kind;
@@ -60,6 +61,7 @@ pub fn strategy(kind: &'static Kind) -> &'static Strategy {
         ("batch", "Job") => &batch::JOB,
         ("certificates.k8s.io", "CertificateSigningRequest") => &certificates::REQUEST,
         ("coordination.k8s.io", "Lease") => &policy::LEASE,
+        ("certificates.k8s.io", "ClusterTrustBundle") => &trust_bundle::TRUST_BUNDLE,
         ("discovery.k8s.io", "EndpointSlice") => &networking::ENDPOINT_SLICE,
         ("networking.k8s.io", "Ingress") => &networking::INGRESS,
         ("networking.k8s.io", "IngressClass") => &networking::INGRESS_CLASS,

@@ -5,9 +5,11 @@ use std::collections::HashSet;
 use minke_api::{FieldErrors, names};
 use serde_json::Value;
 
+use super::certificates::signer as signer_name;
 use super::check::{self, at};
 use super::container_validation::{field_ref, relative_path, resource_field_ref};
 use super::tree::Tree;
+use super::trust_bundle;
 
 const HOST_PATH_TYPES: [&str; 8] =
     ["", "BlockDevice", "CharDevice", "Directory", "DirectoryOrCreate", "File", "FileOrCreate", "Socket"];
@@ -205,6 +207,7 @@ fn projected(source: &Value, path: &str, errors: &mut FieldErrors) {
                 check::required(part, &path, "path", errors);
                 file_path(part.text("path"), &at(&path, "path"), errors);
             }
+            "clusterTrustBundle" => trust_bundles(part, &path, errors),
             _ => {}
         }
         let items = part.items("items").iter().map(|item| item.text("path"));
@@ -215,6 +218,42 @@ fn projected(source: &Value, path: &str, errors: &mut FieldErrors) {
             }
         }
     }
+}
+
+/// Which bundles of trust anchors are to be in a file: one by name, or some of a signer's.
+fn trust_bundles(source: &Value, path: &str, errors: &mut FieldErrors) {
+    let (name, signer) = (source.at("name"), source.at("signerName"));
+    match (name.as_str(), signer.as_str()) {
+        (Some(_), Some(_)) => {
+            errors.invalid(path, source, "only one of name and signerName may be used");
+        }
+        (Some(name), None) => {
+            let at = at(path, "name");
+            if name.is_empty() {
+                errors.required(&at, "must be a valid object name");
+            }
+            if let Err(why) = trust_bundle::any_name(name) {
+                errors.invalid(&at, name, &format!("not a valid clustertrustbundlename: {why}"));
+            }
+            let selector = source.at("labelSelector");
+            if selector.is_object() {
+                let at = check::at(path, "labelSelector");
+                errors.invalid(&at, selector, "labelSelector must be unset if name is specified");
+            }
+        }
+        (None, Some(name)) => {
+            if name.is_empty() {
+                errors.required(&at(path, "signerName"), "must be a valid signer name");
+            }
+            signer_name(name, &at(path, "signerName"), errors);
+            if source.at("labelSelector").is_object() {
+                check::selector(source.at("labelSelector"), &at(path, "labelSelector"), errors);
+            }
+        }
+        (None, None) => errors.required(path, "either name or signerName must be specified"),
+    }
+    check::required(source, path, "path", errors);
+    file_path(source.text("path"), &at(path, "path"), errors);
 }
 
 /// A PersistentVolumeClaimSpec.
@@ -276,6 +315,42 @@ mod tests {
         let message = errors.into_result(kind, "p").err().map(|s| s.message).unwrap_or_default();
         let got = message.strip_prefix("Pod \"p\" is invalid: ").unwrap_or(&message);
         assert!(if want.is_empty() { got.is_empty() } else { got.starts_with(want) }, "{got}");
+    }
+
+    #[track_caller]
+    fn check_bundles(source: Value, want: &str) {
+        let want = if want.is_empty() {
+            String::new()
+        } else {
+            format!("v[0].projected.sources[0].clusterTrustBundle{want}")
+        };
+        check(json!({"name": "a", "projected": {"sources": [{"clusterTrustBundle": source}]}}), &want);
+    }
+
+    #[test]
+    fn bundles_of_trust_anchors_are_chosen_in_one_way() {
+        check_bundles(json!({"name": "mine", "path": "ca"}), "");
+        check_bundles(json!({"name": "example.com:ca:v1", "path": "ca"}), "");
+        check_bundles(json!({"signerName": "example.com/ca", "labelSelector": {}, "path": "ca"}), "");
+        check_bundles(json!({"path": "ca"}), ": Required value: either name or signerName must be specified");
+        check_bundles(json!({"name": "a", "signerName": "b.c/d", "path": "ca"}), ": Invalid value:");
+        check_bundles(
+            json!({"name": "a:b", "path": "ca"}),
+            ".name: Invalid value: \"a:b\": not a valid clustertrustbundlename: ClusterTrustBundle without signer name",
+        );
+        check_bundles(
+            json!({"name": "a", "labelSelector": {}, "path": "ca"}),
+            ".labelSelector: Invalid value:",
+        );
+        check_bundles(
+            json!({"signerName": "ca", "path": "ca"}),
+            ".signerName: Invalid value: \"ca\": must be",
+        );
+        check_bundles(json!({"name": "a"}), ".path: Required value");
+        check_bundles(
+            json!({"name": "a", "path": "../a"}),
+            ".path: Invalid value: \"../a\": must not contain",
+        );
     }
 
     #[test]
