@@ -1,7 +1,7 @@
 //! Everyday tools, as small as they can be and still answer what people type first.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::time::{Duration, Instant};
@@ -116,35 +116,74 @@ fn env(_: &[String]) -> i32 {
 }
 
 fn head(args: &[String]) -> i32 {
-    let count =
-        args.iter().position(|a| a == "-n").and_then(|at| args.get(at + 1)?.parse().ok()).unwrap_or(10);
-    let mut text = String::new();
-    let path =
-        args.last().filter(|a| !a.starts_with('-') && a.parse::<u64>().is_err()).map_or("-", String::as_str);
-    if let Err(error) = open(path).and_then(|mut file| file.read_to_string(&mut text)) {
-        return complain("head", path, error);
+    let (mut lines, mut bytes, mut path) = (10u64, u64::MAX, "-");
+    let mut rest = args.iter();
+    while let Some(arg) = rest.next() {
+        let (option, attached) = arg.split_at(arg.len().min(2));
+        let number = match option {
+            "-c" | "-n" if attached.is_empty() => rest.next().map_or("", String::as_str),
+            "-c" | "-n" => attached,
+            _ if arg.len() > 1 && arg.starts_with('-') => &arg[1..],
+            _ => {
+                path = arg;
+                continue;
+            }
+        };
+        match number.parse() {
+            Err(_) => return complain("head", number, "invalid number"),
+            Ok(number) if option == "-c" => (lines, bytes) = (u64::MAX, number),
+            Ok(number) => lines = number,
+        }
     }
-    say(1, &text.split_inclusive('\n').take(count).collect::<String>())
+    let mut print = |file: Box<dyn Read>| -> io::Result<()> {
+        let mut file = BufReader::new(file.take(bytes));
+        if lines == u64::MAX {
+            return io::copy(&mut file, &mut io::stdout()).map(drop);
+        }
+        let mut out = io::stdout();
+        while lines > 0 {
+            let some = file.fill_buf()?;
+            if some.is_empty() {
+                break;
+            }
+            let end = some.iter().position(|b| *b == b'\n').map_or(some.len(), |at| at + 1);
+            lines -= u64::from(some[end - 1] == b'\n');
+            out.write_all(&some[..end])?;
+            file.consume(end);
+        }
+        out.flush()
+    };
+    open(path).and_then(&mut print).map_or_else(|error| complain("head", path, error), |()| 0)
 }
 
 fn wc(args: &[String]) -> i32 {
-    let mut bytes = Vec::new();
     let path = operands(args, "-").remove(0);
-    if let Err(error) = open(&path).and_then(|mut file| file.read_to_end(&mut bytes)) {
+    let (mut lines, mut words, mut bytes, mut between) = (0, 0, 0, true);
+    let mut count = |file: Box<dyn Read>| -> io::Result<()> {
+        let mut file = BufReader::new(file);
+        loop {
+            let some = file.fill_buf()?;
+            if some.is_empty() {
+                return Ok(());
+            }
+            for byte in some {
+                lines += u64::from(*byte == b'\n');
+                words += u64::from(between && !byte.is_ascii_whitespace());
+                between = byte.is_ascii_whitespace();
+            }
+            bytes += some.len() as u64;
+            let all = some.len();
+            file.consume(all);
+        }
+    };
+    if let Err(error) = open(&path).and_then(&mut count) {
         return complain("wc", &path, error);
     }
-    let lines = bytes.iter().filter(|b| **b == b'\n').count();
     match args.first().map(String::as_str) {
-        Some("-c") => say(1, &format!("{}\n", bytes.len())),
+        Some("-c") => say(1, &format!("{bytes}\n")),
         Some("-l") => say(1, &format!("{lines}\n")),
-        _ => say(
-            1,
-            &format!(
-                "{lines} {} {}\n",
-                String::from_utf8_lossy(&bytes).split_whitespace().count(),
-                bytes.len()
-            ),
-        ),
+        Some("-w") => say(1, &format!("{words}\n")),
+        _ => say(1, &format!("{lines} {words} {bytes}\n")),
     }
 }
 

@@ -196,7 +196,9 @@ mod tests {
         );
         check("false || echo or; true && echo and", "or\nand\n", 0);
         check("x='a  b'; echo $x \"$x\" ${y:-none} $# $2", "a b a  b none 2 two\n", 0);
-        check("echo a b c | cat | wc -w", "1 3 6\n", 0);
+        check("echo a b c | cat | wc; echo a b | wc -w", "1 3 6\n2\n", 0);
+        check("head -c 100000 /dev/zero | wc -c; seq 9 | head -n2; seq 9 | head -1", "100000\n1\n2\n1\n", 0);
+        check("echo short | head -c 3; seq 3 | head -n 99; head -n x", "sho1\n2\n3\n", 1);
         check("if test -d /proc; then echo yes; else echo no; fi", "yes\n", 0);
         check("echo $(echo in) `echo back`; { echo 1; echo 2; } | wc -l", "in back\n2\n", 0);
         check("(exit 3); echo $?; ! true; echo $?; nosuch 2>/dev/null; echo $?", "3\n1\n127\n", 0);
