@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::Args;
 use minke_api::time::parse_go_duration;
 use minke_controllers::{Authority, AutoscalerSettings, Config};
+use tokio::sync::watch;
 
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Controllers")]
@@ -52,10 +53,16 @@ fn part(text: &str) -> Result<f64, String> {
 }
 
 impl ControllerArgs {
-    pub fn config(&self, root_ca: String, authority: Arc<Authority>) -> Config {
+    pub fn config(
+        &self,
+        root_ca: String,
+        authority: Arc<Authority>,
+        clock_set: watch::Receiver<()>,
+    ) -> Config {
         Config {
             root_ca,
             authority: Some(authority),
+            clock_set,
             node_monitor_grace: self.node_monitor_grace_period,
             node_startup_grace: self.node_startup_grace_period,
             terminated_pods_max: self.terminated_pod_gc_threshold,

@@ -20,10 +20,11 @@ use minke_cluster::keys::{Keys, Names};
 use minke_cluster::kubeconfig::Entry;
 use minke_cluster::startup::{Progress, Stage, write_stage};
 use minke_cluster::{Config, DataDir, Wishes};
+use minke_runtime::ClockWatch;
 use minke_store::{Embedded, Store};
 use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -140,9 +141,11 @@ impl ServerArgs {
             identity: format!("{}_{}", setting.node_name, data.id()),
             clock: Clock::System,
         };
+        let (clock, clock_set) = watch::channel(());
+        tasks.spawn(tell_clock(clock, stop.clone()));
         let flags = self.controllers.clone();
         tasks.spawn(leader::lead(election, stop.clone(), move |term| {
-            let config = flags.config(root_ca.clone(), authority.clone());
+            let config = flags.config(root_ca.clone(), authority.clone(), clock_set.clone());
             let informers = Informers::new(manager.clone(), term.clone());
             let account = account.clone();
             let controllers =
@@ -301,6 +304,14 @@ pub fn stop_on_signals(stop: &CancellationToken) -> Result<()> {
         stop.cancel();
     });
     Ok(())
+}
+
+/// Tells `told` each time when the machine's clock was set.
+async fn tell_clock(told: watch::Sender<()>, stop: CancellationToken) {
+    match ClockWatch::new() {
+        Ok(clock) => while stop.run_until_cancelled(clock.set()).await.is_some() && told.send(()).is_ok() {},
+        Err(error) => tracing::warn!(%error, "Cannot watch the machine's clock"),
+    }
 }
 
 fn is_ready(node: &Node) -> bool {

@@ -75,6 +75,12 @@ impl<K: Clone + Eq + Hash> WorkQueue<K> {
         self.wake.notify_one();
     }
 
+    /// Makes all keys ready that wait for their time, since the clock by which it was worked out has changed.
+    pub fn hurry(&self) {
+        self.lock().ripen(None);
+        self.wake.notify_one();
+    }
+
     /// Queues `key` after the delay that its failures so far have earned.
     pub fn retry(&self, key: K) {
         let delay = {
@@ -97,7 +103,7 @@ impl<K: Clone + Eq + Hash> WorkQueue<K> {
             let wake = self.wake.notified();
             let until = {
                 let mut state = self.lock();
-                state.ripen(Instant::now());
+                state.ripen(Some(Instant::now()));
                 if let Some(key) = state.ready.pop_front() {
                     state.dirty.remove(&key);
                     state.in_work.insert(key.clone());
@@ -158,8 +164,10 @@ impl<K: Clone + Eq + Hash> State<K> {
         self.waiting.insert(key, entry);
     }
 
-    fn ripen(&mut self, now: Instant) {
-        while let Some(entry) = self.later.first().copied().filter(|(at, _)| *at <= now) {
+    /// Readies the keys whose time has come by `now`, or all.
+    fn ripen(&mut self, now: Option<Instant>) {
+        while let Some(entry) = self.later.first().copied().filter(|(at, _)| now.is_none_or(|now| *at <= now))
+        {
             self.later.remove(&entry);
             if let Some(key) = self.by_ticket.remove(&entry.1) {
                 self.waiting.remove(&key);
@@ -198,6 +206,22 @@ mod tests {
         assert_eq!(start.elapsed().as_secs(), 5);
         assert_eq!(queue.next().await, "slow");
         assert_eq!(start.elapsed().as_secs(), 10);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_waits_longer_when_hurried() {
+        let queue = WorkQueue::default();
+        let start = Instant::now();
+        queue.add_after("tomorrow", Duration::from_secs(86_400));
+        queue.add_after("soon", Duration::from_secs(5));
+        queue.hurry();
+        assert_eq!(queue.next().await, "soon");
+        assert_eq!(queue.next().await, "tomorrow");
+        assert_eq!(start.elapsed(), Duration::ZERO);
+        queue.done(&"tomorrow");
+        queue.add_after("tomorrow", Duration::from_secs(60));
+        queue.next().await;
+        assert_eq!(start.elapsed().as_secs(), 60, "later waits are waits again");
     }
 
     #[tokio::test(start_paused = true)]

@@ -49,6 +49,7 @@ use std::time::Duration;
 
 use minke_client::Clock;
 use run::Row;
+use tokio::sync::watch;
 
 /// What the controllers need to know of the cluster. The default is upstream's.
 #[derive(Debug, Clone)]
@@ -58,6 +59,8 @@ pub struct Config {
     /// Signs what is approved of certificates.k8s.io; without it, somebody else does.
     pub authority: Option<Arc<Authority>>,
     pub clock: Clock,
+    /// Changes when the machine's clock was set, or the machine slept: what waits for a time is then looked at anew.
+    pub clock_set: watch::Receiver<()>,
     /// How long a node may be silent before it counts as unreachable.
     pub node_monitor_grace: Duration,
     /// How long a new node may take until its first heartbeat.
@@ -75,6 +78,7 @@ impl Default for Config {
             root_ca: String::new(),
             authority: None,
             clock: Clock::System,
+            clock_set: watch::channel(()).1,
             node_monitor_grace: Duration::from_secs(50),
             node_startup_grace: Duration::from_secs(60),
             terminated_pods_max: 12_500,

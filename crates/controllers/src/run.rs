@@ -77,6 +77,12 @@ fn start(
     let shared = Shared::new(client, informers.clone(), events, config.clock, watches, adopts);
     let shared = Arc::new(shared);
     let queue = Arc::new(WorkQueue::default());
+    let (mut clock_set, hurried, over) = (config.clock_set.clone(), queue.clone(), shutdown.clone());
+    tasks.spawn(async move {
+        while let Some(Ok(())) = over.run_until_cancelled(clock_set.changed()).await {
+            hurried.hurry();
+        }
+    });
     for kind in controller.watches() {
         let (controller, shared, queue) = (controller.clone(), shared.clone(), queue.clone());
         let mut changes = informers.of(kind).subscribe();

@@ -32,6 +32,21 @@ pub fn async_fd(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     Ok(unsafe { AsyncFd::register(fd) }?)
 }
 
+/// Moves the machine's clock by less than a second. Fails without CAP_SYS_TIME.
+#[cfg(test)]
+pub fn move_clock(ns: i32) -> io::Result<()> {
+    // SAFETY: a `timex` is plain numbers, for which zero is a value.
+    let mut change: libc::timex = unsafe { std::mem::zeroed() };
+    change.modes = libc::ADJ_SETOFFSET | libc::ADJ_NANO;
+    change.time.tv_sec = if ns < 0 { -1 } else { 0 };
+    change.time.tv_usec = i64::from(ns).rem_euclid(1_000_000_000);
+    // SAFETY: the kernel reads and writes this one `timex`, which is ours.
+    match unsafe { libc::clock_adjtime(libc::CLOCK_REALTIME, &mut change) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
 pub enum Forked {
     Parent(i32),
     Child,
