@@ -4,17 +4,18 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use futures_util::future::join_all;
 use minke_api::Object;
 use minke_client::{Change, Informer};
 use minke_runtime::{Event, SandboxStatus};
-use tokio::sync::{broadcast, mpsc};
+use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use crate::admission;
+use crate::admission::{self, Decision};
 use crate::container::POD_UID_LABEL;
 use crate::context::Context;
-use crate::eviction;
+use crate::eviction::{self, Eviction};
 use crate::jobs;
 use crate::manifests;
 use crate::observed::ADDRESS_ANNOTATION;
@@ -33,8 +34,8 @@ pub struct Agent {
     running: JoinSet<String>,
     /// Static pods that wait until an older one of their name has ended.
     waiting: Vec<Pod>,
-    /// The look at what is left on the node, while it is under way.
-    survey: JoinSet<Vec<(String, String)>>,
+    /// The look at what is left on the node, while it is under way; then the end of those who must go.
+    survey: JoinSet<Vec<(String, Eviction)>>,
 }
 
 struct Handle {
@@ -159,13 +160,33 @@ impl Agent {
         });
     }
 
-    fn evict(&self, victims: Vec<(String, String)>) {
-        for (uid, why) in victims {
-            if let Some(handle) = self.workers.get(&uid) {
-                tracing::warn!(pod = %handle.pod.long_name(), why, "Evicting pod");
-                let _ = handle.inbox.send(Message::Evict(why));
-            }
+    /// Ends these pods. There is no new look before they have ended: it may have been enough.
+    fn evict(&mut self, victims: Vec<(String, Eviction)>) {
+        let ends: Vec<_> =
+            victims.into_iter().filter_map(|(uid, eviction)| self.end(&uid, eviction)).collect();
+        if !ends.is_empty() {
+            self.survey.spawn(async move {
+                join_all(ends).await;
+                vec![]
+            });
         }
+    }
+
+    /// Has the pod ended. What it returns waits until nothing of it runs any more, or for as long as that may take.
+    fn end(&mut self, uid: &str, eviction: Eviction) -> Option<impl Future<Output = ()> + use<>> {
+        let handle = self.workers.get_mut(uid)?;
+        tracing::warn!(pod = %handle.pod.long_name(), reason = eviction.reason, why = eviction.message, "Ending pod");
+        // What it has is free for others from now on.
+        handle.admitted = false;
+        let (events, pod, patience) = (self.context.events.clone(), handle.pod.clone(), eviction.patience());
+        let (sender, ended) = oneshot::channel();
+        let _ = handle.inbox.send(Message::Evict(eviction, sender));
+        Some(async move {
+            if tokio::time::timeout(patience, ended).await.is_err() {
+                let message = "Container runtime did not kill the pod within specified grace period.";
+                events.warning(&pod, None, "ExceededGracePeriod", message);
+            }
+        })
     }
 
     fn take_change(&mut self, change: Change) {
@@ -175,8 +196,10 @@ impl Agent {
         }
         if let Some(old) = &change.old
             && change.new.as_ref().is_none_or(|new| new.uid() != old.uid())
-            && let Some(handle) = self.workers.get(old.uid())
+            && let Some(handle) = self.workers.get_mut(old.uid())
         {
+            // Its successor may be bound before the worker is through.
+            handle.admitted = false;
             let _ = handle.inbox.send(Message::Gone);
         }
         if let Some(pod) = change.new.and_then(Pod::new) {
@@ -237,41 +260,55 @@ impl Agent {
             return;
         }
         let sandboxes = self.found.remove(&uid).unwrap_or_default();
-        let rejected = self.admit(&pod, !sandboxes.is_empty());
+        let decision = self.decide(&pod, !sandboxes.is_empty());
+        let (mut rejected, mut ends) = (None, vec![]);
+        match decision {
+            Decision::Admit => {}
+            Decision::Preempt(victims) => {
+                for victim in victims {
+                    if let Some(handle) = self.workers.get(&victim) {
+                        let eviction = Eviction::preemption(&handle.pod);
+                        ends.extend(self.end(&victim, eviction));
+                    }
+                }
+            }
+            Decision::Refuse(reason, message) => {
+                self.context.events.warning(&pod, None, reason.clone(), &message);
+                rejected = Some((reason.into_owned(), format!("Pod was rejected: {message}")));
+            }
+        }
         let mailbox = mpsc::unbounded_channel();
         let inbox = mailbox.0.clone();
         let admitted = rejected.is_none();
         let worker = Worker::new(self.context.clone(), pod.clone(), sandboxes, rejected, mailbox);
         let key = uid.clone();
         let task = self.running.spawn(async move {
+            join_all(ends).await;
             worker.run().await;
             key
         });
         self.workers.insert(uid, Handle { inbox, pod, admitted, _task: task });
     }
 
-    /// Whether the node has to refuse the pod. One that was here before is not asked again.
-    fn admit(&self, pod: &Pod, runs: bool) -> Option<(String, String)> {
+    /// Whether the node takes the pod. One that was here before is not asked again.
+    fn decide(&self, pod: &Pod, runs: bool) -> Decision {
         let started = pod.status().is_some_and(|status| status.start_time.is_some());
         if runs || started || pod.is_deleted() || pod.is_terminal() {
-            return None;
+            return Decision::Admit;
+        }
+        if let Some((reason, message)) = eviction::refuses(pod, &self.context.pressure.all()) {
+            return Decision::Refuse(reason.into(), message);
         }
         let others = self.workers.values().filter(|handle| handle.admitted && !handle.pod.is_terminal());
         let node = self.nodes.get("", &self.context.node_name);
         let node = node.and_then(|node| minke_client::typed(&node));
-        let pressed = eviction::refuses(pod, &self.context.pressure.all());
-        let refusal = pressed.or_else(|| {
-            admission::check(
-                pod,
-                others.map(|handle| &handle.pod),
-                node.as_deref(),
-                &self.context.allocatable,
-                &self.context.settings,
-            )
-        });
-        let (reason, message) = refusal?;
-        self.context.events.warning(pod, None, reason, &message);
-        Some((reason.to_owned(), format!("Pod was rejected: {message}")))
+        admission::decide(
+            pod,
+            others.map(|handle| &handle.pod),
+            node.as_deref(),
+            &self.context.allocatable,
+            &self.context.settings,
+        )
     }
 
     async fn take_event(&mut self, event: Result<Event, broadcast::error::RecvError>) {

@@ -144,3 +144,41 @@ async fn a_static_pod_runs_whatever_is_done_to_its_mirror() {
     stop.cancel();
     std::fs::remove_dir_all(&world.dir).expect("removed");
 }
+
+#[tokio::test]
+async fn a_critical_pod_waits_until_it_has_room() {
+    let world = World::new("preempt");
+    let stop = world.start_agent().await;
+    let asking = |priority: i32| {
+        let resources = json!({"requests": {"cpu": "3"}});
+        let containers = json!([{"name": "c", "image": "i:1", "resources": resources}]);
+        json!({"priority": priority, "containers": containers, "terminationGracePeriodSeconds": 7})
+    };
+    world.api.put_pod("p", "u-1", asking(0));
+    world.until("p", |pod| phase(pod) == "Running").await;
+    world.api.put_pod("refused", "u-2", asking(1_000_000));
+    let pod = world.until("refused", |pod| phase(pod) == "Failed").await.expect("the pod");
+    assert_eq!(pod["status"]["reason"], "OutOfcpu");
+    world.log();
+
+    world.api.put_pod("q", "u-3", asking(2_000_000_000));
+    world.until("q", |pod| phase(pod) == "Running").await;
+    let victim = world.until("p", |pod| phase(pod) == "Failed").await.expect("the victim");
+    assert_eq!(victim["status"]["reason"], "Preempting");
+    assert_eq!(victim["status"]["message"], "Preempted in order to admit critical pod");
+    let conditions = victim["status"]["conditions"].as_array().expect("conditions");
+    let target = conditions.iter().find(|c| c["type"] == "DisruptionTarget").expect("the condition");
+    assert_eq!(target["reason"], "TerminationByKubelet");
+    assert_eq!(target["message"], "Pod was preempted by Kubelet to accommodate a critical pod.");
+    let log = world.log();
+    let at = |what: &str| log.iter().position(|line| line == what).expect(what);
+    assert!(at("stop c") < at("run q"), "{log:?}");
+
+    // Its own end is no reason to think that there is no room for the next one.
+    world.api.delete_pod("q", 1);
+    world.until("q", |pod| pod.is_none()).await;
+    world.api.put_pod("r", "u-4", asking(0));
+    world.until("r", |pod| phase(pod) == "Running").await;
+    stop.cancel();
+    std::fs::remove_dir_all(&world.dir).expect("removed");
+}

@@ -3,6 +3,7 @@
 //! The same event again raises a count instead of making another object; many alike are told as one; and
 //! one object can't fill the API server with them. Upstream: client-go's tools/record.
 
+use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,7 +40,7 @@ pub struct Recorder {
 struct Told {
     about: core::ObjectReference,
     normal: bool,
-    reason: &'static str,
+    reason: Cow<'static, str>,
     message: String,
     at: Timestamp,
 }
@@ -53,10 +54,11 @@ impl Recorder {
         Recorder { node, queue }
     }
 
-    fn tell(&self, about: core::ObjectReference, normal: bool, reason: &'static str, message: String) {
+    fn tell(&self, about: core::ObjectReference, normal: bool, reason: Cow<'static, str>, message: String) {
         let told = Told { about, normal, reason, message, at: Timestamp::now() };
-        if self.queue.try_send(told).is_err() {
-            tracing::debug!(reason, "Event dropped: too many wait");
+        if let Err(error) = self.queue.try_send(told) {
+            let told = error.into_inner();
+            tracing::debug!(reason = %told.reason, "Event dropped: too many wait");
         }
     }
 
@@ -64,41 +66,41 @@ impl Recorder {
         &self,
         pod: &Pod,
         container: Option<&str>,
-        reason: &'static str,
+        reason: impl Into<Cow<'static, str>>,
         message: impl Into<String>,
     ) {
-        self.tell(about(pod, container), true, reason, message.into());
+        self.tell(about(pod, container), true, reason.into(), message.into());
     }
 
     pub fn warning(
         &self,
         pod: &Pod,
         container: Option<&str>,
-        reason: &'static str,
+        reason: impl Into<Cow<'static, str>>,
         message: impl Into<String>,
     ) {
-        self.tell(about(pod, container), false, reason, message.into());
+        self.tell(about(pod, container), false, reason.into(), message.into());
     }
 
     /// Of something that [`about`] named before.
     pub fn warning_of(
         &self,
         about: &core::ObjectReference,
-        reason: &'static str,
+        reason: impl Into<Cow<'static, str>>,
         message: impl Into<String>,
     ) {
-        self.tell(about.clone(), false, reason, message.into());
+        self.tell(about.clone(), false, reason.into(), message.into());
     }
 
     /// About the node itself. Upstream uses the name as the uid here, and kubectl looks for that.
-    pub fn node(&self, normal: bool, reason: &'static str, message: impl Into<String>) {
+    pub fn node(&self, normal: bool, reason: impl Into<Cow<'static, str>>, message: impl Into<String>) {
         let about = core::ObjectReference {
             kind: Some("Node".to_owned()),
             name: Some(self.node.to_string()),
             uid: Some(self.node.to_string()),
             ..core::ObjectReference::default()
         };
-        self.tell(about, normal, reason, message.into());
+        self.tell(about, normal, reason.into(), message.into());
     }
 }
 
@@ -120,7 +122,7 @@ pub fn about(pod: &Pod, container: Option<&str>) -> core::ObjectReference {
 }
 
 /// What makes two events the same, without the message.
-type Group = (String, String, bool, &'static str);
+type Group = (String, String, bool, Cow<'static, str>);
 
 struct Written {
     namespace: String,
@@ -148,7 +150,7 @@ impl Correlator {
     fn take(&mut self, told: &Told, now: Instant) -> (Group, Write) {
         let text = |text: &Option<String>| text.clone().unwrap_or_default();
         let object = format!("{}/{}", text(&told.about.namespace), text(&told.about.uid));
-        let group = (object.clone(), text(&told.about.field_path), told.normal, told.reason);
+        let group = (object.clone(), text(&told.about.field_path), told.normal, told.reason.clone());
         let bucket = self.buckets.entry(object).or_insert((now, BURST));
         let refilled = now.duration_since(bucket.0).as_secs_f64() / REFILL.as_secs_f64();
         *bucket = (now, (bucket.1 + refilled).min(BURST));
@@ -204,7 +206,7 @@ async fn write(client: Arc<dyn Client>, node: Arc<str>, mut queue: mpsc::Receive
             let change = json!({"count": count, "message": message, "lastTimestamp": Time(told.at)});
             match client.patch(Target::object(kind, namespace, name), Patch::Merge(change)).await {
                 Err(error) if error.is_not_found() => write = Write::Create { message: message.clone() },
-                Err(error) => tracing::debug!(%error, reason = told.reason, "Event not counted"),
+                Err(error) => tracing::debug!(%error, reason = %told.reason, "Event not counted"),
                 Ok(_) => {}
             }
         }
@@ -221,7 +223,7 @@ async fn write(client: Arc<dyn Client>, node: Arc<str>, mut queue: mpsc::Receive
                     correlator.written.insert(key, written);
                 }
                 // The namespace may be going away, and with it everyone who could read this.
-                Err(error) => tracing::debug!(%error, reason = told.reason, "Event not written"),
+                Err(error) => tracing::debug!(%error, reason = %told.reason, "Event not written"),
             }
         }
     }
@@ -241,7 +243,7 @@ fn event(told: &Told, message: String, node: &str) -> core::Event {
             ..Default::default()
         },
         involved_object: told.about.clone(),
-        reason: Some(told.reason.to_owned()),
+        reason: Some(told.reason.clone().into_owned()),
         message: Some(message),
         source: Some(core::EventSource {
             component: Some("kubelet".to_owned()),
@@ -263,7 +265,7 @@ mod tests {
 
     fn told(message: &str) -> Told {
         let about = core::ObjectReference { uid: Some("u".into()), ..core::ObjectReference::default() };
-        Told { about, normal: true, reason: "R", message: message.into(), at: Timestamp::UNIX_EPOCH }
+        Told { about, normal: true, reason: "R".into(), message: message.into(), at: Timestamp::UNIX_EPOCH }
     }
 
     fn write_all(correlator: &mut Correlator, messages: &[String], now: Instant) -> Vec<Write> {

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use crate::context::Context;
 use crate::machine::meminfo;
 use crate::pod::Pod;
+use crate::preemption;
 use crate::resources;
 use crate::volumes;
 
@@ -22,6 +23,8 @@ use crate::volumes;
 pub const EVERY: Duration = Duration::from_secs(10);
 /// How long a condition stays after its reason has gone; upstream's pressure transition period.
 const PRESSURE_LASTS: Duration = Duration::from_secs(300);
+/// What pods get to end when the node can't wait.
+const GRACE_SECONDS: i64 = 1;
 /// Upstream keeps percentages of the disk free, which a workstation's disk rarely has.
 const DEFAULTS: &str = "memory.available<100Mi,nodefs.available<1Gi,nodefs.inodesFree<1%,pid.available<1%";
 
@@ -149,7 +152,7 @@ impl Pressure {
 
 /// Why the node takes no such pod while it is short of something.
 pub fn refuses(pod: &Pod, conditions: &[&str]) -> Option<(&'static str, String)> {
-    if conditions.is_empty() || is_critical(pod) {
+    if conditions.is_empty() || resources::is_critical(pod) {
         return None;
     }
     if conditions == ["MemoryPressure"] {
@@ -165,8 +168,44 @@ pub fn refuses(pod: &Pod, conditions: &[&str]) -> Option<(&'static str, String)>
     Some(("Evicted", format!("The node had condition: [{}]. ", conditions.join(" "))))
 }
 
-fn is_critical(pod: &Pod) -> bool {
-    resources::is_critical(pod) || pod.is_static()
+/// Why the node ends a pod that would go on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Eviction {
+    /// Of the pod's status and event, with the message.
+    pub reason: &'static str,
+    pub message: String,
+    /// What the condition `DisruptionTarget` says. A pod that has outgrown its own limits does not get one.
+    pub disruption: Option<String>,
+    /// Seconds that its containers get to end.
+    pub grace: i64,
+}
+
+impl Eviction {
+    /// At once, for having outgrown its limits.
+    fn own_fault(message: String) -> Eviction {
+        Eviction { reason: "Evicted", message, disruption: None, grace: GRACE_SECONDS }
+    }
+
+    /// At once, for what the node is short of.
+    fn shortage(message: String) -> Eviction {
+        Eviction { disruption: Some(message.clone()), ..Eviction::own_fault(message) }
+    }
+
+    /// So that a pod can run here that is needed more.
+    pub fn preemption(pod: &Pod) -> Eviction {
+        Eviction {
+            reason: preemption::REASON,
+            message: preemption::MESSAGE.to_owned(),
+            disruption: Some(preemption::DISRUPTION.to_owned()),
+            grace: pod.grace_seconds(),
+        }
+    }
+
+    /// How long its end may take before that is worth a word; upstream's timeout of killing a pod.
+    pub fn patience(&self) -> Duration {
+        let grace = u64::try_from(self.grace).unwrap_or(0);
+        Duration::from_secs((grace + grace / 2).max(10))
+    }
 }
 
 /// What a pod uses.
@@ -300,12 +339,14 @@ fn has_limits(pod: &Pod) -> bool {
 }
 
 /// Looks once; returns the pods to end and why.
-pub async fn survey(context: Arc<Context>, pods: Vec<Pod>) -> Vec<(String, String)> {
+pub async fn survey(context: Arc<Context>, pods: Vec<Pod>) -> Vec<(String, Eviction)> {
     let mut victims = vec![];
     let limited = pods.iter().filter(|pod| has_limits(pod));
     for pod in limited {
         let (used, volumes) = pod_use(&context, pod, true).await;
-        victims.extend(outgrown(pod, &used, &volumes).map(|why| (pod.uid().to_owned(), why)));
+        victims.extend(
+            outgrown(pod, &used, &volumes).map(|why| (pod.uid().to_owned(), Eviction::own_fault(why))),
+        );
     }
     let left = left(&context.paths.data);
     let met =
@@ -328,7 +369,8 @@ pub async fn survey(context: Arc<Context>, pods: Vec<Pod>) -> Vec<(String, Strin
     rank(&mut used, threshold.signal);
     // One at a time: the next look tells whether that was enough.
     if let Some(victim) = used.iter().find(|pod| !pod.critical) {
-        victims.push((victim.uid.clone(), message(threshold, left[&threshold.signal], victim)));
+        let why = message(threshold, left[&threshold.signal], victim);
+        victims.push((victim.uid.clone(), Eviction::shortage(why)));
     }
     victims
 }
@@ -367,7 +409,7 @@ async fn pod_use(context: &Context, pod: &Pod, disk: bool) -> (PodUse, BTreeMap<
     let mut used = PodUse {
         uid: pod.uid().to_owned(),
         priority: pod.spec().priority.unwrap_or(0),
-        critical: is_critical(pod),
+        critical: resources::is_critical(pod),
         memory_request: asked("memory"),
         disk_request: asked("ephemeral-storage"),
         ..PodUse::default()

@@ -298,14 +298,6 @@ async fn try_start(context: &Context, pod: &Pod, held: &Held, start: &Start) -> 
     post_start(context, pod, container, &id, start).await
 }
 
-/// Has the images that the container mounts; their ids by the volumes' names.
-async fn image_volumes(
-    context: &Context,
-    pod: &Pod,
-    container: &core::Container,
-    held: &Held,
-    start: &Start,
-) -> Result<BTreeMap<String, String>, StartFailure> {
 async fn env_files(context: &Context, pod: &Pod, container: &core::Container) -> EnvFiles {
     if env_files::named(container).next().is_none() {
         return EnvFiles::default();
@@ -315,6 +307,14 @@ async fn env_files(context: &Context, pod: &Pod, container: &core::Container) ->
     read.await.unwrap_or_default()
 }
 
+/// Has the images that the container mounts; their ids by the volumes' names.
+async fn image_volumes(
+    context: &Context,
+    pod: &Pod,
+    container: &core::Container,
+    held: &Held,
+    start: &Start,
+) -> Result<BTreeMap<String, String>, StartFailure> {
     let mut ids = BTreeMap::new();
     let mounted =
         |volume: &&core::Volume| container.volume_mounts.iter().flatten().any(|m| m.name == volume.name);

@@ -32,6 +32,7 @@ mod node;
 mod observed;
 mod plan;
 mod pod;
+mod preemption;
 mod probe_counts;
 mod probes;
 mod qos;

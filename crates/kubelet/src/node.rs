@@ -50,15 +50,6 @@ const PRESSURES: [(&str, Words, Words); 3] = [
     ),
 ];
 
-const PRESSURE_EVENTS: [&str; 6] = [
-    "NodeHasSufficientMemory",
-    "NodeHasInsufficientMemory",
-    "NodeHasNoDiskPressure",
-    "NodeHasDiskPressure",
-    "NodeHasSufficientPID",
-    "NodeHasInsufficientPID",
-];
-
 /// What a node says of itself besides what its machine is.
 #[derive(Debug, Clone, Default)]
 pub struct Identity {
@@ -90,7 +81,11 @@ impl Node {
         events.node(true, "Starting", "Starting kubelet.");
         let work = async {
             let node = self.register().await;
-            tokio::join!(self.keep_status(node.clone()), self.keep_lease(node), self.keep_logs());
+            tokio::join!(
+                self.keep_status(node.clone()),
+                self.keep_lease(node),
+                self.keep_logs(),
+            );
         };
         tokio::select! { () = work => {}, () = stop.cancelled() => {} }
     }
@@ -268,8 +263,6 @@ impl Node {
                 if was != is {
                     let reason = if is { short } else { well }.replace("Kubelet", "Node");
                     let message = format!("Node {} status is now: {reason}", self.context.node_name);
-                    let reason =
-                        PRESSURE_EVENTS.into_iter().find(|known| *known == reason).unwrap_or_default();
                     self.context.events.node(true, reason, message);
                 }
             }

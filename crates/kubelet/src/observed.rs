@@ -153,8 +153,8 @@ pub struct Observed {
     pub announced: BTreeSet<String>,
     /// The node won't have the pod: reason and message.
     pub rejected: Option<(String, String)>,
-    /// The node ends the pod to save itself or because it has outgrown its limits: the message.
-    pub evicted: Option<String>,
+    /// The node ends the pod to save itself, for another one, or because it has outgrown its limits.
+    pub evicted: Option<crate::eviction::Eviction>,
     /// The API server has no such pod any more.
     pub gone: bool,
     pub ending: Option<Ending>,

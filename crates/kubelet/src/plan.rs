@@ -114,8 +114,9 @@ fn ending(pod: &Pod, o: &Observed, now: Timestamp, plan: &mut Plan) -> Option<En
         (Cause::Failed { reason: reason.clone(), message: message.clone() }, 1)
     } else if pod.is_terminal() {
         (Cause::Finished, pod.grace_seconds())
-    } else if let Some(message) = &o.evicted {
-        (Cause::Failed { reason: "Evicted".to_owned(), message: message.clone() }, 1)
+    } else if let Some(eviction) = &o.evicted {
+        let (reason, message) = (eviction.reason.to_owned(), eviction.message.clone());
+        (Cause::Failed { reason, message }, eviction.grace)
     } else if let Some(cause) = deadline_exceeded(pod, now, plan) {
         (cause, pod.grace_seconds())
     } else if is_finished(pod, o) {

@@ -194,14 +194,15 @@ pub fn of_pod(pod: &Pod) -> Resources {
     }
 }
 
-/// Whether the node or the cluster needs the pod.
+/// Whether the node or the cluster cannot do without the pod.
 pub fn is_critical(pod: &Pod) -> bool {
-    pod.spec().priority.is_some_and(|priority| priority >= SYSTEM_CRITICAL)
+    pod.is_static() || pod.spec().priority.is_some_and(|priority| priority >= SYSTEM_CRITICAL)
 }
 
 /// Who goes first when memory runs out: the more a container may use beyond its request, the sooner.
 pub fn oom_score_adj(pod: &Pod, container: &core::Container, node_memory: u64) -> i32 {
-    if is_critical(pod) {
+    // Of the critical ones, those that only the cluster needs can start again somewhere else.
+    if is_critical(pod) && pod.spec().priority_class_name.as_deref() == Some("system-node-critical") {
         return -997;
     }
     match qos_class(pod) {
@@ -300,5 +301,9 @@ mod tests {
         assert_eq!(score(json!({"requests": {"memory": "512Mi"}})), 500);
         assert_eq!(score(json!({"requests": {"memory": "10Gi"}})), 3);
         assert_eq!(score(json!({"requests": {"cpu": "1"}})), 999);
+        for (class, want) in [("system-node-critical", -997), ("system-cluster-critical", 1000)] {
+            let pod = pod(json!({"spec": {"priority": 2_000_000_000, "priorityClassName": class}}));
+            assert_eq!(oom_score_adj(&pod, &pod.spec().containers[0], 1 << 30), want, "{class}");
+        }
     }
 }

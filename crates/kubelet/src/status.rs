@@ -501,9 +501,9 @@ fn conditions(
         let message = o.resize_error.clone().unwrap_or_default();
         all.push((resize::IN_PROGRESS, Verdict { ok: true, reason, message }));
     }
-    if let Some(message) = &o.evicted {
+    if let Some(message) = o.evicted.as_ref().and_then(|eviction| eviction.disruption.clone()) {
         let reason = "TerminationByKubelet";
-        all.push(("DisruptionTarget", Verdict { ok: true, reason, message: message.clone() }));
+        all.push(("DisruptionTarget", Verdict { ok: true, reason, message }));
     }
     for (kind, verdict) in all {
         let status = if verdict.ok { "True" } else { "False" };

@@ -11,6 +11,7 @@ use async_trait::async_trait;
 use futures_util::{StreamExt, stream};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1 as core;
+use minke_api::quantity::{Format, Quantity};
 use minke_api::{FieldSelector, Kind, Object, Revision, Status};
 use minke_client::{
     Client, DeleteOptions, Informers, List, ListOptions, Patch, Target, WatchEvent, WatchOptions,
@@ -98,7 +99,7 @@ impl World {
             events,
             services: informers.of_type::<core::Service>(),
             node_memory: 1 << 30,
-            allocatable: BTreeMap::new(),
+            allocatable: [("cpu".to_owned(), Quantity::new(4, Format::DecimalSi))].into(),
             seccomp_default: true,
             seccomp_dir: self.dir.join("seccomp"),
             paths,

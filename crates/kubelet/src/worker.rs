@@ -14,11 +14,12 @@ use k8s_openapi::api::core::v1 as core;
 use minke_api::{Kind, Object};
 use minke_client::DeleteOptions;
 use minke_runtime::{ContainerState, ContainerStatus, Event, Resources, SandboxState, SandboxStatus};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::context::Context;
+use crate::eviction::Eviction;
 use crate::jobs::{self, Done};
 use crate::manifests;
 use crate::observed::{ADDRESS_ANNOTATION, Cleanup, Job, Observed, ProbeState, Retry, Waiting};
@@ -46,8 +47,9 @@ pub enum Message {
     },
     /// What the API server shows of a static pod.
     Mirror(Option<Arc<Object>>),
-    /// The pod is to go, for the node's sake or because it has outgrown its limits.
-    Evict(String),
+    /// The pod is to go, for the node's sake or because it has outgrown its limits. The sender is dropped once nothing
+    /// of it runs any more.
+    Evict(Eviction, oneshot::Sender<()>),
     /// An object that the pod refers to changed.
     Changed,
     /// Events were missed: this is what the runtime has of the pod.
@@ -77,6 +79,8 @@ pub struct Worker {
     probing: HashMap<(String, probes::Kind), Probing>,
     /// Ends jobs that only make sense while the pod is to run.
     cancel: CancellationToken,
+    /// Of those who wait for the pod's end; dropped when it has come.
+    ended: Vec<oneshot::Sender<()>>,
     inbox: mpsc::UnboundedReceiver<Message>,
     me: mpsc::UnboundedSender<Message>,
     told: Told,
@@ -115,6 +119,7 @@ impl Worker {
             job_ids: HashMap::new(),
             probing: HashMap::new(),
             cancel: CancellationToken::new(),
+            ended: vec![],
             inbox,
             me,
             told,
@@ -231,10 +236,14 @@ impl Worker {
                 }
             }
             Message::Mirror(mirror) => self.take_mirror(mirror),
-            Message::Evict(why) => {
+            Message::Evict(eviction, ended) => {
+                if self.o.cleanup == Cleanup::None {
+                    self.ended.push(ended);
+                }
                 if self.o.evicted.is_none() && self.o.ending.is_none() {
-                    self.context.events.warning(&self.pod, None, "Evicted", why.as_str());
-                    self.o.evicted = Some(why);
+                    let message = eviction.message.as_str();
+                    self.context.events.warning(&self.pod, None, eviction.reason, message);
+                    self.o.evicted = Some(eviction);
                 }
             }
             Message::Changed => self.take_change(),
@@ -533,6 +542,7 @@ impl Worker {
                     sandbox.spec.annotations.remove(ADDRESS_ANNOTATION);
                 }
                 self.held = Held::default();
+                self.ended.clear();
                 self.spawn(Job::Teardown, jobs::teardown(context, pod, sandboxes, remove));
             }
             Action::Delete | Action::Exit => {}

@@ -302,7 +302,7 @@ impl World {
             (33, _) => self.o.gone = true,
             (34, _) => {
                 self.trail.push(format!("{:?} evicted", self.now));
-                self.o.evicted = Some("the node is full".to_owned());
+                self.o.evicted = Some(crate::eviction::Eviction::preemption(&self.pod()));
             }
             _ => {}
         }

@@ -1,4 +1,5 @@
 use super::*;
+use crate::eviction::Eviction;
 use crate::observed::{ADDRESS_ANNOTATION, BACKOFF_ANNOTATION, Probes, Retry, Waiting};
 use crate::pod::tests::pod;
 use minke_runtime::{SandboxSpec, SandboxStatus};
@@ -450,8 +451,14 @@ fn the_node_may_refuse_and_time_may_run_out() {
         *o = Observed { rejected: Some(("OutOfcpu".into(), "m".into())), ..Observed::default() };
     };
     check(json!({}), refused, &["end Failed { reason: \"OutOfcpu\", message: \"m\" } 1s"]);
-    let evicted = |o: &mut Observed| o.evicted = Some("m".into());
-    check(json!({}), evicted, &["end Failed { reason: \"Evicted\", message: \"m\" } 1s"]);
+    let evicted = |grace| {
+        move |o: &mut Observed| {
+            let (message, disruption) = ("m".to_owned(), None);
+            o.evicted = Some(Eviction { reason: "Evicted", message, disruption, grace });
+        }
+    };
+    check(json!({}), evicted(1), &["end Failed { reason: \"Evicted\", message: \"m\" } 1s"]);
+    check(json!({}), evicted(60), &["end Failed { reason: \"Evicted\", message: \"m\" } 60s"]);
     let limited = json!({"spec": {"activeDeadlineSeconds": 50}, "status": {"startTime": at(0)}});
     check_at(limited.clone(), |_| {}, 49, &[], Some(50));
     let o = observed(vec![container("c", 0, Running)]);
