@@ -30,6 +30,7 @@ mod manifests;
 mod network;
 mod node;
 mod observed;
+mod oom;
 mod plan;
 mod pod;
 mod preemption;

@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::context::Context;
 use crate::machine::{self, Machine};
+use crate::oom;
 
 const COMPARE_EVERY: Duration = Duration::from_secs(10);
 const REPORT_EVERY: SignedDuration = SignedDuration::from_secs(300);
@@ -85,6 +86,7 @@ impl Node {
                 self.keep_status(node.clone()),
                 self.keep_lease(node),
                 self.keep_logs(),
+                oom::follow(&self.context.events),
             );
         };
         tokio::select! { () = work => {}, () = stop.cancelled() => {} }

@@ -11,6 +11,7 @@ mod files;
 #[doc(hidden)]
 pub mod fuzzing;
 mod image;
+mod kernel_log;
 mod local;
 mod remove;
 mod seccomp;
@@ -25,6 +26,7 @@ pub use files::disk_use;
 pub use image::build;
 pub use image::reference::Reference;
 pub use image::{ImageStore, Limits, Prepared, RegistryConfig, unpack_layer};
+pub use kernel_log::KernelLog;
 pub use local::{LocalRuntime, RuntimeConfig};
 pub use remove::remove_tree;
 pub use watch::{ClockWatch, DirWatch};
