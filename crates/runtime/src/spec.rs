@@ -138,7 +138,7 @@ pub fn oci_spec(
         "readonlyPaths": paths(&spec.readonly_paths, &READONLY_PATHS),
         "devices": devices(spec)?,
     });
-    // libcontainer knows propagation of the whole only: what one mount asks for, all of the container have.
+    // libcontainer knows propagation of the whole only: the widest; `shim::propagation` narrows it by mount.
     let receives = || spec.mounts.iter().any(|mount| mount.propagation == Propagation::HostToContainer);
     linux["rootfsPropagation"] = match () {
         () if record.shares_mounts() => "shared",

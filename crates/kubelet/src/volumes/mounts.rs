@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use minke_runtime::mount_point;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 
 /// Whether something is mounted on `dir`.
@@ -50,16 +51,12 @@ pub fn make_shared(dir: &Path) -> io::Result<()> {
 /// Whether `dir` itself is a mount point that passes mounts on.
 fn is_shared(dir: &Path, mountinfo: &str) -> bool {
     let mut lines = mountinfo.lines();
-    lines.any(|line| point(line).is_some_and(|point| point == dir) && is_tagged(line, "shared:"))
+    lines.any(|line| mount_point(line).is_some_and(|point| point == dir) && is_tagged(line, "shared:"))
 }
 
 /// Whether the line is of a mount with this tag: `shared:` or `master:`.
 fn is_tagged(line: &str, tag: &str) -> bool {
     line.split(' ').skip(6).take_while(|word| *word != "-").any(|word| word.starts_with(tag))
-}
-
-fn point(line: &str) -> Option<PathBuf> {
-    line.split(' ').nth(4).map(|point| PathBuf::from(unescape(point)))
 }
 
 /// Why mounts can't pass between the node and a container that is to have `dir`; in the words of the field's
@@ -71,7 +68,7 @@ pub fn check_propagation(dir: &Path, both: bool) -> Result<(), String> {
 }
 
 fn propagates(dir: &Path, mountinfo: &str, both: bool) -> Result<(), String> {
-    let here = mountinfo.lines().filter_map(|line| point(line).map(|point| (point, line)));
+    let here = mountinfo.lines().filter_map(|line| mount_point(line).map(|point| (point, line)));
     // The innermost mount, and of several at one point the last.
     let here = here.filter(|(point, _)| dir.starts_with(point));
     let here = here.max_by_key(|(point, _)| point.components().count());
@@ -89,28 +86,7 @@ fn propagates(dir: &Path, mountinfo: &str, both: bool) -> Result<(), String> {
 
 /// The mount points at or below `dir`, in the order in which they were mounted.
 fn below(dir: &Path, mountinfo: &str) -> Vec<PathBuf> {
-    mountinfo.lines().filter_map(point).filter(|point| point.starts_with(dir)).collect()
-}
-
-/// The kernel prints space, tab, newline and backslash as `\ooo`.
-fn unescape(text: &str) -> String {
-    let mut out = Vec::with_capacity(text.len());
-    let bytes = text.as_bytes();
-    let mut at = 0;
-    while at < bytes.len() {
-        let code = bytes.get(at + 1..at + 4).filter(|_| bytes[at] == b'\\');
-        match code.and_then(|code| u8::from_str_radix(std::str::from_utf8(code).ok()?, 8).ok()) {
-            Some(byte) => {
-                out.push(byte);
-                at += 4;
-            }
-            None => {
-                out.push(bytes[at]);
-                at += 1;
-            }
-        }
-    }
-    String::from_utf8_lossy(&out).into_owned()
+    mountinfo.lines().filter_map(mount_point).filter(|point| point.starts_with(dir)).collect()
 }
 
 /// Unmounts everything below `dir` and removes it. It is removed only when nothing is mounted there any

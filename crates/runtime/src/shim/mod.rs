@@ -13,6 +13,7 @@ pub(crate) mod exec;
 pub(crate) mod log;
 mod pause;
 pub(crate) mod proto;
+mod propagation;
 mod runner;
 mod server;
 pub(crate) mod wire;

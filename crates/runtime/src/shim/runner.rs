@@ -20,7 +20,7 @@ use nix::sched::CloneFlags;
 
 use super::exec::{adjust_oom_score, exec_error, find_program, join_cgroups, send};
 use super::proto::{ContainerRecord, Report, SandboxRecord, Started};
-use super::{log, wire};
+use super::{log, propagation, wire};
 use crate::{spec, sys, users};
 
 /// Arguments: the report socket's number, the data directory, the container's id, the shim's pid, and the
@@ -174,6 +174,7 @@ impl Run {
             Err(e) => return Err(plain(&e)),
         };
         let pid = container.pid().map(|p| p.as_raw()).ok_or("the container has no process")?;
+        propagation::narrow(pid, &record.spec.mounts)?;
         let master = console.map(|c| c.receive()).transpose().map_err(|e| format!("console: {e}"))?;
         container.start().map_err(|e| plain(&e))?;
         drop(report);
