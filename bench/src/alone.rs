@@ -5,7 +5,7 @@ use std::sync::Mutex;
 
 use async_trait::async_trait;
 use minke_api::{Kind, Object, Status};
-use minke_client::{Client, DeleteOptions, List, ListOptions, Patch, Target, WatchOptions, WatchStream};
+use minke_client::{Client, List, ListOptions, Target, WatchOptions, WatchStream};
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -71,21 +71,5 @@ impl Client for Alone {
             }
         }
         Ok(json!({}))
-    }
-
-    async fn create(&self, _: Target<'_>, _: Value) -> Result<Arc<Object>, Status> {
-        Err(Status::method_not_allowed())
-    }
-
-    async fn update(&self, _: Target<'_>, _: Value) -> Result<Arc<Object>, Status> {
-        Err(Status::method_not_allowed())
-    }
-
-    async fn patch(&self, _: Target<'_>, _: Patch) -> Result<Arc<Object>, Status> {
-        Err(Status::method_not_allowed())
-    }
-
-    async fn delete(&self, _: Target<'_>, _: DeleteOptions) -> Result<(), Status> {
-        Err(Status::method_not_allowed())
     }
 }

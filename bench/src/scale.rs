@@ -2,21 +2,19 @@
 //! the real scheduler; only the nodes are hollow. They register, lease, report and watch their own pods like
 //! real ones, and say at once that a pod runs.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use futures_util::StreamExt;
 use futures_util::stream;
 use k8s_openapi::api::core::v1::Node;
 use minke_api::{FieldSelector, Kind, Object};
-use minke_apiserver::{ApiServer, UserInfo, kubernetes_service_address};
-use minke_client::{Client, Clock, DeleteOptions, Informer, Informers, Patch, Propagation, Target};
-use minke_cluster::keys::{Keys, Names};
+use minke_client::{Client, DeleteOptions, Informer, Informers, Patch, Propagation, Target};
 use minke_scenarios::process::{cpu_time, memory_kib};
 use minke_store::{Embedded, Store};
+use minke_testing::ControlPlane;
 use rustix::process::getpid;
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -35,14 +33,12 @@ fn kind(group: &str, version: &str, plural: &str) -> &'static Kind {
 }
 
 struct Scale {
+    plane: ControlPlane,
     admin: Arc<dyn Client>,
-    /// For components that the load generator starts besides.
-    scheduler: Arc<dyn Client>,
     /// All nodes and pods, as the load generator sees them.
     all_nodes: Arc<Informer>,
     pods: Arc<Informer>,
     counts: Arc<Counts>,
-    stop: CancellationToken,
     nodes: usize,
     _dir: tempfile::TempDir,
 }
@@ -60,60 +56,20 @@ struct Counts {
 impl Scale {
     async fn start(nodes: usize) -> Result<Scale> {
         let dir = tempfile::TempDir::with_prefix("minke-scale-")?;
-        let local = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        let service_cidr = "10.96.0.0/12".parse()?;
-        let names = Names {
-            node_name: "server".to_owned(),
-            node_ip: local,
-            service_ip: kubernetes_service_address(&service_cidr),
-            cluster_domain: "cluster.local".to_owned(),
-        };
-        let keys = Keys::ensure(&dir.path().join("pki"), &names, SystemTime::now())?;
         let store = Store::open(Embedded::open(&dir.path().join("store.redb"))?, minke_store::EVENT_BYTES)?;
-        let config = minke_apiserver::Config {
-            store,
-            clock: Clock::System,
-            listen: vec![SocketAddr::new(local, 0)],
-            advertise: SocketAddr::from(([192, 0, 2, 1], 6443)),
-            service_cidr,
-            node_ports: 30000..=32767,
-            serving_cert: keys.apiserver.certificate.clone(),
-            serving_key: keys.apiserver.key.clone(),
-            serving_ca: keys.ca.certificate.clone(),
-            client_ca: keys.ca.certificate.clone(),
-            service_account_key: keys.service_account.clone(),
-            issuer: "https://kubernetes.default.svc.cluster.local".to_owned(),
-            kubelet_client_cert: keys.apiserver_kubelet_client.certificate.clone(),
-            kubelet_client_key: keys.apiserver_kubelet_client.key.clone(),
-            kubelet_ca: keys.ca.certificate.clone(),
-        };
-        let server = ApiServer::build(config).await?;
-        let client = |name: &str, groups: &[&str]| server.client(UserInfo::new(name, groups));
-        let admin = client("admin", &["system:masters"]);
-        let manager = client("system:kube-controller-manager", &[]);
-        let scheduler = client("system:kube-scheduler", &[]);
-        let clients = Arc::new(server.clients());
-        let stop = CancellationToken::new();
-        tokio::spawn(server.run(stop.clone()));
-        let config = minke_controllers::Config { root_ca: keys.ca.certificate, ..Default::default() };
-        let of_account = clients.clone();
-        let account = move |name: &str| of_account(UserInfo::service_account("kube-system", name));
-        let informers = Informers::new(manager, stop.clone());
-        tokio::spawn(minke_controllers::run(config, account, informers, stop.clone()));
-        let informers = Informers::new(scheduler.clone(), stop.clone());
-        let config = minke_scheduler::Config { seed: 1, ..Default::default() };
-        tokio::spawn(minke_scheduler::run(informers, config, stop.clone()));
+        let plane = ControlPlane::start(store).await?;
+        let (admin, stop) = (plane.admin(), plane.stop.clone());
         let counts = Arc::new(Counts::default());
         let informers = Informers::new(admin.clone(), stop.clone());
         let pods = informers.of(kind("", "v1", "pods"));
         let all_nodes = informers.of(kind("", "v1", "nodes"));
         tokio::spawn(count(pods.clone(), counts.clone()));
         let made = stream::iter(0..nodes).map(|n| {
-            let user = UserInfo::new(&format!("system:node:node-{n}"), &["system:nodes"]);
-            Hollow { client: clients(user), n, stop: stop.clone() }.start()
+            let client = plane.client(&format!("system:node:node-{n}"), &["system:nodes"]);
+            Hollow { client, n, stop: stop.clone() }.start()
         });
         made.buffer_unordered(WRITERS).collect::<Vec<_>>().await.into_iter().collect::<Result<Vec<_>>>()?;
-        Ok(Scale { admin, scheduler, all_nodes, pods, counts, stop, nodes, _dir: dir })
+        Ok(Scale { plane, admin, all_nodes, pods, counts, nodes, _dir: dir })
     }
 
     async fn create(&self, plural: (&str, &str), object: Value) -> Result<()> {
@@ -182,8 +138,8 @@ impl Scale {
         self.namespace(NAME).await?;
         let waiting = |n| pod(format!("p-{n}"), json!({}), json!({ "schedulerName": NAME }));
         self.create_pods(NAME, count, waiting).await?;
-        let client = Arc::new(Alone::new(self.scheduler.clone(), count));
-        let stop = self.stop.child_token();
+        let client = Arc::new(Alone::new(self.plane.client("system:kube-scheduler", &[]), count));
+        let stop = self.plane.stop.child_token();
         let informers = Informers::new(client.clone(), stop.clone());
         let settings = format!(
             "apiVersion: kubescheduler.config.k8s.io/v1\nkind: KubeSchedulerConfiguration\nprofiles: [{{schedulerName: {NAME}}}]\n"
@@ -203,12 +159,6 @@ impl Scale {
         let options = DeleteOptions { propagation: Some(Propagation::Background), ..Default::default() };
         self.admin.delete(target, options).await?;
         wait(|| async { self.admin.get(target).await.is_err() }).await
-    }
-}
-
-impl Drop for Scale {
-    fn drop(&mut self) {
-        self.stop.cancel();
     }
 }
 

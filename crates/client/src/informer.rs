@@ -348,10 +348,10 @@ impl Informers {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{DeleteOptions, List, Patch, Target, WatchStream};
+    use crate::{List, WatchStream};
     use futures_util::stream;
     use minke_api::Status;
-    use serde_json::{Value, json};
+    use serde_json::json;
     use std::collections::VecDeque;
 
     fn pod(name: &str, uid: &str, revision: u64, owner: Option<&str>) -> Arc<Object> {
@@ -396,25 +396,6 @@ mod tests {
             }
             let expired = stream::iter([Err(Status::expired("too old resource version"))]);
             Ok(events.chain(expired).boxed())
-        }
-
-        async fn get(&self, _: Target<'_>) -> Result<Arc<Object>, Status> {
-            Err(Status::method_not_allowed())
-        }
-        async fn create(&self, _: Target<'_>, _: Value) -> Result<Arc<Object>, Status> {
-            Err(Status::method_not_allowed())
-        }
-        async fn post(&self, _: Target<'_>, _: Value) -> Result<Value, Status> {
-            Err(Status::method_not_allowed())
-        }
-        async fn update(&self, _: Target<'_>, _: Value) -> Result<Arc<Object>, Status> {
-            Err(Status::method_not_allowed())
-        }
-        async fn patch(&self, _: Target<'_>, _: Patch) -> Result<Arc<Object>, Status> {
-            Err(Status::method_not_allowed())
-        }
-        async fn delete(&self, _: Target<'_>, _: DeleteOptions) -> Result<(), Status> {
-            Err(Status::method_not_allowed())
         }
     }
 

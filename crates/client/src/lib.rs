@@ -124,10 +124,14 @@ pub struct DeleteOptions {
     pub propagation: Option<Propagation>,
 }
 
-/// The way into the cluster, under one identity. Errors are what the API server answers.
+/// The way into the cluster, under one identity. Errors are what the API server answers; who offers only a part of
+/// this refuses the rest, as a server refuses a verb.
+#[expect(unused_variables, reason = "a refusal looks at nothing")]
 #[async_trait]
 pub trait Client: Send + Sync + 'static {
-    async fn get(&self, target: Target<'_>) -> Result<Arc<Object>, Status>;
+    async fn get(&self, target: Target<'_>) -> Result<Arc<Object>, Status> {
+        Err(Status::method_not_allowed())
+    }
 
     /// An empty namespace means all of them.
     async fn list(&self, kind: &'static Kind, namespace: &str, options: ListOptions) -> Result<List, Status>;
@@ -140,22 +144,32 @@ pub trait Client: Send + Sync + 'static {
     ) -> Result<WatchStream, Status>;
 
     /// Creates an object, and returns it as it was stored.
-    async fn create(&self, target: Target<'_>, body: Value) -> Result<Arc<Object>, Status>;
+    async fn create(&self, target: Target<'_>, body: Value) -> Result<Arc<Object>, Status> {
+        Err(Status::method_not_allowed())
+    }
 
     /// Posts to a subresource that answers with something other than the object
     /// (`binding`, `eviction`, `token`), or to a review; returns the answer.
-    async fn post(&self, target: Target<'_>, body: Value) -> Result<Value, Status>;
+    async fn post(&self, target: Target<'_>, body: Value) -> Result<Value, Status> {
+        Err(Status::method_not_allowed())
+    }
 
     /// Replaces an object or its status; the resourceVersion in `body`, if any, must be the current one.
-    async fn update(&self, target: Target<'_>, body: Value) -> Result<Arc<Object>, Status>;
+    async fn update(&self, target: Target<'_>, body: Value) -> Result<Arc<Object>, Status> {
+        Err(Status::method_not_allowed())
+    }
 
-    async fn patch(&self, target: Target<'_>, patch: Patch) -> Result<Arc<Object>, Status>;
+    async fn patch(&self, target: Target<'_>, patch: Patch) -> Result<Arc<Object>, Status> {
+        Err(Status::method_not_allowed())
+    }
 
-    async fn delete(&self, target: Target<'_>, options: DeleteOptions) -> Result<(), Status>;
+    async fn delete(&self, target: Target<'_>, options: DeleteOptions) -> Result<(), Status> {
+        Err(Status::method_not_allowed())
+    }
 
     /// What is at a path of a group that the table of kinds does not know (`/apis/external.metrics.k8s.io/...`),
     /// with its query. The table is all that the server of this process has.
-    async fn raw(&self, _path: &str) -> Result<Value, Status> {
+    async fn raw(&self, path: &str) -> Result<Value, Status> {
         Err(Status::no_such_resource())
     }
 }

@@ -6,9 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use futures_util::StreamExt;
 use minke_api::{Kind, Object, Revision, Status};
-use minke_client::{
-    Client, DeleteOptions, List, ListOptions, Patch, Target, WatchEvent, WatchOptions, WatchStream,
-};
+use minke_client::{Client, List, ListOptions, WatchEvent, WatchOptions, WatchStream};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
@@ -71,24 +69,5 @@ impl Client for Cluster {
         let events =
             futures_util::stream::unfold(receiver, async |mut events| Some((events.recv().await?, events)));
         Ok(events.map(Ok).boxed())
-    }
-
-    async fn get(&self, _: Target<'_>) -> Result<Arc<Object>, Status> {
-        Err(Status::method_not_allowed())
-    }
-    async fn create(&self, _: Target<'_>, _: Value) -> Result<Arc<Object>, Status> {
-        Err(Status::method_not_allowed())
-    }
-    async fn post(&self, _: Target<'_>, _: Value) -> Result<Value, Status> {
-        Err(Status::method_not_allowed())
-    }
-    async fn update(&self, _: Target<'_>, _: Value) -> Result<Arc<Object>, Status> {
-        Err(Status::method_not_allowed())
-    }
-    async fn patch(&self, _: Target<'_>, _: Patch) -> Result<Arc<Object>, Status> {
-        Err(Status::method_not_allowed())
-    }
-    async fn delete(&self, _: Target<'_>, _: DeleteOptions) -> Result<(), Status> {
-        Err(Status::method_not_allowed())
     }
 }

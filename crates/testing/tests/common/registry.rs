@@ -3,81 +3,32 @@
 #![allow(dead_code, reason = "every test that has such a cluster uses a part of this")]
 
 use std::io::Write;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use k8s_openapi::Resource;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Event;
 use minke_api::{ApiType, Kind, Object};
-use minke_apiserver::{ApiServer, UserInfo, kubernetes_service_address};
-use minke_client::{Client, Clock, DeleteOptions, Informers, ListOptions, Patch, Propagation, Target};
-use minke_cluster::keys::{Keys, Names};
+use minke_client::{Client, Clock, DeleteOptions, ListOptions, Patch, Propagation, Target};
 use minke_store::Store;
+use minke_testing::ControlPlane;
 use minke_testing::sim::Kubelet;
 use serde_json::Value;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
 /// How long anything here may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 pub struct Cluster {
     pub admin: Arc<dyn Client>,
-    stop: CancellationToken,
-    _keys: tempfile::TempDir,
+    _plane: ControlPlane,
 }
 
 impl Cluster {
     pub async fn start() -> Cluster {
-        let local = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        let service_cidr = "10.96.0.0/12".parse().unwrap();
-        let dir = tempfile::tempdir().unwrap();
-        let names = Names {
-            node_name: "node1".to_owned(),
-            node_ip: local,
-            service_ip: kubernetes_service_address(&service_cidr),
-            cluster_domain: "cluster.local".to_owned(),
-        };
-        let keys = Keys::ensure(dir.path(), &names, SystemTime::now()).unwrap();
-        let config = minke_apiserver::Config {
-            store: Store::in_memory(),
-            clock: Clock::System,
-            listen: vec![SocketAddr::new(local, 0)],
-            advertise: SocketAddr::from(([192, 0, 2, 1], 6443)),
-            service_cidr,
-            node_ports: 30000..=32767,
-            serving_cert: keys.apiserver.certificate.clone(),
-            serving_key: keys.apiserver.key.clone(),
-            serving_ca: keys.ca.certificate.clone(),
-            client_ca: keys.ca.certificate.clone(),
-            service_account_key: keys.service_account.clone(),
-            issuer: "https://kubernetes.default.svc.cluster.local".to_owned(),
-            kubelet_client_cert: keys.apiserver_kubelet_client.certificate.clone(),
-            kubelet_client_key: keys.apiserver_kubelet_client.key.clone(),
-            kubelet_ca: keys.ca.certificate.clone(),
-        };
-        let server = ApiServer::build(config).await.unwrap();
-        let admin = server.client(UserInfo::new("admin", &["system:masters"]));
-        let manager = server.client(UserInfo::new("system:kube-controller-manager", &[]));
-        let scheduler = server.client(UserInfo::new("system:kube-scheduler", &[]));
-        let clients = server.clients();
-        let stop = CancellationToken::new();
-        tokio::spawn(server.run(stop.clone()));
-        let config = minke_controllers::Config {
-            root_ca: keys.ca.certificate,
-            ..minke_controllers::Config::default()
-        };
-        let account = move |name: &str| clients(UserInfo::service_account("kube-system", name));
-        tokio::spawn(minke_controllers::run(
-            config,
-            account,
-            Informers::new(manager, stop.clone()),
-            stop.clone(),
-        ));
-        let config = minke_scheduler::Config { seed: 1, ..Default::default() };
-        tokio::spawn(minke_scheduler::run(Informers::new(scheduler, stop.clone()), config, stop.clone()));
+        let plane = ControlPlane::start(Store::in_memory()).await.unwrap();
+        let admin = plane.admin();
         for name in ["node1", "node2"] {
             let slowness = Duration::from_millis(100);
             let kubelet = Kubelet {
@@ -87,9 +38,9 @@ impl Cluster {
                 seed: 1,
                 slowness,
             };
-            kubelet.start(stop.clone());
+            kubelet.start(plane.stop.clone());
         }
-        Cluster { admin, stop, _keys: dir }
+        Cluster { admin, _plane: plane }
     }
 
     pub async fn create(&self, object: Value) -> Arc<Object> {
@@ -150,12 +101,6 @@ impl Cluster {
         let want = Some(replicas);
         status.observed_generation == Some(generation)
             && [status.replicas, status.updated_replicas, status.available_replicas] == [want, want, want]
-    }
-}
-
-impl Drop for Cluster {
-    fn drop(&mut self) {
-        self.stop.cancel();
     }
 }
 
