@@ -8,7 +8,9 @@ use k8s_openapi::api::core::v1 as core;
 use minke_runtime::{Capabilities, ContainerSpec, Image, Mount, Resources, SandboxSpec, Seccomp, User};
 
 use crate::env::expand;
-use crate::observed::{ASKED_IMAGE_ANNOTATION, BACKOFF_ANNOTATION, IMAGE_ANNOTATION, IMAGE_ID_ANNOTATION};
+use crate::observed::{
+    ASKED_IMAGE_ANNOTATION, BACKOFF_ANNOTATION, IMAGE_ANNOTATION, IMAGE_ID_ANNOTATION, ROUND_ANNOTATION,
+};
 use crate::pod::{Class, Pod};
 use crate::resources;
 
@@ -107,6 +109,7 @@ pub fn sandbox(
 pub struct Inputs<'a> {
     pub attempt: u32,
     pub backoff: SignedDuration,
+    pub round: u32,
     pub image: &'a Image,
     pub env: Vec<(String, String)>,
     /// Of the volumes; the files in `/etc` are added.
@@ -201,11 +204,13 @@ pub fn container(
         stdin: container.stdin == Some(true),
         stdin_once: container.stdin_once == Some(true),
         log_path: paths.log(pod, &container.name, inputs.attempt),
+        stop_signal: container.lifecycle.as_ref().and_then(|l| l.stop_signal.clone()).unwrap_or_default(),
         oom_score_adj: Some(resources::oom_score_adj(pod, container, inputs.node_memory)),
         pid_target: inputs.pid_target,
         labels: BTreeMap::from([(POD_UID_LABEL.to_owned(), pod.uid().to_owned())]),
         annotations: BTreeMap::from([
             (BACKOFF_ANNOTATION.to_owned(), inputs.backoff.as_millis().to_string()),
+            (ROUND_ANNOTATION.to_owned(), inputs.round.to_string()),
             (ASKED_IMAGE_ANNOTATION.to_owned(), container.image.clone().unwrap_or_default()),
             (IMAGE_ANNOTATION.to_owned(), shown_image(container.image.as_deref(), inputs.image)),
             (
@@ -298,6 +303,7 @@ mod tests {
         let inputs = Inputs {
             attempt: 2,
             backoff: SignedDuration::from_secs(20),
+            round: 3,
             image: &image,
             env: vec![("A".into(), "1".into())],
             mounts: vec![],
@@ -315,6 +321,7 @@ mod tests {
         let spec = build(
             json!({"securityContext": {"runAsUser": 5, "fsGroup": 7, "supplementalGroups": [8]},
                    "containers": [{"name": "c", "image": "i", "command": ["sh", "$(A)"], "args": ["$(B)"],
+                     "lifecycle": {"stopSignal": "SIGUSR1"},
                      "securityContext": {"runAsUser": 6, "allowPrivilegeEscalation": false,
                                          "capabilities": {"drop": ["ALL"]}}}]}),
             "",
@@ -329,6 +336,10 @@ mod tests {
         assert_eq!(spec.seccomp, Seccomp::RuntimeDefault);
         assert_eq!(spec.log_path, Path::new("/data/logs/pods/ns_p_u-1/c/2.log"));
         assert_eq!(spec.annotations[BACKOFF_ANNOTATION], "20000");
+        assert_eq!(
+            (spec.annotations[ROUND_ANNOTATION].as_str(), spec.stop_signal.as_str()),
+            ("3", "SIGUSR1")
+        );
         assert_eq!(spec.annotations[IMAGE_ANNOTATION], "docker.io/library/i:latest");
         assert_eq!(spec.annotations[IMAGE_ID_ANNOTATION], "docker.io/library/i@sha256:2");
         assert!(spec.env.contains(&("HOSTNAME".into(), "p".into())));

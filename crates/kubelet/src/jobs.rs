@@ -202,6 +202,7 @@ pub struct Start {
     pub name: String,
     pub attempt: u32,
     pub backoff: SignedDuration,
+    pub round: u32,
     pub address: Option<IpAddr>,
     /// Of an ephemeral container: the running container it looks at.
     pub target: Option<String>,
@@ -267,6 +268,7 @@ async fn try_start(context: &Context, pod: &Pod, held: &Held, start: &Start) -> 
     let inputs = Inputs {
         attempt: start.attempt,
         backoff: start.backoff,
+        round: start.round,
         image: &image,
         env,
         mounts,
@@ -469,15 +471,22 @@ pub async fn kill(context: Arc<Context>, pod: Pod, kill: Kill) -> Done {
             plan::Kill::Startup => format!("Container {} failed startup probe", kill.name),
             plan::Kill::Changed => format!("Container {} definition changed", kill.name),
             plan::Kill::Resize => format!("Container {} resize requires restart", kill.name),
+            plan::Kill::Over => format!("Stopping container {}, all containers will be restarted", kill.name),
         };
         let message = if kill.restart { format!("{message}, will be restarted") } else { message };
         context.events.normal(&pod, name, "Killing", message);
-        if let Some((_, container)) = pod.container(&kill.name) {
+        if let Some((_, container)) = pod.container(&kill.name)
+            && kill.why != plan::Kill::Over
+        {
             pre_stop(&context, &pod, container, &kill).await;
         }
     }
     let left = Duration::try_from(kill.deadline.duration_since(Timestamp::now())).unwrap_or_default();
-    let grace = if kill.first { left.max(LEAST_GRACE.min(asked(&pod))) } else { left };
+    let grace = match kill.why {
+        plan::Kill::Over => Duration::ZERO,
+        _ if kill.first => left.max(LEAST_GRACE.min(asked(&pod))),
+        _ => left,
+    };
     match context.runtime.stop_container(&kill.id, grace).await {
         Err(error) if !error.is_not_found() => {
             let message = format!(

@@ -40,6 +40,7 @@ mod qos;
 mod references;
 mod resize;
 mod resources;
+mod rounds;
 mod server;
 mod settings;
 mod status;

@@ -14,6 +14,8 @@ pub const IMAGE_ANNOTATION: &str = "minke.io/image";
 pub const IMAGE_ID_ANNOTATION: &str = "minke.io/image-id";
 /// Annotation of a container: its image as the pod named it, to see when that changes.
 pub const ASKED_IMAGE_ANNOTATION: &str = "minke.io/asked-image";
+/// Annotation of a container: in which round of the pod it was made, see [`crate::rounds`].
+pub const ROUND_ANNOTATION: &str = "minke.io/round";
 /// Annotation of a sandbox: its address, which so outlives the agent.
 pub const ADDRESS_ANNOTATION: &str = "minke.io/address";
 

@@ -13,6 +13,7 @@ use crate::observed::{
 };
 use crate::pod::{Class, Pod};
 use crate::resources;
+use crate::rounds::{self, Round};
 
 /// What is left to a sidecar when the others have used up the grace period.
 const LEAST_GRACE: SignedDuration = SignedDuration::from_secs(2);
@@ -32,6 +33,7 @@ pub enum Action {
         name: String,
         attempt: u32,
         backoff: SignedDuration,
+        round: u32,
     },
     Kill {
         id: String,
@@ -71,6 +73,8 @@ pub enum Kill {
     Changed,
     /// Its new resources hold only for a new container.
     Resize,
+    /// All containers of the pod start over.
+    Over,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -84,6 +88,15 @@ impl Plan {
     fn wake_at(&mut self, at: Timestamp) {
         self.wake = Some(self.wake.map_or(at, |now| now.min(at)));
     }
+
+    /// Waits until `ended` may run again, and has that told of once.
+    fn wait_for_restart(&mut self, o: &Observed, ended: &ContainerStatus, at: Timestamp) {
+        self.wake_at(at);
+        if !o.announced.contains(&ended.id) {
+            let (name, key) = (ended.name.clone(), ended.id.clone());
+            self.actions.push(Action::AnnounceBackoff { name, key });
+        }
+    }
 }
 
 pub fn plan(pod: &Pod, o: &Observed, now: Timestamp) -> Plan {
@@ -94,9 +107,14 @@ pub fn plan(pod: &Pod, o: &Observed, now: Timestamp) -> Plan {
     }
     match &o.ending {
         None => {
-            plan_probes(pod, o, now, &mut plan);
-            plan_changes(pod, o, now, &mut plan);
-            plan_run(pod, o, now, &mut plan);
+            let round = Round::of(pod, o);
+            if round.is_ending(o) {
+                plan_start_over(o, &round, now, &mut plan);
+            } else {
+                plan_probes(pod, o, now, &mut plan);
+                plan_changes(pod, o, now, &mut plan);
+                plan_run(pod, o, &round, now, &mut plan);
+            }
             plan_garbage(o, &mut plan);
         }
         Some(ending) => plan_end(pod, o, ending, now, &mut plan),
@@ -175,6 +193,9 @@ pub fn fate(pod: &Pod, class: Class, container: &core::Container, o: &Observed) 
         ContainerState::Running => Fate::Running,
         ContainerState::Exited => {
             let code = latest.exit_code.unwrap_or(137);
+            if class != Class::Ephemeral && Round::of(pod, o).is_past(latest) {
+                return Fate::Start;
+            }
             let stale = o.ready_sandbox().is_some_and(|sandbox| sandbox.spec.id != latest.sandbox_id);
             if class == Class::Init && stale && !main_has_run(pod, o) {
                 return Fate::Start;
@@ -201,12 +222,9 @@ pub fn restarts(pod: &Pod, class: Class, container: &core::Container, code: i32)
     if class == Class::Ephemeral {
         return false;
     }
-    for rule in container.restart_policy_rules.iter().flatten() {
-        let Some(codes) = &rule.exit_codes else { continue };
-        let listed = codes.values.iter().flatten().any(|value| *value == code);
-        if rule.action == "Restart" && listed == (codes.operator == "In") {
-            return true;
-        }
+    // Whichever container it restarts.
+    if rounds::rule(container, code).is_some() {
+        return true;
     }
     let policy = container.restart_policy.as_deref().unwrap_or(pod.restart_policy());
     match (policy, class) {
@@ -217,10 +235,12 @@ pub fn restarts(pod: &Pod, class: Class, container: &core::Container, code: i32)
     }
 }
 
-/// Whether a main container has been made in the current sandbox: then the pod was initialised in it.
+/// Whether a main container has been made in the current sandbox and round: then the pod was initialised in it.
 pub fn main_has_run(pod: &Pod, o: &Observed) -> bool {
     let Some(sandbox) = o.current_sandbox() else { return false };
-    sandbox.containers.iter().any(|c| pod.spec().containers.iter().any(|main| main.name == c.name))
+    let round = Round::of(pod, o);
+    let mut made = sandbox.containers.iter().filter(|c| !round.is_past(c));
+    made.any(|c| pod.spec().containers.iter().any(|main| main.name == c.name))
 }
 
 /// Whether nothing will ever run again: an init container failed for good, or all main ones are done.
@@ -261,6 +281,21 @@ fn is_dying(o: &Observed, id: &str, now: Timestamp, plan: &mut Plan) -> bool {
     let Some((_, count)) = o.kills.get(id) else { return false };
     let job = Job::Kill(id.to_owned(), *count);
     !o.retries.contains_key(&job) || !can(o, &job, now, plan)
+}
+
+/// Kills what is of a round that is over: at once, and without its hooks.
+fn plan_start_over(o: &Observed, round: &Round<'_>, now: Timestamp, plan: &mut Plan) {
+    for victim in o.all_containers().filter(|c| c.state == ContainerState::Running && round.is_past(c)) {
+        if !is_dying(o, &victim.id, now, plan) {
+            plan.actions.push(Action::Kill {
+                id: victim.id.clone(),
+                name: victim.name.clone(),
+                why: Kill::Over,
+                deadline: now,
+                restart: false,
+            });
+        }
+    }
 }
 
 fn plan_probes(pod: &Pod, o: &Observed, now: Timestamp, plan: &mut Plan) {
@@ -328,7 +363,7 @@ fn plan_changes(pod: &Pod, o: &Observed, now: Timestamp, plan: &mut Plan) {
     }
 }
 
-fn plan_run(pod: &Pod, o: &Observed, now: Timestamp, plan: &mut Plan) {
+fn plan_run(pod: &Pod, o: &Observed, round: &Round<'_>, now: Timestamp, plan: &mut Plan) {
     if !o.volumes {
         if can(o, &Job::Volumes, now, plan) {
             plan.actions.push(Action::MountVolumes);
@@ -342,10 +377,16 @@ fn plan_run(pod: &Pod, o: &Observed, now: Timestamp, plan: &mut Plan) {
         }
         return;
     }
+    if let Some((cause, at, _)) = round.begins(o).filter(|(_, at, delay)| !is_over(*at, *delay, now)) {
+        plan.wait_for_restart(o, cause, at);
+        return;
+    }
     let initialized = main_has_run(pod, o);
     for (class, container) in pod.containers() {
         let fate = fate(pod, class, container, o);
-        plan_container(o, container, fate, now, plan, class == Class::Init && initialized);
+        if class != Class::Init || !initialized {
+            plan_container(o, container, fate, round, now, plan);
+        }
         let passed = match (class, fate) {
             (Class::Init, Fate::Done { ok: true }) | (Class::Main | Class::Ephemeral, _) => true,
             (Class::Sidecar, Fate::Running) if !o.is_starting(&container.name) => {
@@ -364,12 +405,12 @@ fn plan_container(
     o: &Observed,
     container: &core::Container,
     fate: Fate,
+    round: &Round<'_>,
     now: Timestamp,
     plan: &mut Plan,
-    is_past: bool,
 ) {
     let name = &container.name;
-    if is_past || o.is_running(&Job::Start(name.clone())) {
+    if o.is_running(&Job::Start(name.clone())) {
         return;
     }
     let latest = o.latest(name);
@@ -384,12 +425,7 @@ fn plan_container(
             return;
         }
         Fate::Restart { at, delay } if !is_over(at, delay, now) => {
-            plan.wake_at(at);
-            let latest = latest.expect("it ran");
-            if !o.announced.contains(&latest.id) {
-                let (name, key) = (name.clone(), latest.id.clone());
-                plan.actions.push(Action::AnnounceBackoff { name, key });
-            }
+            plan.wait_for_restart(o, latest.expect("it ran"), at);
             return;
         }
         Fate::Restart { .. } | Fate::Start => {}
@@ -408,8 +444,8 @@ fn plan_container(
         return;
     }
     let attempt = latest.map_or(0, |c| c.attempt + 1);
-    let backoff = latest.map_or(SignedDuration::ZERO, |c| backoff(c, o.longest_wait).1);
-    plan.actions.push(Action::Start { name: name.clone(), attempt, backoff });
+    let backoff = round.next_backoff(container, latest, o);
+    plan.actions.push(Action::Start { name: name.clone(), attempt, backoff, round: round.number });
 }
 
 /// Of each container the newest and the one before it are kept, for `lastState` and `logs --previous`.

@@ -5,7 +5,7 @@
 
 use std::net::IpAddr;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use minke_runtime::{ContainerState, ContainerStatus};
@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 use crate::observed::{Cause, IMAGE_ANNOTATION, IMAGE_ID_ANNOTATION, Observed};
 use crate::plan::{self, Fate};
 use crate::pod::{Class, Pod, go_duration};
+use crate::rounds::{self, Round};
 use crate::{resize, resources, volumes};
 
 /// Scheme of container ids.
@@ -21,6 +22,10 @@ pub const ID_PREFIX: &str = "minke://";
 
 /// Conditions of ours that come and go.
 pub const PASSING: [&str; 2] = [resize::PENDING, resize::IN_PROGRESS];
+
+/// Reason and message of containers whose pod starts over.
+const STARTING_OVER: (&str, &str) =
+    ("RestartingAllContainers", "The container is removed because RestartAllContainers in place");
 
 /// Bytes of all last words of a pod together.
 const WORDS_MAX: usize = 12 << 10;
@@ -174,6 +179,22 @@ fn waits_for(
         let (reason, message) = waiting.shown(now);
         (reason.to_owned(), message.to_owned())
     });
+    let crashed = |delay: SignedDuration| {
+        let delay = go_duration(delay.unsigned_abs());
+        let message = format!("back-off {delay} restarting failed container={name} pod={}", pod.long_name());
+        Some(("CrashLoopBackOff".to_owned(), message))
+    };
+    let round = Round::of(pod, o);
+    if class != Class::Ephemeral
+        && let Some(past) = o.latest(name).filter(|c| c.state == ContainerState::Exited && round.is_past(c))
+    {
+        let waits = round.begins(o).filter(|(_, at, _)| *at > now);
+        return match waits {
+            Some((cause, _, delay)) if cause.id == past.id => crashed(delay),
+            None if !round.is_ending(o) => blocked.or_else(|| Some(not_started(pod))),
+            _ => Some((STARTING_OVER.0.to_owned(), STARTING_OVER.1.to_owned())),
+        };
+    }
     match plan::fate(pod, class, container, o) {
         Fate::Start => blocked,
         Fate::Restart { at, delay } if at > now => {
@@ -183,10 +204,7 @@ fn waits_for(
             {
                 return Some(blocked);
             }
-            let delay = go_duration(delay.unsigned_abs());
-            let message =
-                format!("back-off {delay} restarting failed container={name} pod={}", pod.long_name());
-            Some(("CrashLoopBackOff".to_owned(), message))
+            crashed(delay)
         }
         // It was killed so that it runs again: that it ended is not the end of it.
         Fate::Restart { .. } if o.latest(name).is_some_and(|c| o.restarting.contains_key(&c.id)) => {
@@ -195,6 +213,12 @@ fn waits_for(
         Fate::Restart { .. } => blocked,
         _ => None,
     }
+}
+
+/// What a container waits for that was not started yet.
+fn not_started(pod: &Pod) -> (String, String) {
+    let reason = if pod.has_init() { "PodInitializing" } else { "ContainerCreating" };
+    (reason.to_owned(), String::new())
 }
 
 fn container_status(
@@ -208,21 +232,29 @@ fn container_status(
     let name = &container.name;
     let history = o.history(name);
     let known = known_status(previous, name);
-    let default_wait = || match pod.has_init() {
-        true => waiting("PodInitializing", ""),
-        false => waiting("ContainerCreating", ""),
-    };
+    let round = Round::of(pod, o);
     let as_terminated = |c: &ContainerStatus| core::ContainerState {
         terminated: Some(terminated(o, c)),
         ..core::ContainerState::default()
     };
+    // What is known of a run once another one follows in round `next`.
+    let as_last = |c: &ContainerStatus, next: u32| match class != Class::Ephemeral
+        && rounds::made_in(c) < next
+    {
+        true => core::ContainerState { terminated: Some(started_over()), ..core::ContainerState::default() },
+        false => as_terminated(c),
+    };
     // Until its `postStart` hook is through, a container is not there yet.
     let is_up = |c: &ContainerStatus| c.state == ContainerState::Running && !o.is_starting(&c.name);
-    let mut last_state = history.get(1).map(|c| as_terminated(c));
+    let latest = history.first();
+    let starts_over = class != Class::Ephemeral
+        && o.ending.is_none()
+        && latest.is_some_and(|c| c.state == ContainerState::Exited && round.is_past(c));
+    let mut last_state = latest.zip(history.get(1)).map(|(next, c)| as_last(c, rounds::made_in(next)));
     let blocked = waits_for(pod, o, class, container, now);
     let state = match (history.first(), &blocked) {
         (Some(latest), Some((reason, message))) if latest.state == ContainerState::Exited => {
-            last_state = Some(as_terminated(latest));
+            last_state = Some(as_last(latest, round.number));
             waiting(reason, message)
         }
         (Some(latest), _) if latest.state == ContainerState::Exited => as_terminated(latest),
@@ -231,9 +263,11 @@ fn container_status(
             ..core::ContainerState::default()
         },
         (_, Some((reason, message))) => waiting(reason, message),
-        _ => default_wait(),
+        _ => {
+            let (reason, message) = not_started(pod);
+            waiting(&reason, &message)
+        }
     };
-    let latest = history.first();
     let running = state.running.is_some();
     let probes = latest.and_then(|c| o.probes.get(&c.id)).copied();
     let started = running && probes.is_some_and(|probes| probes.started());
@@ -251,10 +285,11 @@ fn container_status(
         image,
         image_id: annotation(IMAGE_ID_ANNOTATION).unwrap_or_default(),
         container_id: started_once.map(|c| format!("{ID_PREFIX}{}", c.id)),
-        restart_count: match latest {
-            Some(latest) => i32::try_from(latest.attempt).unwrap_or(i32::MAX),
-            None => known.map_or(0, |known| known.restart_count),
-        },
+        restart_count: latest
+            .map_or(0, |c| {
+                i32::try_from(c.attempt).unwrap_or(i32::MAX).saturating_add(i32::from(starts_over))
+            })
+            .max(known.map_or(0, |known| known.restart_count)),
         last_state: Some(last_state.unwrap_or_default()),
         ready,
         started: (class != Class::Ephemeral).then_some(started),
@@ -275,7 +310,18 @@ fn container_status(
             _ => container.resources.clone().filter(|_| running),
         },
         state: Some(state),
+        stop_signal: latest.map(|c| c.stop_signal.clone()).filter(|signal| !signal.is_empty()),
         ..core::ContainerStatus::default()
+    }
+}
+
+/// The run of a container that ended for all of its pod to start over.
+fn started_over() -> core::ContainerStateTerminated {
+    core::ContainerStateTerminated {
+        exit_code: 137,
+        reason: Some(STARTING_OVER.0.to_owned()),
+        message: Some(STARTING_OVER.1.to_owned()),
+        ..core::ContainerStateTerminated::default()
     }
 }
 
@@ -368,7 +414,7 @@ fn phase(
         let state = status.state.as_ref().unwrap_or(&empty);
         let before = || {
             let last = status.last_state.as_ref().and_then(|last| last.terminated.as_ref());
-            last.map(|last| last.exit_code)
+            last.filter(|last| last.reason.as_deref() != Some(STARTING_OVER.0)).map(|last| last.exit_code)
         };
         match class {
             Class::Sidecar if state.running.is_some() => {
@@ -487,11 +533,14 @@ fn conditions(
     let scheduled = Verdict::yes("");
     let mut all = vec![
         ("PodReadyToStartContainers", Verdict { ok: connected, ..Verdict::default() }),
-        ("Initialized", initialized(pod, phase, inits, mains)),
+        ("Initialized", initialized(pod, phase, inits, mains, previous)),
         ("Ready", ready),
         ("ContainersReady", containers),
         ("PodScheduled", scheduled),
     ];
+    if rounds::are_possible(pod) {
+        all.push(("AllContainersRestarting", starting_over(pod, o, phase)));
+    }
     if let Some(pending) = &o.resize_pending {
         let (reason, message) = (pending.reason, pending.message.clone());
         all.push((resize::PENDING, Verdict { ok: true, reason, message }));
@@ -522,6 +571,20 @@ fn conditions(
     list
 }
 
+fn starting_over(pod: &Pod, o: &Observed, phase: &str) -> Verdict {
+    let round = Round::of(pod, o);
+    match phase {
+        "Succeeded" => Verdict::no("PodCompleted", String::new()),
+        "Failed" => Verdict::no("PodFailed", String::new()),
+        _ if o.ending.is_none() && round.is_ending(o) => Verdict {
+            ok: true,
+            reason: "RestartAllContainersStarted",
+            message: "container exited with restart policy rule".to_owned(),
+        },
+        _ => Verdict::default(),
+    }
+}
+
 fn names(list: &[&str]) -> String {
     format!("[{}]", list.join(" "))
 }
@@ -531,6 +594,7 @@ fn initialized(
     phase: &str,
     inits: &[core::ContainerStatus],
     mains: &[core::ContainerStatus],
+    previous: &core::PodStatus,
 ) -> Verdict {
     let mut incomplete = vec![];
     for (status, (class, _)) in inits.iter().zip(pod.containers()) {
@@ -546,7 +610,9 @@ fn initialized(
         let ended = status.last_state.as_ref().is_some_and(|s| s.terminated.is_some());
         ended || status.state.as_ref().is_some_and(|s| s.running.is_some() || s.terminated.is_some())
     });
-    if incomplete.is_empty() || any_started {
+    // What was initialised stays so, even when its init containers run again.
+    let was = previous.conditions.iter().flatten().any(|c| c.type_ == "Initialized" && c.status == "True");
+    if incomplete.is_empty() || any_started || was {
         return Verdict::yes("");
     }
     Verdict::no(

@@ -484,13 +484,14 @@ impl Worker {
                 }
                 self.spawn(Job::Sandbox, jobs::create_sandbox(context, pod, attempt, old));
             }
-            Action::Start { name, attempt, backoff } => {
+            Action::Start { name, attempt, backoff, round } => {
                 let Some(sandbox) = self.o.ready_sandbox() else { return false };
                 let start = jobs::Start {
                     sandbox_id: sandbox.spec.id.clone(),
                     name: name.clone(),
                     attempt,
                     backoff,
+                    round,
                     address: self.address(),
                     target: self.target_of(&name),
                     cancel: self.cancel.clone(),

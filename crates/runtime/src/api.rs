@@ -118,6 +118,8 @@ pub struct ContainerSpec {
     pub stdin_once: bool,
     /// Absolute path of the log file, in the CRI format. Its directory is made when missing.
     pub log_path: PathBuf,
+    /// Instead of the image's: the name or number of the signal that asks it to end.
+    pub stop_signal: String,
     pub oom_score_adj: Option<i32>,
     /// Id of a container of the sandbox whose process namespace this one joins (CRI's `target_id`).
     pub pid_target: Option<String>,
@@ -259,6 +261,9 @@ pub struct ContainerStatus {
     pub reason: String,
     pub message: String,
     pub log_path: PathBuf,
+    /// The name of the signal that asks it to end.
+    #[serde(default)]
+    pub stop_signal: String,
     pub tty: bool,
     pub stdin: bool,
     /// As resolved, what `status.containerStatuses[].user` shows.
@@ -398,7 +403,7 @@ pub trait Runtime: Send + Sync {
     /// reason `StartError`, and no event is sent.
     async fn start_container(&self, id: &str) -> Result<()>;
 
-    /// Sends the image's stop signal, then SIGKILL once `grace` is over; returns when it has ended.
+    /// Sends the container's or its image's stop signal, then SIGKILL once `grace` is over; returns when it has ended.
     /// A second call with a shorter grace shortens it.
     async fn stop_container(&self, id: &str, grace: Duration) -> Result<()>;
 

@@ -315,16 +315,21 @@ async fn stopping_asks_first_and_then_insists() {
         node.runtime.stop_container("deaf2", Duration::from_millis(200)),
     );
     long.and(short).expect("the shorter grace counts");
-    // The image's own signal: see support::IMAGE for the other one, which stops by SIGUSR1.
-    let spec = ContainerSpec {
-        image: USR1_IMAGE.into(),
-        ..node.spec("own", "trap 'exit 9' USR1; echo ready; while :; do sleep 0.05; done")
-    };
-    node.runtime.create_container("pod", spec).await.unwrap();
-    node.runtime.start_container("own").await.unwrap();
-    node.wait_log("own", "ready").await;
-    node.runtime.stop_container("own", Duration::from_secs(20)).await.unwrap();
-    assert_eq!(node.wait_exit("own").await.exit_code, Some(9));
+    // The image's own signal: see support::IMAGE for the other one, which stops by SIGUSR1. A container's own counts more.
+    for (id, own, shown, code) in [("image", "", "SIGUSR1", 9), ("own", "SIGUSR2", "SIGUSR2", 8)] {
+        let spec = ContainerSpec {
+            image: USR1_IMAGE.into(),
+            stop_signal: own.into(),
+            ..node
+                .spec(id, "trap 'exit 9' USR1; trap 'exit 8' USR2; echo ready; while :; do sleep 0.05; done")
+        };
+        node.runtime.create_container("pod", spec).await.unwrap();
+        node.runtime.start_container(id).await.unwrap();
+        node.wait_log(id, "ready").await;
+        assert_eq!(node.runtime.container_status(id).await.unwrap().stop_signal, shown);
+        node.runtime.stop_container(id, Duration::from_secs(20)).await.unwrap();
+        assert_eq!(node.wait_exit(id).await.exit_code, Some(code));
+    }
     node.close().await;
 }
 

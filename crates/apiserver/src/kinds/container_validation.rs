@@ -10,9 +10,10 @@ use serde_json::Value;
 use super::check::{self, at};
 use super::pod_validation::{validate_ids, validate_seccomp};
 use super::resources::amounts;
+use super::restart_validation as restarts;
 use super::tree::Tree;
-
 use super::volume_validation::file_path;
+
 const PULL_POLICIES: [&str; 3] = ["Always", "IfNotPresent", "Never"];
 const HANDLERS: [&str; 4] = ["exec", "grpc", "httpGet", "tcpSocket"];
 const FIELD_PATHS: [&str; 9] = [
@@ -26,6 +27,17 @@ const FIELD_PATHS: [&str; 9] = [
     "status.podIP",
     "status.podIPs",
 ];
+const NOT_FOR_EPHEMERAL: [&str; 9] = [
+    "ports",
+    "livenessProbe",
+    "readinessProbe",
+    "startupProbe",
+    "lifecycle",
+    "resources",
+    "resizePolicy",
+    "restartPolicy",
+    "restartPolicyRules",
+];
 const RESOURCE_FIELDS: [&str; 6] = [
     "limits.cpu",
     "limits.ephemeral-storage",
@@ -34,6 +46,8 @@ const RESOURCE_FIELDS: [&str; 6] = [
     "requests.ephemeral-storage",
     "requests.memory",
 ];
+/// Most bytes of a key in a file of variables.
+const FILE_KEY_MAX: usize = 128;
 
 /// All three lists of containers of a pod spec. `volumes` are the names of its volumes.
 pub fn validate_containers(spec: &Value, path: &str, volumes: &HashSet<&str>, errors: &mut FieldErrors) {
@@ -46,8 +60,6 @@ pub fn validate_containers(spec: &Value, path: &str, volumes: &HashSet<&str>, er
             let path = format!("{path}.{list}[{n}]");
             let name = container.text("name");
             if seen.insert(name, list).is_some() && !name.is_empty() {
-/// Most bytes of a key in a file of variables.
-const FILE_KEY_MAX: usize = 128;
                 errors.duplicate(&at(&path, "name"), name);
             }
             validate_container(container, list, spec, &path, volumes, errors);
@@ -84,7 +96,10 @@ fn validate_container(
     validate_resources(container.at("resources"), &at(path, "resources"), errors);
     validate_context(container, path, errors);
     let sidecar = container.text("restartPolicy") == "Always";
-    check::one_of_if_set(container, path, "restartPolicy", &["Always", "Never", "OnFailure"], errors);
+    if list != "ephemeralContainers" {
+        restarts::restart_policy(container, path, errors);
+        restarts::resize_policy(container, spec.text("restartPolicy"), path, errors);
+    }
     match list {
         "initContainers" if !sidecar => {
             for field in ["lifecycle", "livenessProbe", "readinessProbe", "startupProbe"] {
@@ -97,9 +112,7 @@ fn validate_container(
             }
         }
         "ephemeralContainers" => {
-            for field in
-                ["ports", "livenessProbe", "readinessProbe", "startupProbe", "lifecycle", "resources"]
-            {
+            for field in NOT_FOR_EPHEMERAL {
                 if container.has(field) {
                     errors.forbidden(&at(path, field), "cannot be set for an Ephemeral Container");
                 }
@@ -116,6 +129,7 @@ fn validate_container(
                     validate_probe(container.at(probe), probe, &at(path, probe), errors);
                 }
             }
+            restarts::stop_signal(container.at("lifecycle"), spec, &at(path, "lifecycle"), errors);
             for hook in ["postStart", "preStop"] {
                 let handler = container.at("lifecycle").at(hook);
                 if handler.is_object() {
@@ -253,20 +267,6 @@ fn validate_env_source(env: &Value, spec: &Value, path: &str, errors: &mut Field
     }
 }
 
-/// A field of the pod. Single labels and annotations may always be named.
-pub fn field_ref(reference: &Value, allowed: &[&str], path: &str, errors: &mut FieldErrors) {
-    check::required(reference, path, "apiVersion", errors);
-    let field = reference.text("fieldPath");
-    let path = at(path, "fieldPath");
-    if field.is_empty() {
-        errors.required(&path, "");
-    } else if let Some((of, key)) = field.split_once("['") {
-        let key = key.strip_suffix("']").unwrap_or_default();
-        if !matches!(of, "metadata.labels" | "metadata.annotations") || key.is_empty() {
-            errors.invalid(
-                &path,
-                field,
-                "error converting fieldPath: field label does not support subscript",
 /// A variable in a file in one of the pod's `emptyDir` volumes.
 fn file_key_ref(reference: &Value, spec: &Value, path: &str, errors: &mut FieldErrors) {
     for field in ["volumeName", "path", "key"] {
@@ -293,6 +293,20 @@ fn file_key_ref(reference: &Value, spec: &Value, path: &str, errors: &mut FieldE
     }
 }
 
+/// A field of the pod. Single labels and annotations may always be named.
+pub fn field_ref(reference: &Value, allowed: &[&str], path: &str, errors: &mut FieldErrors) {
+    check::required(reference, path, "apiVersion", errors);
+    let field = reference.text("fieldPath");
+    let path = at(path, "fieldPath");
+    if field.is_empty() {
+        errors.required(&path, "");
+    } else if let Some((of, key)) = field.split_once("['") {
+        let key = key.strip_suffix("']").unwrap_or_default();
+        if !matches!(of, "metadata.labels" | "metadata.annotations") || key.is_empty() {
+            errors.invalid(
+                &path,
+                field,
+                "error converting fieldPath: field label does not support subscript",
             );
         } else {
             check::name(&key.to_lowercase(), &path, names::qualified_name, errors);
@@ -599,20 +613,6 @@ mod tests {
         );
     }
 
-    #[test]
-    fn mounts_and_resources_are_checked() {
-        check(json!({"volumeMounts": [{"name": "v", "mountPath": "/v"}]}), "");
-        check(
-            json!({"volumeMounts": [{"name": "w", "mountPath": "/v"}]}),
-            "volumeMounts[0].name: Not found: \"w\"",
-        );
-        check(
-            json!({"volumeMounts": [{"name": "v", "mountPath": "/v"}, {"name": "v", "mountPath": "/v"}]}),
-            "volumeMounts[1].mountPath: Invalid value: \"/v\": must be unique",
-        );
-        check(
-            json!({"volumeMounts": [{"name": "v", "mountPath": "/v", "subPath": "../x"}]}),
-            "volumeMounts[0].subPath: Invalid value: \"../x\": must not contain '..'",
     #[track_caller]
     fn check_file_key(change: (&str, &str), want: &str) {
         let mut from = json!({"volumeName": "v", "path": "d/f", "key": "A"});
@@ -641,6 +641,20 @@ mod tests {
         );
     }
 
+    #[test]
+    fn mounts_and_resources_are_checked() {
+        check(json!({"volumeMounts": [{"name": "v", "mountPath": "/v"}]}), "");
+        check(
+            json!({"volumeMounts": [{"name": "w", "mountPath": "/v"}]}),
+            "volumeMounts[0].name: Not found: \"w\"",
+        );
+        check(
+            json!({"volumeMounts": [{"name": "v", "mountPath": "/v"}, {"name": "v", "mountPath": "/v"}]}),
+            "volumeMounts[1].mountPath: Invalid value: \"/v\": must be unique",
+        );
+        check(
+            json!({"volumeMounts": [{"name": "v", "mountPath": "/v", "subPath": "../x"}]}),
+            "volumeMounts[0].subPath: Invalid value: \"../x\": must not contain '..'",
         );
         check(
             json!({"resources": {"requests": {"cpu": "2"}, "limits": {"cpu": "1"}}}),

@@ -15,11 +15,12 @@ mod pod_warnings;
 mod policy;
 mod quota;
 pub mod resources;
+mod restart_validation;
 mod service;
 mod storage;
 pub mod tree;
-mod volume_validation;
 pub mod trust_bundle;
+mod volume_validation;
 mod workloads;
 
 use minke_api::Kind;

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::tests::{at, container, sandbox};
 use super::*;
-use crate::observed::{BACKOFF_ANNOTATION, Probes, Retry};
+use crate::observed::{BACKOFF_ANNOTATION, Probes, ROUND_ANNOTATION, Retry};
 use crate::pod::tests::{merge, pod};
 
 /// A pod, what the node has of it, and how its containers behave.
@@ -23,8 +23,9 @@ struct World {
     /// Only then do containers end by themselves, jobs fail and agents die.
     trouble: bool,
     trail: Vec<String>,
-    /// Names of init containers that have succeeded in the current sandbox.
+    /// Names of init containers that have succeeded in the current sandbox and round.
     passed: Vec<String>,
+    round: u32,
 }
 
 fn shape(rng: &mut StdRng) -> Value {
@@ -45,8 +46,9 @@ fn shape(rng: &mut StdRng) -> Value {
         }
         if rng.random_bool(0.2) {
             one["restartPolicy"] = json!(["Always", "OnFailure", "Never"][rng.random_range(0..3)]);
+            let action = ["Restart", "RestartAllContainers"][rng.random_range(0..2)];
             one["restartPolicyRules"] =
-                json!([{"action": "Restart", "exitCodes": {"operator": "In", "values": [42]}}]);
+                json!([{"action": action, "exitCodes": {"operator": "In", "values": [42]}}]);
         }
         one
     };
@@ -69,6 +71,7 @@ impl World {
             trouble: true,
             trail: vec![],
             passed: vec![],
+            round: 0,
         }
     }
 
@@ -87,7 +90,11 @@ impl World {
             self.o.all_containers().any(|c| c.name == name && c.state == ContainerState::Running)
         };
         match action {
-            Action::Start { name, attempt, .. } => {
+            Action::Start { name, attempt, round, .. } => {
+                let behind = self.o.all_containers().filter(|c| rounds::made_in(c) < *round);
+                for old in behind {
+                    assert_ne!(old.state, ContainerState::Running, "{name} is started beside {}", old.id);
+                }
                 assert!(self.o.ending.is_none(), "{name} is started in a pod that ends");
                 assert!(!is_running(name), "{name} is started though it runs");
                 let ready = self.o.ready_sandbox().expect("a container needs a sandbox");
@@ -171,12 +178,17 @@ impl World {
         let mut all = self.o.sandboxes.iter_mut().flat_map(|s| &mut s.containers);
         let Some(c) = all.find(|c| c.id == id && c.state == ContainerState::Running) else { return };
         (c.state, c.exit_code, c.finished_at) = (ContainerState::Exited, Some(code), Some(now));
-        let name = c.name.clone();
-        if code == 0 {
+        let (name, made_in) = (c.name.clone(), rounds::made_in(c));
+        if code == 0 && made_in == self.round {
             self.passed.push(name);
         }
         self.o.probes.remove(id);
         self.o.kills.remove(id);
+        let round = Round::of(&self.pod(), &self.o).number;
+        if round > self.round {
+            self.round = round;
+            self.passed.clear();
+        }
     }
 
     /// One job ends.
@@ -199,7 +211,7 @@ impl World {
                 self.o.sandboxes.push(made);
                 self.passed.clear();
             }
-            Action::Start { name, attempt, backoff } => self.started(&name, attempt, backoff),
+            Action::Start { name, attempt, backoff, round } => self.started(&name, attempt, backoff, round),
             Action::Kill { id, .. } => {
                 let code = if self.rng.random_bool(0.5) { 0 } else { 143 };
                 self.exit(&id, code);
@@ -231,12 +243,13 @@ impl World {
         }
     }
 
-    fn started(&mut self, name: &str, attempt: u32, backoff: SignedDuration) {
+    fn started(&mut self, name: &str, attempt: u32, backoff: SignedDuration, round: u32) {
         let pod = self.pod();
         let (class, wanted) = pod.container(name).expect("only what is there is started");
         let mut status = container(name, attempt, ContainerState::Running);
         (status.created_at, status.started_at) = (self.now, Some(self.now));
         status.annotations.insert(BACKOFF_ANNOTATION.into(), backoff.as_millis().to_string());
+        status.annotations.insert(ROUND_ANNOTATION.into(), round.to_string());
         status.annotations.insert(ASKED_IMAGE_ANNOTATION.into(), wanted.image.clone().unwrap_or_default());
         status.resources = resources::of_container(wanted);
         // A sandbox that went meanwhile takes it along.

@@ -1,6 +1,6 @@
 use super::*;
 use crate::eviction::Eviction;
-use crate::observed::{ADDRESS_ANNOTATION, BACKOFF_ANNOTATION, Probes, Retry, Waiting};
+use crate::observed::{ADDRESS_ANNOTATION, BACKOFF_ANNOTATION, Probes, ROUND_ANNOTATION, Retry, Waiting};
 use crate::pod::tests::pod;
 use minke_runtime::{SandboxSpec, SandboxStatus};
 use serde_json::{Value, json};
@@ -55,7 +55,10 @@ fn short(action: &Action) -> String {
         Action::End(ending) => format!("end {:?} {}s", ending.cause, ending.grace),
         Action::MountVolumes => "mount".into(),
         Action::CreateSandbox { attempt } => format!("sandbox {attempt}"),
-        Action::Start { name, attempt, backoff } => format!("start {name} {attempt} {}s", backoff.as_secs()),
+        Action::Start { name, attempt, backoff, round } => {
+            let round = if *round > 0 { format!(" round {round}") } else { String::new() };
+            format!("start {name} {attempt} {}s{round}", backoff.as_secs())
+        }
         Action::Kill { id, why, .. } => format!("kill {id} {why:?}"),
         Action::Resize { containers, pod } => {
             let ids: Vec<&str> = containers.iter().map(|(id, _)| id.as_str()).collect();
@@ -198,6 +201,98 @@ fn the_restart_policy_decides_who_comes_back() {
         "restartPolicyRules": [{"action": "Restart", "exitCodes": {"operator": "In", "values": [42]}}]}]});
     check(rules.clone(), with(vec![exited("c", 0, 42, 99)]), &["start c 1 10s"]);
     check(rules, failed(), &["end Finished 30s"]);
+}
+
+/// A pod with an init container, a sidecar and two main ones, of which `c` asks for all to start over with 42.
+fn starting_over() -> Value {
+    let rules = json!([{"action": "RestartAllContainers", "exitCodes": {"operator": "In", "values": [42]}}]);
+    json!({
+        "restartPolicy": "Never",
+        "initContainers": [{"name": "i"}, {"name": "s", "restartPolicy": "Always"}],
+        "containers": [{"name": "c", "restartPolicy": "Never", "restartPolicyRules": rules}, {"name": "d"}],
+        "ephemeralContainers": [{"name": "e"}],
+    })
+}
+
+fn in_round(round: u32, mut container: ContainerStatus) -> ContainerStatus {
+    container.annotations.insert(ROUND_ANNOTATION.into(), round.to_string());
+    container
+}
+
+#[test]
+fn one_that_ends_may_ask_for_all_to_start_over() {
+    let ended = |code| exited("c", 0, code, 99);
+    let others = |state: fn(&str) -> ContainerStatus| [state("s"), state("d"), state("e")];
+    let running = |name: &str| container(name, 0, Running);
+    let killed = |name: &str| exited(name, 0, 137, 100);
+    let all = |code: i32, state: fn(&str) -> ContainerStatus| {
+        with([vec![exited("i", 0, 0, 5), ended(code)], others(state).to_vec()].concat())
+    };
+    // Another code is nobody else's business.
+    check(starting_over(), all(1, running), &[]);
+    check(starting_over(), all(42, running), &["kill s-0 Over", "kill d-0 Over", "kill e-0 Over"]);
+    let dying = |o: &mut Observed| {
+        all(42, running)(o);
+        for id in ["s-0", "d-0", "e-0"] {
+            o.kills.insert(id.into(), (at(100), 0));
+        }
+    };
+    check(starting_over(), dying, &[]);
+    // Whatever became of them, all but the ephemeral one run again, from the first init container on.
+    check(starting_over(), all(42, killed), &["start i 1 0s round 1"]);
+    let again = |o: &mut Observed, next: Vec<ContainerStatus>| {
+        all(42, killed)(o);
+        for container in next {
+            if container.state == Running {
+                o.probes.insert(container.id.clone(), Probes::default());
+            }
+            o.sandboxes[0].containers.push(in_round(1, container));
+        }
+    };
+    let (init, sidecar) = (exited("i", 1, 0, 101), container("s", 1, Running));
+    check(starting_over(), |o| again(o, vec![init.clone()]), &["start s 1 0s round 1"]);
+    check(
+        starting_over(),
+        |o| again(o, vec![init.clone(), sidecar.clone()]),
+        &["start c 1 10s round 1", "start d 1 0s round 1"],
+    );
+    let (c, d) = (container("c", 1, Running), container("d", 1, Running));
+    check(starting_over(), |o| again(o, vec![init.clone(), sidecar.clone(), c.clone(), d.clone()]), &[]);
+    // An init container that fails in its new round fails the pod.
+    check(starting_over(), |o| again(o, vec![exited("i", 1, 1, 101)]), &["end Finished 30s"]);
+    // The next time is told apart from this one, and put off like any crash.
+    let twice = |o: &mut Observed| {
+        let mut ended = exited("c", 1, 42, 95);
+        ended.annotations.insert(BACKOFF_ANNOTATION.into(), "10000".into());
+        again(o, vec![init.clone(), sidecar.clone(), ended, exited("d", 1, 137, 96)]);
+    };
+    check(starting_over(), twice, &["kill s-1 Over"]);
+    let down = |o: &mut Observed| {
+        twice(o);
+        let sidecar = o.sandboxes[0].containers.iter_mut().find(|c| c.id == "s-1").expect("a sidecar");
+        (sidecar.state, sidecar.exit_code, sidecar.finished_at) =
+            (ContainerState::Exited, Some(137), Some(at(96)));
+    };
+    check_at(json!({"spec": starting_over()}), down, 100, &["announce c"], Some(105));
+    check_at(json!({"spec": starting_over()}), down, 105, &["start i 2 0s round 2"], None);
+    // One that was still being started is of the old round, too.
+    let late = |o: &mut Observed| again(o, vec![init.clone()]);
+    let late = |o: &mut Observed| {
+        late(o);
+        o.sandboxes[0].containers.push(container("x", 0, Running));
+    };
+    check(starting_over(), late, &["kill x-0 Over"]);
+}
+
+#[test]
+fn an_init_container_may_ask_for_it_before_the_others_ran() {
+    let mut spec = starting_over();
+    let rules = spec["containers"][0]["restartPolicyRules"].clone();
+    spec["initContainers"] = json!([{"name": "s", "restartPolicy": "Always"},
+        {"name": "i", "restartPolicy": "Never", "restartPolicyRules": rules}]);
+    let failed = |sidecar: ContainerStatus| with(vec![sidecar, exited("i", 0, 42, 99)]);
+    check(spec.clone(), failed(container("s", 0, Running)), &["kill s-0 Over"]);
+    check(spec, failed(exited("s", 0, 137, 100)), &["start s 1 0s round 1"]);
 }
 
 #[test]

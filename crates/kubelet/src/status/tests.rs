@@ -102,6 +102,63 @@ fn a_crash_loop_shows_why_and_since_when() {
 }
 
 #[test]
+fn a_pod_that_starts_over_says_so() {
+    let rules = json!([{"action": "RestartAllContainers", "exitCodes": {"operator": "In", "values": [42]}}]);
+    let with = |status: Value| {
+        json!({"status": status, "spec": {"restartPolicy": "Never", "initContainers": [{"name": "i"}], "containers": [
+            {"name": "c", "restartPolicy": "Never", "restartPolicyRules": rules}, {"name": "d"}]}})
+    };
+    let fresh = || with(json!({}));
+    let condition = |o: &Observed, kind: &str| {
+        let status =
+            work_out(with(json!({"conditions": [{"type": "Initialized", "status": "True"}]})), o, 100);
+        let all = status.conditions.expect("conditions");
+        let found = all.into_iter().find(|c| c.type_ == kind).expect("the condition");
+        (found.status, found.reason.unwrap_or_default(), found.message.unwrap_or_default())
+    };
+    let up = observed(vec![exited("i", 0, 0, 1), container("c", 0, Running), container("d", 0, Running)]);
+    check(fresh(), &up, "Running", "i:0+ c:running+ d:running+");
+    let no = |reason: &str| ("False".to_owned(), reason.to_owned(), String::new());
+    assert_eq!(condition(&up, "AllContainersRestarting"), no(""));
+    let mut o = observed(vec![exited("i", 0, 0, 1), exited("c", 0, 42, 99), container("d", 0, Running)]);
+    let over = "RestartingAllContainers";
+    check(fresh(), &o, "Running", &format!("i:{over} c:{over} d:running+"));
+    let yes = ("True".to_owned(), "RestartAllContainersStarted".to_owned());
+    let message = "container exited with restart policy rule".to_owned();
+    assert_eq!(condition(&o, "AllContainersRestarting"), (yes.0, yes.1, message));
+    // Once nothing of before runs, all wait as when the pod was new; but it has been initialised.
+    o.sandboxes[0].containers[2] = exited("d", 0, 137, 100);
+    check(fresh(), &o, "Running", "i:PodInitializing c:PodInitializing d:PodInitializing");
+    assert_eq!(condition(&o, "AllContainersRestarting"), no(""));
+    assert_eq!(condition(&o, "Initialized"), ("True".to_owned(), String::new(), String::new()));
+    let status = work_out(fresh(), &o, 100);
+    for c in status.init_container_statuses.iter().chain(&status.container_statuses).flatten() {
+        let last = c.last_state.as_ref().and_then(|last| last.terminated.clone()).expect("it ended");
+        assert_eq!((c.restart_count, last.exit_code, last.started_at), (1, 137, None), "{}", c.name);
+        assert_eq!(last.reason.as_deref(), Some(over), "{}", c.name);
+    }
+    let mut again = container("d", 1, Running);
+    again.annotations.insert(crate::observed::ROUND_ANNOTATION.into(), "1".into());
+    o.sandboxes[0].containers.push(again);
+    let d = work_out(fresh(), &o, 100).container_statuses.expect("containers").remove(1);
+    let last = d.last_state.and_then(|last| last.terminated).expect("it ended");
+    assert_eq!((d.restart_count, last.reason.as_deref()), (1, Some(over)));
+    assert!(d.state.is_some_and(|state| state.running.is_some()));
+    // The next time, the one that asked for it has to wait like any that crashes.
+    let mut crashed = exited("c", 0, 42, 99);
+    crashed.annotations.insert(crate::observed::BACKOFF_ANNOTATION.into(), "10000".into());
+    let o = observed(vec![exited("i", 0, 0, 1), crashed, exited("d", 0, 137, 100)]);
+    check(fresh(), &o, "Running", &format!("i:{over} c:CrashLoopBackOff d:{over}"));
+    // When the pod ends there is no such thing.
+    let mut ended = o.clone();
+    ended.ending = Some(Ending { cause: Cause::Deleted, grace: 30, deadline: at(130) });
+    check(fresh(), &ended, "Failed", "i:0+ c:42 d:137");
+    assert_eq!(condition(&ended, "AllContainersRestarting"), no("PodFailed"));
+    let plain = work_out(json!({}), &up, 100).conditions.expect("conditions");
+    assert!(plain.iter().all(|c| c.type_ != "AllContainersRestarting"), "others have no such condition");
+}
+
+#[test]
 fn a_failed_pull_turns_into_a_back_off() {
     let mut o = observed(vec![]);
     let later = Some(("ImagePullBackOff".to_owned(), "Back-off".to_owned()));

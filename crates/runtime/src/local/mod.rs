@@ -121,6 +121,7 @@ impl Container {
             reason: reason.to_owned(),
             message: self.exit.as_ref().and_then(|e| e.start_error.clone()).unwrap_or_default(),
             log_path: spec.log_path.clone(),
+            stop_signal: stop_signal::name(self.record.stop_signal()),
             tty: spec.tty,
             stdin: spec.stdin,
             uid: started.uid,
@@ -593,7 +594,7 @@ impl Runtime for LocalRuntime {
     async fn stop_container(&self, id: &str, grace: Duration) -> Result<()> {
         let (state, first, signal) = self.container(id, |c| {
             let first = !std::mem::replace(&mut c.asked_to_stop, true);
-            (c.state(), first, stop_signal::number(&c.record.image.stop_signal))
+            (c.state(), first, stop_signal::number(c.record.stop_signal()))
         })?;
         if state != ContainerState::Running {
             return Ok(());

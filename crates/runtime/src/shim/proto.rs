@@ -154,6 +154,11 @@ impl ContainerRecord {
         self.cgroup_dirs.len() == 1 && !self.spec.privileged
     }
 
+    /// What asks it to end, as its specification or its image names it; empty when neither does.
+    pub fn stop_signal(&self) -> &str {
+        if self.spec.stop_signal.is_empty() { &self.image.stop_signal } else { &self.spec.stop_signal }
+    }
+
     /// Names, in the container's directory, at which the images it mounts lie.
     pub fn image_dirs(&self) -> impl Iterator<Item = String> + use<> {
         (0..self.mounted.len()).flat_map(|n| [format!("image-{n}-part"), format!("image-{n}")])
