@@ -25,7 +25,13 @@ pub fn start(file: Option<&DataDir>) {
             })
         }),
     };
-    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(writer).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(false)
+        .with_writer(writer)
+        // What cannot be written, on a full disk say, is lost. To complain of it would panic there.
+        .log_internal_errors(false)
+        .init();
 }
 
 #[derive(Clone)]

@@ -4,6 +4,9 @@
 //! ones. Containers are children of one small shim process per pod, which is this same executable started
 //! again: a binary that uses this crate calls [`shim::entry`] first thing in `main`.
 
+// Standard error may be a file on a full disk, of which the macros for it panic: see `shim::log_line`.
+#![warn(clippy::print_stderr, clippy::print_stdout)]
+
 mod api;
 pub mod cgroup;
 mod device;

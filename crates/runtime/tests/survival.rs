@@ -7,6 +7,7 @@
 #[allow(dead_code, reason = "each of the two uses its part")]
 mod support;
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -30,6 +31,7 @@ const TESTS: &[(&str, TestFn)] = tests![
     a_reboot_leaves_only_records,
     a_cgroup_that_vanished_is_made_again,
     a_full_disk_stops_no_container,
+    a_full_disk_takes_no_shim_along,
     deep_directories_are_removed,
     a_start_that_is_killed_fails,
 ];
@@ -249,6 +251,30 @@ async fn a_full_disk_stops_no_container() {
     assert_eq!(node.wait_exit("d").await.exit_code, Some(6));
     node.runtime.remove_container("c").await.unwrap();
     drop(disk);
+    node.close().await;
+}
+
+/// Where nothing can be written, not even that it cannot, containers end as anywhere.
+async fn a_full_disk_takes_no_shim_along() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Disk::mount(dir.path(), c"size=32m");
+    let node = Node::within(&disk.0).await;
+    node.sandbox("pod").await;
+    node.start("c", "trap 'exit 5' TERM; while :; do sleep 0.01; done").await;
+    let shim = shim_of(&node, "pod").await;
+    let mut filler = std::fs::File::create(disk.0.join("full")).unwrap();
+    while filler.write_all(&[0; 4096]).is_ok() {}
+    assert!(std::fs::write(disk.0.join("more"), "x").is_err(), "there is room left");
+
+    node.runtime.stop_container("c", Duration::from_secs(20)).await.unwrap();
+    assert_eq!(node.wait_exit("c").await.exit_code, Some(5));
+    assert!(lives(shim));
+    let node = node.restart().await;
+    assert_eq!(node.wait_exit("c").await.exit_code, Some(5), "the shim knows what it could not write");
+    drop(filler);
+    std::fs::remove_file(disk.0.join("full")).unwrap();
+    node.start("d", "exit 6").await;
+    assert_eq!(node.wait_exit("d").await.exit_code, Some(6));
     node.close().await;
 }
 

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Stdio;
 
 use rustix::event::{PollFd, PollFlags};
@@ -93,19 +93,10 @@ impl Container {
             let read = rustix::io::dup(&master).map_err(io::Error::from);
             let added = read.and_then(|read| self.add_output(Stream::Stdout, read));
             if let Err(e) = added {
-                eprintln!("shim: terminal of {}: {e}", self.id);
+                super::log_line!("shim: terminal of {}: {e}", self.id);
             }
             self.stdin = Some(master);
         }
-        save(&self.dir.join("started.json"), started);
-    }
-
-    /// It could not be started: that is how it ended.
-    pub fn failed(&self, why: &str) -> Exit {
-        let exit =
-            Exit { code: 128, at: log::now_ns(), start_error: Some(why.to_owned()), ..Default::default() };
-        save(&self.dir.join("exit.json"), &exit);
-        exit
     }
 
     /// What to wait for, and until when at most.
@@ -181,7 +172,7 @@ impl Container {
         }
     }
 
-    /// Its first process ended: takes the rest of its output and writes down how it was.
+    /// Its first process ended: takes the rest of its output.
     pub fn ended(mut self, code: i32, buffer: &mut [u8]) -> Exit {
         let mut oom_killed = false;
         if let Ok(cgroups) = Cgroups::detect() {
@@ -203,9 +194,7 @@ impl Container {
                 sink.flush();
             }
         }
-        let exit = Exit { code, at: now, oom_killed, ..Default::default() };
-        save(&self.dir.join("exit.json"), &exit);
-        exit
+        Exit { code, at: now, oom_killed, ..Default::default() }
     }
 }
 
@@ -251,13 +240,5 @@ impl Sink {
         let _ = rustix::event::poll(&mut fds, Some(&zero));
         let gone = fds[0].revents().intersects(PollFlags::ERR | PollFlags::NVAL | PollFlags::HUP);
         !gone && (self.pending.is_empty() || now - self.since < STALL_NS_MAX)
-    }
-}
-
-/// Whole or not at all: a reader after a crash finds the old file or the new one.
-fn save(path: &Path, value: &impl serde::Serialize) {
-    let written = crate::files::write_json(path, value);
-    if let Err(e) = written {
-        eprintln!("shim: {}: {e}", path.display());
     }
 }

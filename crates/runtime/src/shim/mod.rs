@@ -42,6 +42,15 @@ pub fn entry() {
     std::process::exit(code);
 }
 
+/// Writes a line to the shim's log, which may lie on a full disk: no reason to panic, as `eprintln` would.
+macro_rules! log_line {
+    ($($text:tt)*) => {{
+        use std::io::Write;
+        let _ = writeln!(std::io::stderr(), $($text)*);
+    }};
+}
+pub(crate) use log_line;
+
 /// This executable, to be started as `name`. It inherits no environment and no descriptor but stdio.
 pub(crate) fn command(name: &str, args: &[&OsStr]) -> Command {
     use std::os::unix::process::CommandExt;

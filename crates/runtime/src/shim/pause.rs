@@ -19,7 +19,7 @@ use crate::sys;
 pub fn main() -> i32 {
     sys::default_signals();
     if let Err(e) = nix::sched::unshare(CloneFlags::CLONE_NEWPID) {
-        eprintln!("pause: unshare: {e}");
+        super::log_line!("pause: unshare: {e}");
         return 1;
     }
     let Ok((outcome, report)) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC) else { return 1 };
@@ -33,7 +33,7 @@ pub fn main() -> i32 {
         Ok(sys::Forked::Child) => {
             drop(outcome);
             if let Err(e) = seclude() {
-                eprintln!("pause: {e}");
+                super::log_line!("pause: {e}");
                 sys::exit_now(1);
             }
             let _ = rustix::io::write(&report, b"y");
@@ -41,7 +41,7 @@ pub fn main() -> i32 {
             reap()
         }
         Err(e) => {
-            eprintln!("pause: fork: {e}");
+            super::log_line!("pause: fork: {e}");
             1
         }
     }

@@ -23,6 +23,7 @@ use super::proto::{
 use super::runner::read_json;
 use super::{log, wire};
 use crate::api::ExecSpec;
+use crate::files::write_json;
 use crate::sys;
 
 /// Unsent bytes at which a client that does not read is dropped.
@@ -42,7 +43,7 @@ pub fn main(mut args: impl Iterator<Item = OsString>) -> i32 {
     match shim.serve() {
         Ok(()) => 0,
         Err(e) => {
-            eprintln!("shim: {e}");
+            super::log_line!("shim: {e}");
             shim.kill_all();
             1
         }
@@ -91,6 +92,8 @@ struct Shim {
     next_client: u64,
     /// Who asked what runs, and waits until nothing is just being started: client and `seq`.
     greeters: Vec<(u64, u64)>,
+    /// Of containers, what the disk had no room for. Who comes later is told of it.
+    unwritten: Vec<ShimEvent>,
     /// Who waits for the end: client and `seq`.
     stopping: Option<(u64, u64)>,
     buffer: Vec<u8>,
@@ -182,6 +185,7 @@ impl Shim {
             execs: Vec::new(),
             next_client: 1,
             greeters: Vec::new(),
+            unwritten: Vec::new(),
             stopping: None,
             buffer: vec![0; 16 * 1024],
         })
@@ -370,7 +374,11 @@ impl Shim {
         if self.jobs.iter().any(|job| matches!(job.kind, JobKind::Start(_))) {
             return;
         }
+        self.write_down();
         for (client, seq) in std::mem::take(&mut self.greeters) {
+            for event in self.unwritten.clone() {
+                self.event(Some(client), event);
+            }
             let running = self.containers.keys().cloned().collect();
             self.reply(client, seq, Ok(Reply::Hello { running }), None);
         }
@@ -458,7 +466,7 @@ impl Shim {
                 container.started(&started, fd);
                 let id = container.id.clone();
                 self.containers.insert(id.clone(), *container);
-                self.event(None, ShimEvent::Started { id, started });
+                self.happened(ShimEvent::Started { id, started });
                 self.reply(job.client, job.seq, Ok(Reply::Done), None);
                 if self.stopping.is_some() {
                     self.kill_all();
@@ -466,8 +474,14 @@ impl Shim {
             }
             (JobKind::Start(container), Report::Failed(e)) => {
                 let text = format!("failed to create task: unable to start container process: {e}");
-                let (id, exit) = (container.id.clone(), container.failed(&text));
-                self.event(None, ShimEvent::Exited { id, exit });
+                // That is how it ended.
+                let exit = Exit {
+                    code: 128,
+                    at: log::now_ns(),
+                    start_error: Some(text.clone()),
+                    ..Default::default()
+                };
+                self.happened(ShimEvent::Exited { id: container.id.clone(), exit });
                 self.reply(job.client, job.seq, Err(ShimError::Start(text)), None);
             }
         }
@@ -516,8 +530,8 @@ impl Shim {
             return;
         };
         if let Some(container) = self.containers.remove(&id) {
-            let exit: Exit = container.ended(code, &mut self.buffer);
-            self.event(None, ShimEvent::Exited { id, exit });
+            let exit = container.ended(code, &mut self.buffer);
+            self.happened(ShimEvent::Exited { id, exit });
         }
     }
 
@@ -540,6 +554,35 @@ impl Shim {
             client.outbox.push_back((frame, fd));
         }
         self.flush(client);
+    }
+
+    /// Writes down how it is with a container, and tells everyone.
+    fn happened(&mut self, event: ShimEvent) {
+        self.unwritten.push(event.clone());
+        self.write_down();
+        self.event(None, event);
+    }
+
+    fn write_down(&mut self) {
+        let containers = self.root.join("containers");
+        self.unwritten.retain(|event| {
+            let written = match event {
+                ShimEvent::Started { id, started } => {
+                    write_json(&containers.join(id).join("started.json"), started)
+                }
+                ShimEvent::Exited { id, exit } => write_json(&containers.join(id).join("exit.json"), exit),
+                ShimEvent::ExecExited { .. } => Ok(()),
+            };
+            match written {
+                Ok(()) => false,
+                // The container has been removed meanwhile.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => false,
+                Err(e) => {
+                    super::log_line!("shim: write down how a container is: {e}");
+                    true
+                }
+            }
+        });
     }
 
     fn event(&mut self, to: Option<u64>, event: ShimEvent) {

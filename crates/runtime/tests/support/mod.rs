@@ -68,8 +68,13 @@ pub struct Node {
 
 impl Node {
     pub async fn new() -> Self {
+        Self::within(&std::env::temp_dir()).await
+    }
+
+    /// A node whose files are in a directory in `parent`.
+    pub async fn within(parent: &Path) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        let tmp = tempfile::tempdir().unwrap();
+        let tmp = tempfile::tempdir_in(parent).unwrap();
         let n = COUNT.fetch_add(1, Ordering::Relaxed);
         let cgroup_root = format!("minke-test-{}-{n}", std::process::id());
         let images = ImageStore::open(tmp.path(), RegistryConfig::default()).unwrap();
