@@ -46,6 +46,11 @@ enum Command {
         #[command(flatten)]
         login: LoginArgs,
     },
+    /// Show all that is known of images
+    Inspect {
+        #[arg(required = true, value_name = "REFERENCE")]
+        references: Vec<String>,
+    },
     /// List the images
     #[command(visible_alias = "list")]
     Ls {
@@ -55,6 +60,12 @@ enum Command {
         /// Only their ids
         #[arg(short, long)]
         quiet: bool,
+    },
+    /// Remove images without a name that no container uses, and what is kept for later builds
+    Prune {
+        /// Images with a name as well, when no container uses them
+        #[arg(short, long)]
+        all: bool,
     },
     /// Remove names of images, and images by their id or last name
     Rm {
@@ -107,9 +118,10 @@ impl ImageArgs {
             match &self.command {
                 Command::Build(_) | Command::Load { .. } | Command::Pull { .. } => data.create()?,
                 Command::Ls { output, quiet } => return list(vec![], *output, *quiet, io),
-                Command::Rm { references: of } | Command::Save { references: of, .. } => {
-                    return Err(missing(&of[0]));
-                }
+                Command::Prune { .. } => return io.say("Freed 0 B"),
+                Command::Rm { references: of }
+                | Command::Save { references: of, .. }
+                | Command::Inspect { references: of } => return Err(missing(&of[0])),
                 Command::Tag { source: of, .. } | Command::Push { reference: of, .. } => {
                     return Err(missing(of));
                 }
@@ -118,7 +130,17 @@ impl ImageArgs {
         let store = ImageStore::open(data.path(), RegistryConfig::in_dir(&data.join("registries")))?;
         // Transfers are spread over a few threads by the store; this one only waits for them.
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(self.command.run(data, &store, io))
+        let builds = matches!(self.command, Command::Build(_));
+        let outcome = runtime.block_on(async {
+            tokio::select! {
+                outcome = self.command.run(data, &store, io) => outcome,
+                // A build has more to clean up.
+                _ = tokio::signal::ctrl_c(), if !builds => Err(anyhow!("interrupted")),
+            }
+        });
+        // What was interrupted may be in the midst of a file, which nobody waits for.
+        runtime.shutdown_background();
+        outcome
     }
 }
 
@@ -151,6 +173,22 @@ impl Command {
                     store.keep(&reference).await?;
                     io.say(format!("Pulled {reference}: {}", image.id))?;
                 }
+            }
+            Command::Inspect { references } => {
+                let mut all = Vec::new();
+                for reference in references {
+                    let image = store.resolve(&reference).await?.ok_or_else(|| missing(&reference))?;
+                    all.push(inspect(&image, &store.draft_of(&image.id)?.config));
+                }
+                io.say(serde_json::to_string_pretty(&all)?)?;
+            }
+            Command::Prune { all } => {
+                let before = store.disk_usage().await?;
+                for id in store.prune(all).await? {
+                    io.say(format!("Removed {id}"))?;
+                }
+                let freed = before.saturating_sub(store.disk_usage().await?);
+                io.say(format!("Freed {}", size(freed)))?;
             }
             Command::Ls { output, quiet } => list(store.list().await?, output, quiet, io)?,
             Command::Rm { references } => {
@@ -231,12 +269,36 @@ async fn save(store: &ImageStore, references: &[String], path: &Path) -> Result<
     name.push(".partial");
     let temporary = path.with_file_name(name);
     let file = File::create(&temporary).with_context(|| format!("write {}", temporary.display()))?;
-    let saved = store.save(references, file).await;
-    if let Err(error) = saved {
-        let _ = std::fs::remove_file(&temporary);
-        return Err(error.into());
+    let partial = Partial(temporary);
+    store.save(references, file).await?;
+    std::fs::rename(&partial.0, path).with_context(|| format!("write {}", path.display()))
+}
+
+/// A file that goes, however its writing ends, unless it has got another name.
+struct Partial(PathBuf);
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
     }
-    std::fs::rename(&temporary, path).with_context(|| format!("write {}", path.display()))
+}
+
+/// As `docker image inspect` has it; `config` is the image's own document.
+fn inspect(image: &Image, config: &Value) -> Value {
+    json!({
+        "Id": image.id,
+        "RepoTags": image.tags,
+        "RepoDigests": image.digests,
+        "Created": config["created"],
+        "Author": config["author"],
+        "Architecture": config["architecture"],
+        "Os": config["os"],
+        "Size": image.size,
+        "Pinned": image.pinned,
+        "Config": config["config"],
+        "RootFS": { "Type": "layers", "Layers": config["rootfs"]["diff_ids"] },
+        "History": config["history"],
+    })
 }
 
 fn describe(image: &Image) -> Value {

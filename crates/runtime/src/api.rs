@@ -146,15 +146,30 @@ pub struct User {
 #[serde(default)]
 pub struct Mount {
     pub host_path: PathBuf,
-    /// Instead of `host_path`: an image (id or reference) that the store holds, mounted read-only and without
-    /// execution; and a path in it, which may not lead out of it.
+    /// Instead of `host_path`: an image (id or reference) that the store holds, and a path in it, which may not lead
+    /// out of it.
     pub image: Option<String>,
     pub image_sub_path: String,
+    pub image_access: ImageAccess,
+    /// Instead of `host_path`: a new filesystem in memory, of so many bytes; 0 is no limit.
+    pub tmpfs_size: Option<u64>,
     pub container_path: PathBuf,
     pub readonly: bool,
     /// Read-only for the mounts below it as well.
     pub recursive_readonly: bool,
     pub propagation: Propagation,
+}
+
+/// What may be done with the files of an image that is mounted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ImageAccess {
+    /// They are data: nothing can be changed or executed, as in an image volume.
+    #[default]
+    Data,
+    /// Programs run.
+    Programs,
+    /// They can be changed as well; what is changed goes with the container.
+    Scratch,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -28,6 +28,7 @@ mod watch;
 pub use api::*;
 pub use files::disk_use;
 pub use image::build;
+pub use image::caches;
 pub use image::reference::Reference;
 pub use image::{ImageStore, Limits, Prepared, RegistryConfig, unpack_layer};
 pub use kernel_log::KernelLog;

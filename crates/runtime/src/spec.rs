@@ -5,7 +5,7 @@ use std::path::{Component, Path};
 
 use serde_json::{Value, json};
 
-use crate::api::{Capabilities, ContainerSpec, Mount, Propagation, Seccomp};
+use crate::api::{Capabilities, ContainerSpec, ImageAccess, Mount, Propagation, Seccomp};
 use crate::shim::proto::{ContainerRecord, SandboxRecord};
 use crate::users::Resolved;
 use crate::{device, seccomp};
@@ -319,11 +319,26 @@ fn mounts(record: &ContainerRecord, sandbox: &SandboxRecord, dir: &Path) -> Valu
     for m in &spec.mounts {
         if let Some(n) = images.iter().position(|image| std::ptr::eq(*image, m)) {
             let part = if m.image_sub_path.is_empty() { "" } else { "-part" };
+            let access = match m.image_access {
+                ImageAccess::Data => &["ro", "noexec", "nosuid", "nodev"][..],
+                ImageAccess::Programs => &["ro"],
+                ImageAccess::Scratch => &["rw"],
+            };
+            let options = [&["rbind", "rprivate"], access].concat();
+            let source = dir.join(format!("image-{n}{part}"));
             let image = json!({
-                "destination": m.container_path, "type": "bind", "source": dir.join(format!("image-{n}{part}")),
-                "options": ["rbind", "rprivate", "ro", "noexec", "nosuid", "nodev"],
+                "destination": m.container_path, "type": "bind", "source": source, "options": options,
             });
             given.push((&m.container_path, image));
+            continue;
+        }
+        if let Some(size) = m.tmpfs_size {
+            let mut options = vec!["nosuid".to_owned(), "nodev".to_owned()];
+            options.extend((size > 0).then(|| format!("size={size}")));
+            let tmpfs = json!({
+                "destination": m.container_path, "type": "tmpfs", "source": "tmpfs", "options": options,
+            });
+            given.push((&m.container_path, tmpfs));
             continue;
         }
         let propagation = match m.propagation {

@@ -1,15 +1,12 @@
-//! Reads Dockerfiles: lines, instructions, their flags and words, and `$VARIABLES` in them.
+//! Reads Dockerfiles: lines, instructions, their flags, and files that stand in them.
 //!
-//! Upstream: the Dockerfile reference. What only BuildKit has (`RUN --mount`) and `ONBUILD` are refused
-//! with their line, rather than taken for something else.
+//! Upstream: the Dockerfile reference; BuildKit's frontend/dockerfile for the words of errors.
 
-use std::collections::BTreeMap;
+use super::words::{self, Variables};
 
 /// Most bytes of a Dockerfile, and most instructions.
 pub const FILE_MAX: usize = 1 << 20;
 const INSTRUCTIONS_MAX: usize = 10_000;
-/// Most bytes that variables may make of a word.
-const WORD_MAX: usize = 1 << 20;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Instruction {
@@ -20,7 +17,8 @@ pub struct Instruction {
     /// `--from=x` is `("from", "x")`.
     pub flags: Vec<(String, String)>,
     pub arguments: Arguments,
-    /// Files that stand in the Dockerfile itself, for COPY and ADD; those of RUN are part of its text.
+    /// Files that stand in the Dockerfile itself, for COPY and ADD; for RUN only a script that names its interpreter,
+    /// others are part of its text.
     pub heredocs: Vec<Heredoc>,
 }
 
@@ -46,11 +44,15 @@ pub enum Arguments {
 impl Instruction {
     /// As it stands, in one line, for messages and keys.
     pub fn shown(&self) -> String {
-        let flags: String = self.flags.iter().map(|(name, value)| format!(" --{name}={value}")).collect();
+        let flag = |(name, value): &(String, String)| match flag_kind(&self.name, name) {
+            Some(FlagKind::Switch) if value == "true" => format!(" --{name}"),
+            _ => format!(" --{name}={value}"),
+        };
+        let flags: String = self.flags.iter().map(flag).collect();
         match &self.arguments {
             Arguments::Text(text) => match text.trim_end().split_once('\n') {
                 Some((first, _)) => format!("{}{flags} {first} ...", self.name),
-                None => format!("{}{flags} {text}", self.name),
+                None => format!("{}{flags} {}", self.name, text.trim_end()),
             },
             Arguments::List(list) => {
                 format!("{}{flags} {}", self.name, serde_json::Value::from(list.clone()))
@@ -59,29 +61,39 @@ impl Instruction {
     }
 
     /// Puts the heredocs of a RUN, which have been read, where its shell finds them: one that stands alone is the
-    /// script itself.
+    /// script itself. For ONBUILD they are part of what is done later.
     fn settle(&mut self) -> Result<(), String> {
         let Arguments::Text(text) = &mut self.arguments else { return Ok(()) };
-        if self.name != "RUN" || self.heredocs.is_empty() {
+        if !matches!(self.name.as_str(), "RUN" | "ONBUILD") || self.heredocs.is_empty() {
             return Ok(());
         }
-        let heredocs = std::mem::take(&mut self.heredocs);
-        if text.split_whitespace().count() == 1 {
-            *text = heredocs.into_iter().map(|heredoc| heredoc.text).collect();
-            return match text.starts_with("#!") {
-                true => Err("RUN <<: a script with an interpreter of its own is not supported".to_owned()),
-                false if text.trim().is_empty() => Err("RUN requires at least one argument".to_owned()),
-                false => Ok(()),
-            };
+        if self.name == "RUN" && text.split_whitespace().count() == 1 {
+            match &self.heredocs[0].text {
+                script if script.starts_with("#!") => return Ok(()),
+                script if script.trim().is_empty() => return Err(AT_LEAST_ONE.replace("%", "RUN")),
+                _ => {}
+            }
+            *text = std::mem::take(&mut self.heredocs).remove(0).text;
+            return Ok(());
         }
-        for Heredoc { name, text: lines, .. } in heredocs {
+        for Heredoc { name, text: lines, .. } in std::mem::take(&mut self.heredocs) {
             *text = format!("{text}\n{lines}{name}");
         }
         Ok(())
     }
 
     pub fn flag(&self, name: &str) -> Option<&str> {
-        self.flags.iter().rev().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+        self.flags(name).last()
+    }
+
+    /// All values of a flag that may be given more than once.
+    pub fn flags(&self, name: &str) -> impl Iterator<Item = &str> {
+        self.flags.iter().filter(move |(known, _)| known == name).map(|(_, value)| value.as_str())
+    }
+
+    /// A flag that is either there or not.
+    pub fn has(&self, name: &str) -> bool {
+        self.flag(name) == Some("true")
     }
 }
 
@@ -92,11 +104,14 @@ pub struct SyntaxError {
     pub why: String,
 }
 
-/// The instructions, and the character that escapes.
+/// The instructions, and what the comments at the very beginning say.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Dockerfile {
     pub instructions: Vec<Instruction>,
+    /// The character that escapes.
     pub escape: char,
+    /// `# syntax=`: an image that knows how to read the file. It is read here all the same.
+    pub syntax: Option<String>,
 }
 
 pub fn parse(text: &str) -> Result<Dockerfile, SyntaxError> {
@@ -105,7 +120,37 @@ pub fn parse(text: &str) -> Result<Dockerfile, SyntaxError> {
         return fail(1, format!("the file is longer than {FILE_MAX} bytes"));
     }
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    let escape = escape_directive(text)?;
+    let (escape, syntax) = directives(text)?;
+    let instructions = instructions(text, escape)?;
+    match instructions.iter().find(|i| i.name != "ARG") {
+        Some(first) if first.name == "FROM" => Ok(Dockerfile { instructions, escape, syntax }),
+        Some(first) => fail(first.line, "no build stage in current context: FROM must come first".to_owned()),
+        None => fail(1, "file with no instructions".to_owned()),
+    }
+}
+
+/// What an image asks for by ONBUILD.
+pub fn trigger(text: &str) -> Result<Instruction, String> {
+    let mut found = instructions(text, '\\').map_err(|error| error.why)?;
+    match (found.len(), text.len() <= FILE_MAX) {
+        (1, true) => {
+            check_trigger(&found[0].name)?;
+            Ok(found.remove(0))
+        }
+        _ => Err("it is not one instruction".to_owned()),
+    }
+}
+
+fn check_trigger(name: &str) -> Result<(), String> {
+    match name {
+        "ONBUILD" => Err("Chaining ONBUILD via `ONBUILD ONBUILD` isn't allowed".to_owned()),
+        "FROM" | "MAINTAINER" => Err(format!("{name} isn't allowed as an ONBUILD trigger")),
+        _ => Ok(()),
+    }
+}
+
+fn instructions(text: &str, escape: char) -> Result<Vec<Instruction>, SyntaxError> {
+    let fail = |line: usize, why: String| Err(SyntaxError { line, why });
     let mut instructions = Vec::new();
     let (mut joined, mut begun) = (String::new(), 0);
     let mut lines = text.lines().enumerate().peekable();
@@ -119,7 +164,9 @@ pub fn parse(text: &str) -> Result<Dockerfile, SyntaxError> {
                 begun = number;
             }
             let line = if joined.is_empty() { line.trim_start() } else { line };
-            if let Some(more) = line.trim_end().strip_suffix(escape) {
+            let more = line.trim_end().strip_suffix(escape);
+            // One that is escaped itself is a plain character.
+            if let Some(more) = more.filter(|more| !more.ends_with(escape)) {
                 joined.push_str(more);
                 if lines.peek().is_some() {
                     continue;
@@ -132,7 +179,7 @@ pub fn parse(text: &str) -> Result<Dockerfile, SyntaxError> {
         }
         let whole = std::mem::take(&mut joined);
         if !whole.trim().is_empty() {
-            let mut instruction = instruction(begun, whole.trim())?;
+            let mut instruction = instruction(begun, whole.trim(), escape)?;
             for heredoc in &mut instruction.heredocs {
                 heredoc.read(&mut lines).map_err(|why| SyntaxError { line: begun, why })?;
             }
@@ -144,31 +191,35 @@ pub fn parse(text: &str) -> Result<Dockerfile, SyntaxError> {
         }
     }
     if !joined.trim().is_empty() {
-        instructions.push(instruction(begun, joined.trim())?);
+        instructions.push(instruction(begun, joined.trim(), escape)?);
     }
-    match instructions.iter().find(|i| i.name != "ARG") {
-        Some(first) if first.name == "FROM" => Ok(Dockerfile { instructions, escape }),
-        Some(first) => fail(first.line, "no build stage in current context: FROM must come first".to_owned()),
-        None => fail(1, "file with no instructions".to_owned()),
-    }
+    Ok(instructions)
 }
 
-/// `# escape=` in the comments at the very beginning.
-fn escape_directive(text: &str) -> Result<char, SyntaxError> {
+/// The comments at the very beginning: `# escape=` and `# syntax=`.
+fn directives(text: &str) -> Result<(char, Option<String>), SyntaxError> {
+    let (mut escape, mut syntax) = (None, None);
     for (number, line) in text.lines().enumerate() {
-        let Some(comment) = line.trim().strip_prefix('#') else { break };
-        let Some((name, value)) = comment.split_once('=') else { break };
-        match (name.trim().to_ascii_lowercase().as_str(), value.trim()) {
-            ("escape", "\\") => return Ok('\\'),
-            ("escape", "`") => return Ok('`'),
-            ("escape", other) => {
-                let why = format!("invalid escape token {other:?} does not match ` or \\");
-                return Err(SyntaxError { line: number + 1, why });
+        let directive = line.trim().strip_prefix('#').and_then(|comment| comment.split_once('='));
+        let Some((name, value)) = directive else { break };
+        let name = name.trim().to_ascii_lowercase();
+        let wrong = |why: String| Err(SyntaxError { line: number + 1, why });
+        match (name.as_str(), value.trim()) {
+            ("escape", _) if escape.is_some() => {
+                return wrong("only one escape parser directive can be used".to_owned());
             }
-            _ => {}
+            ("escape", "\\") => escape = Some('\\'),
+            ("escape", "`") => escape = Some('`'),
+            ("escape", other) => {
+                return wrong(format!("invalid escape token {other:?} does not match ` or \\"));
+            }
+            ("syntax", image) => syntax = Some(image.to_owned()),
+            ("check", _) => {}
+            // The first other comment ends them.
+            _ => break,
         }
     }
-    Ok('\\')
+    Ok((escape.unwrap_or('\\'), syntax))
 }
 
 const KNOWN: &[&str] = &[
@@ -183,6 +234,7 @@ const KNOWN: &[&str] = &[
     "HEALTHCHECK",
     "LABEL",
     "MAINTAINER",
+    "ONBUILD",
     "RUN",
     "SHELL",
     "STOPSIGNAL",
@@ -191,45 +243,129 @@ const KNOWN: &[&str] = &[
     "WORKDIR",
 ];
 
+const AT_LEAST_ONE: &str = "% requires at least one argument";
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum FlagKind {
+    Text,
+    /// May be given more than once.
+    Texts,
+    Switch,
+}
+
 /// The flags that an instruction takes.
-fn flags_of(name: &str) -> &'static [&'static str] {
+fn flags_of(name: &str) -> &'static [(&'static str, FlagKind)] {
+    use FlagKind::{Switch, Text, Texts};
     match name {
-        "FROM" => &["platform"],
-        "COPY" => &["from", "chown", "chmod", "link"],
-        "ADD" => &["chown", "chmod", "link", "checksum"],
-        "HEALTHCHECK" => &["interval", "timeout", "start-period", "start-interval", "retries"],
+        "FROM" => &[("platform", Text)],
+        "COPY" => &[
+            ("from", Text),
+            ("chown", Text),
+            ("chmod", Text),
+            ("link", Switch),
+            ("parents", Switch),
+            ("exclude", Texts),
+        ],
+        "ADD" => &[
+            ("chown", Text),
+            ("chmod", Text),
+            ("link", Switch),
+            ("keep-git-dir", Switch),
+            ("checksum", Text),
+            ("unpack", Switch),
+            ("exclude", Texts),
+        ],
+        "RUN" => &[("mount", Texts), ("network", Text), ("security", Text)],
+        "HEALTHCHECK" => &[
+            ("interval", Text),
+            ("timeout", Text),
+            ("start-period", Text),
+            ("start-interval", Text),
+            ("retries", Text),
+        ],
         _ => &[],
     }
 }
 
-fn instruction(line: usize, text: &str) -> Result<Instruction, SyntaxError> {
+fn flag_kind(instruction: &str, flag: &str) -> Option<FlagKind> {
+    flags_of(instruction).iter().find(|(name, _)| *name == flag).map(|(_, kind)| *kind)
+}
+
+/// `--name` or `--name=value`, without the dashes; `before` are those that the instruction has already.
+fn flag(instruction: &str, text: &str, before: &[(String, String)]) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').map_or((text, None), |(name, value)| (name, Some(value)));
+    let Some(kind) = flag_kind(instruction, name) else {
+        let known = flags_of(instruction).iter().map(|(name, _)| *name);
+        return Err(format!("unknown flag: --{name}{}", meant(name, known)));
+    };
+    if kind != FlagKind::Texts && before.iter().any(|(known, _)| known == name) {
+        return Err(format!("duplicate flag specified: --{name}"));
+    }
+    let value = match (kind, value) {
+        (FlagKind::Switch, None) => "true".to_owned(),
+        (_, None) | (FlagKind::Switch, Some("")) => return Err(format!("missing a value on flag: --{name}")),
+        (FlagKind::Switch, Some(value)) => match value.to_ascii_lowercase().as_str() {
+            value @ ("true" | "false") => value.to_owned(),
+            _ => return Err(format!("expecting boolean value for flag --{name}, not: {value}")),
+        },
+        (_, Some(value)) => value.to_owned(),
+    };
+    Ok((name.to_owned(), value))
+}
+
+/// ` (did you mean x?)`, for something that is nearly written like one of the known.
+pub fn meant<'a>(given: &str, known: impl Iterator<Item = &'a str>) -> String {
+    let distance = |known: &'a str| {
+        let (given, known): (Vec<char>, Vec<char>) =
+            (given.to_lowercase().chars().take(40).collect(), known.to_lowercase().chars().collect());
+        let mut row: Vec<usize> = (0..=known.len()).collect();
+        for (i, a) in given.iter().enumerate() {
+            let mut corner = std::mem::replace(&mut row[0], i + 1);
+            for (j, b) in known.iter().enumerate() {
+                let cost = (corner + usize::from(a != b)).min(row[j] + 1).min(row[j + 1] + 1);
+                corner = std::mem::replace(&mut row[j + 1], cost);
+            }
+        }
+        row[known.len()]
+    };
+    let nearest = known.map(|known| (distance(known), known)).min();
+    match nearest {
+        Some((1..=2, known)) => format!(" (did you mean {known}?)"),
+        _ => String::new(),
+    }
+}
+
+fn instruction(line: usize, text: &str, escape: char) -> Result<Instruction, SyntaxError> {
     let fail = |why: String| Err(SyntaxError { line, why });
     let (word, rest) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
     let name = word.to_ascii_uppercase();
-    if name == "ONBUILD" {
-        return fail("ONBUILD is not supported".to_owned());
-    }
     if !KNOWN.contains(&name.as_str()) {
-        return fail(format!("unknown instruction: {word}"));
+        return fail(format!("unknown instruction: {word}{}", meant(&name, KNOWN.iter().copied())));
     }
     let (mut flags, mut rest) = (Vec::new(), rest.trim());
-    while let Some(flag) = rest.strip_prefix("--") {
-        let (word, after) = flag.split_once(char::is_whitespace).unwrap_or((flag, ""));
+    while let Some(after) = rest.strip_prefix("--") {
+        let (word, after) = after.split_once(char::is_whitespace).unwrap_or((after, ""));
+        rest = after.trim_start();
         if word.is_empty() {
             break;
         }
-        let (key, value) = word.split_once('=').unwrap_or((word, "true"));
-        if !flags_of(&name).contains(&key) {
-            return fail(format!("{name} --{key} is not supported"));
-        }
-        flags.push((key.to_owned(), value.to_owned()));
-        rest = after.trim_start();
+        let found = flag(&name, word, &flags).map_err(|why| SyntaxError { line, why })?;
+        flags.push(found);
     }
     if rest.is_empty() {
-        return fail(format!("{name} requires at least one argument"));
+        return fail(AT_LEAST_ONE.replace('%', &name));
+    }
+    if name == "ONBUILD" {
+        let inner = rest.split_whitespace().next().unwrap_or_default().to_ascii_uppercase();
+        check_trigger(&inner).map_err(|why| SyntaxError { line, why })?;
+        let Instruction { heredocs, .. } = instruction(line, rest, escape)?;
+        return Ok(Instruction { line, name, flags, arguments: Arguments::Text(rest.to_owned()), heredocs });
     }
     let has_heredocs = matches!(name.as_str(), "RUN" | "COPY" | "ADD") && !rest.starts_with('[');
-    let heredocs = rest.split_whitespace().filter(|_| has_heredocs).filter_map(Heredoc::begun_by).collect();
+    let heredocs = match has_heredocs {
+        true => words::raw(rest, escape).into_iter().filter_map(Heredoc::begun_by).collect(),
+        false => Vec::new(),
+    };
     let takes_list = matches!(
         name.as_str(),
         "ADD" | "CMD" | "COPY" | "ENTRYPOINT" | "HEALTHCHECK" | "RUN" | "SHELL" | "VOLUME"
@@ -281,155 +417,10 @@ impl Heredoc {
                 Some(plain) => (plain, &piece[plain.len()..]),
                 None => (piece, ""),
             };
-            Ok(expand_all(plain, escape, variables)? + quote)
+            Ok(words::expand_all(plain, escape, variables)? + quote)
         });
         pieces.collect()
     }
-}
-
-/// Variables as instructions see them.
-pub type Variables = BTreeMap<String, String>;
-
-/// Splits a text into words as a shell would, with quotes, escapes and variables undone.
-pub fn words(text: &str, escape: char, variables: &Variables) -> Result<Vec<String>, String> {
-    expand(text, escape, variables, true)
-}
-
-/// One word of the whole text: variables are undone, and quotes and spaces stay.
-pub fn expand_all(text: &str, escape: char, variables: &Variables) -> Result<String, String> {
-    Ok(expand(text, escape, variables, false)?.concat())
-}
-
-fn expand(text: &str, escape: char, variables: &Variables, split: bool) -> Result<Vec<String>, String> {
-    let chars: Vec<char> = text.chars().collect();
-    let (mut words, mut word, mut any) = (Vec::new(), String::new(), false);
-    let (mut at, mut quote) = (0, None);
-    while at < chars.len() {
-        let c = chars[at];
-        at += 1;
-        match c {
-            c if split && quote.is_none() && c.is_whitespace() => {
-                if std::mem::take(&mut any) {
-                    words.push(std::mem::take(&mut word));
-                }
-                continue;
-            }
-            '\'' | '"' if quote.is_none() => {
-                quote = Some(c);
-                if !split {
-                    word.push(c);
-                }
-            }
-            c if Some(c) == quote => {
-                quote = None;
-                if !split {
-                    word.push(c);
-                }
-            }
-            c if c == escape && quote != Some('\'') && at < chars.len() => {
-                let next = chars[at];
-                at += 1;
-                // Within quotes only what would else mean something.
-                if (quote.is_some() && !matches!(next, '"' | '$') && next != escape) || !split && next != '$'
-                {
-                    word.push(c);
-                }
-                word.push(next);
-            }
-            '$' if quote != Some('\'') => word.push_str(&variable(&chars, &mut at, variables, 0)?),
-            c => word.push(c),
-        }
-        any = true;
-        if word.len() > WORD_MAX {
-            return Err("variables make a word too long".to_owned());
-        }
-    }
-    if quote.is_some() && split {
-        return Err("unexpected end of statement while looking for matching quote".to_owned());
-    }
-    if any {
-        words.push(word);
-    }
-    Ok(words)
-}
-
-/// What stands after a `$`: `NAME`, `{NAME}`, `{NAME:-word}`, `{NAME:+word}`, `{NAME:?word}`.
-fn variable(chars: &[char], at: &mut usize, variables: &Variables, depth: usize) -> Result<String, String> {
-    let name_from = |from: usize| {
-        let is_name = |c: &&char| c.is_ascii_alphanumeric() || **c == '_';
-        chars[from..].iter().take_while(is_name).collect::<String>()
-    };
-    if chars.get(*at) != Some(&'{') {
-        let name = name_from(*at);
-        if name.is_empty() {
-            return Ok("$".to_owned());
-        }
-        *at += name.len();
-        return Ok(variables.get(&name).cloned().unwrap_or_default());
-    }
-    let name = name_from(*at + 1);
-    let bad = || "bad substitution".to_owned();
-    if name.is_empty() || depth > 10 {
-        return Err(bad());
-    }
-    *at += 1 + name.len();
-    let (mut colon, mut operator) = (false, None);
-    if chars.get(*at) == Some(&':') {
-        colon = true;
-        *at += 1;
-    }
-    if let Some(c @ ('-' | '+' | '?')) = chars.get(*at) {
-        operator = Some(*c);
-        *at += 1;
-    }
-    if colon && operator.is_none() {
-        return Err(format!("unsupported modifier in substitution of {name}"));
-    }
-    let mut word = String::new();
-    loop {
-        match chars.get(*at) {
-            None => return Err("syntax error: missing '}'".to_owned()),
-            Some('}') => break,
-            Some(_) if operator.is_none() => return Err(bad()),
-            Some('$') => {
-                *at += 1;
-                word.push_str(&variable(chars, at, variables, depth + 1)?);
-            }
-            Some(c) => {
-                *at += 1;
-                word.push(*c);
-            }
-        }
-        if word.len() > WORD_MAX {
-            return Err("variables make a word too long".to_owned());
-        }
-    }
-    *at += 1;
-    let value = variables.get(&name).filter(|value| !colon || !value.is_empty());
-    match (operator, value) {
-        (Some('+'), Some(_)) => Ok(word),
-        (Some('+'), None) => Ok(String::new()),
-        (Some('-'), None) => Ok(word),
-        (Some('?'), None) if word.is_empty() => Err(format!("{name}: is not allowed to be unset")),
-        (Some('?'), None) => Err(format!("{name}: {word}")),
-        (_, value) => Ok(value.cloned().unwrap_or_default()),
-    }
-}
-
-/// `KEY=value KEY2="a b"`, or of old `KEY the rest`.
-pub fn pairs(text: &str, escape: char, variables: &Variables) -> Result<Vec<(String, String)>, String> {
-    let first = text.split_whitespace().next().unwrap_or_default();
-    if !first.contains('=') {
-        let (key, value) = text.split_once(char::is_whitespace).ok_or("must have two arguments")?;
-        let value = words(value.trim(), escape, variables)?.join(" ");
-        return Ok(vec![(key.to_owned(), value)]);
-    }
-    let split = words(text, escape, variables)?.into_iter().map(|word| match word.split_once('=') {
-        Some(("", _)) => Err("names can not be blank".to_owned()),
-        Some((key, value)) => Ok((key.to_owned(), value.to_owned())),
-        None => Err(format!("Syntax error - can't find = in {word:?}. Must be of the form: name=value")),
-    });
-    split.collect()
 }
 
 #[cfg(test)]
@@ -459,8 +450,19 @@ mod tests {
         check("", Err("line 1: file with no instructions"));
         check("\nRUN x", Err("line 2: no build stage in current context: FROM must come first"));
         check("FROM a\nFLY b", Err("line 2: unknown instruction: FLY"));
+        check("FROM a\nFRUM b", Err("line 2: unknown instruction: FRUM (did you mean FROM?)"));
+        check("FROM a\nRUN echo \\\\\nRUN y", Ok(&["FROM a", "RUN echo \\\\", "RUN y"]));
         check("FROM a\nCOPY", Err("line 2: COPY requires at least one argument"));
-        check("FROM a\nRUN --mount=type=cache x", Err("line 2: RUN --mount is not supported"));
+        check(
+            "FROM a\nRUN --mount=type=cache,target=/c --mount=target=. --network=none x",
+            Ok(&["FROM a", "RUN --mount=type=cache,target=/c --mount=target=. --network=none x"]),
+        );
+        check("FROM a\nCOPY --link --parents=true a b", Ok(&["FROM a", "COPY --link --parents a b"]));
+        check("FROM a\nRUN --mout=x y", Err("line 2: unknown flag: --mout (did you mean mount?)"));
+        check("FROM a\nRUN --quick y", Err("line 2: unknown flag: --quick"));
+        check("FROM a\nCOPY --from=a --from=b c d", Err("line 2: duplicate flag specified: --from"));
+        check("FROM a\nCOPY --from c d", Err("line 2: missing a value on flag: --from"));
+        check("FROM a\nCOPY --link=x c d", Err("line 2: expecting boolean value for flag --link, not: x"));
         check("FROM a\nRUN <<EOF\nx\n\n# y\nEOF\nCMD z", Ok(&["FROM a", "RUN x ...", "CMD z"]));
         check(
             "FROM a\nCOPY <<A <<-\"B\" /\nx\nA\n\ty\n\tB\nCMD z",
@@ -468,11 +470,20 @@ mod tests {
         );
         check("FROM a\nRUN <<EOF\nx\n", Err("line 2: unterminated heredoc EOF"));
         check("FROM a\nRUN <<EOF\nEOF\n", Err("line 2: RUN requires at least one argument"));
+        check("FROM a\nRUN <<EOF\n#!/bin/python\nEOF\n", Ok(&["FROM a", "RUN <<EOF"]));
+        check("FROM a\nRUN echo \"a <<EOF b\" '<<X'", Ok(&["FROM a", "RUN echo \"a <<EOF b\" '<<X'"]));
+        check("FROM a\nONBUILD RUN x \\\n y", Ok(&["FROM a", "ONBUILD RUN x  y"]));
+        check("FROM a\nONBUILD RUN <<E\nx\nE\nCMD y", Ok(&["FROM a", "ONBUILD RUN <<E ...", "CMD y"]));
         check(
-            "FROM a\nRUN <<EOF\n#!/bin/python\nEOF\n",
-            Err("line 2: RUN <<: a script with an interpreter of its own is not supported"),
+            "FROM a\nONBUILD ONBUILD RUN x",
+            Err("line 2: Chaining ONBUILD via `ONBUILD ONBUILD` isn't allowed"),
         );
-        check("FROM a\nONBUILD RUN x", Err("line 2: ONBUILD is not supported"));
+        check("FROM a\nONBUILD FROM x", Err("line 2: FROM isn't allowed as an ONBUILD trigger"));
+        check("FROM a\nONBUILD FLY x", Err("line 2: unknown instruction: FLY"));
+        check("FROM a\nONBUILD", Err("line 2: ONBUILD requires at least one argument"));
+        check("# syntax=x\n# escape=`\nFROM a\nRUN x `\n y", Ok(&["FROM a", "RUN x  y"]));
+        check("# just = this\n# escape=`\nFROM a\nRUN x `", Ok(&["FROM a", "RUN x `"]));
+        check("#escape=`\n#escape=`\nFROM a", Err("line 2: only one escape parser directive can be used"));
         check("# escape=x\nFROM a", Err("line 1: invalid escape token \"x\" does not match ` or \\"));
     }
 
@@ -493,39 +504,5 @@ mod tests {
         let contents: Vec<_> =
             heredocs.iter().map(|h| h.content('\\', &variables).expect("it is good")).collect();
         assert_eq!(contents, ["it's \"1\" $V\n", "$V\n"]);
-    }
-
-    #[track_caller]
-    fn check_words(text: &str, want: Result<&[&str], &str>) {
-        let variables = [("A", "1"), ("B", "x y"), ("E", "")].map(|(k, v)| (k.to_owned(), v.to_owned()));
-        let got = words(text, '\\', &variables.into());
-        match want {
-            Ok(want) => assert_eq!(got.expect("it is good"), want, "{text}"),
-            Err(want) => assert_eq!(got.expect_err("it is wrong"), want, "{text}"),
-        }
-    }
-
-    #[test]
-    fn words_are_what_a_shell_makes_of_them() {
-        check_words("a  b", Ok(&["a", "b"]));
-        check_words("\"a b\" 'c d' e\\ f", Ok(&["a b", "c d", "e f"]));
-        check_words("$A ${A}b \"$B\" $B '$A' \\$A", Ok(&["1", "1b", "x y", "x y", "$A", "$A"]));
-        check_words(
-            "${N:-d$A} ${A:-d} ${E:-d} ${E-d}x ${A:+set}${N:+set}",
-            Ok(&["d1", "1", "d", "x", "set"]),
-        );
-        check_words("a$ $- ''", Ok(&["a$", "$-", ""]));
-        check_words("${N:?gone}", Err("N: gone"));
-        check_words("${A", Err("syntax error: missing '}'"));
-        check_words("${A!}", Err("bad substitution"));
-        check_words("${}", Err("bad substitution"));
-        check_words("\"a", Err("unexpected end of statement while looking for matching quote"));
-        let none = Variables::new();
-        assert_eq!(
-            pairs("A=1 B=\"x y\"", '\\', &none).unwrap(),
-            [("A".into(), "1".into()), ("B".into(), "x y".into())]
-        );
-        assert_eq!(pairs("A x y", '\\', &none).unwrap(), [("A".to_owned(), "x y".to_owned())]);
-        assert!(pairs("A", '\\', &none).is_err() && pairs("A=1 B", '\\', &none).is_err());
     }
 }

@@ -4,37 +4,50 @@
 //! what a step came to is remembered by it, so a build that has nothing new to do does nothing. `RUN` steps run in a
 //! sandbox of the build's own: see [`sandbox`].
 
+mod chmod;
+mod copy;
 mod dockerfile;
 mod ignore;
+mod mounts;
+mod run;
 mod sandbox;
+mod sources;
 mod stage;
 mod tree;
+mod words;
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io::Read;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use minke_runtime::build::{Draft, Outcome};
 use minke_runtime::{Auth, ImageService, ImageStore, Reference};
 
-use self::dockerfile::{Arguments, Dockerfile, Instruction, Variables};
+use self::dockerfile::{Arguments, Dockerfile, Instruction};
 use self::ignore::Ignore;
+use self::mounts::Found;
 pub use self::sandbox::clear_leftovers;
 use self::sandbox::{Network, Sandbox};
+use self::sources::Sources;
 use self::stage::Stage;
 use self::tree::Tree;
+use self::words::Variables;
 use crate::data_dir::DataDir;
 use crate::io::Io;
 
+/// Bytes of caches (`RUN --mount=type=cache`) that are kept after a build.
+const CACHES_MAX: u64 = 10 << 30;
+
 /// Build an image from a Dockerfile.
 ///
-/// Known are FROM (an image, scratch or a stage), COPY, ADD (files, local archives and URLs), RUN, ENV, ARG, WORKDIR, USER,
-/// CMD, ENTRYPOINT, EXPOSE, LABEL, VOLUME, SHELL, STOPSIGNAL, HEALTHCHECK and MAINTAINER.
+/// All instructions of the Dockerfile reference are known, with heredocs, several stages, ONBUILD, and the mounts of RUN
+/// (bind, cache, tmpfs, secret and ssh). Images for other platforms than this machine's are not built, and repositories of git
+/// are not fetched.
 #[derive(Debug, Args)]
 pub struct BuildArgs {
-    /// The directory whose files can be copied into the image
+    /// The directory whose files can be copied into the image; `-` reads an archive of it, or only a Dockerfile, from
+    /// standard input
     #[arg(value_name = "DIR")]
     context: PathBuf,
     /// A name for the image; may be given more than once
@@ -46,15 +59,33 @@ pub struct BuildArgs {
     /// The value of an ARG; without one, that of the environment
     #[arg(long = "build-arg", value_name = "NAME[=VALUE]")]
     build_args: Vec<String>,
+    /// A label of the image; may be given more than once
+    #[arg(long = "label", value_name = "NAME=VALUE")]
+    labels: Vec<String>,
+    /// What `RUN --mount=type=secret` shows: a file or a variable of the environment
+    #[arg(long = "secret", value_name = "id=ID[,src=FILE|,env=NAME]")]
+    secrets: Vec<String>,
+    /// The agent of `RUN --mount=type=ssh`; without a socket, that of SSH_AUTH_SOCK
+    #[arg(long = "ssh", value_name = "default|ID[=SOCKET]")]
+    agents: Vec<String>,
     /// The stage to build, when it is not the last one
     #[arg(long, value_name = "STAGE")]
     target: Option<String>,
+    /// The platform of the image: this machine's is the only one
+    #[arg(long, value_name = "PLATFORM")]
+    platform: Option<String>,
     /// Take nothing from earlier builds
     #[arg(long)]
     no_cache: bool,
+    /// Ask the registries for newer images to build upon
+    #[arg(long)]
+    pull: bool,
     /// The network of RUN steps
     #[arg(long, value_enum, default_value_t, value_name = "NETWORK")]
     network: Network,
+    /// A file for the image's id
+    #[arg(long, value_name = "FILE")]
+    iidfile: Option<PathBuf>,
     /// Print nothing but the image's id
     #[arg(short, long)]
     quiet: bool,
@@ -76,25 +107,26 @@ fn predefined() -> Variables {
     all
 }
 
-/// One byte more than a Dockerfile may have is read, for the parser to see that it is too long.
-fn read(file: impl Read) -> std::io::Result<String> {
-    let mut text = String::new();
-    file.take(dockerfile::FILE_MAX as u64 + 1).read_to_string(&mut text)?;
-    Ok(text)
-}
-
 /// What a whole build shares.
 struct Build<'a> {
     images: &'a ImageStore,
     file: Dockerfile,
     context: Tree,
     build_args: Variables,
+    labels: Vec<(String, String)>,
+    secrets: BTreeMap<String, Found>,
+    /// Sockets of agents for ssh, by their names.
+    agents: BTreeMap<String, PathBuf>,
     use_cache: bool,
+    pull: bool,
     quiet: bool,
-    sandbox: Sandbox,
+    sandbox: &'a mut Sandbox,
     credentials: fn(&str) -> Result<Auth>,
     /// What steps came to, to be remembered at the end.
-    outcomes: Vec<(String, minke_runtime::build::Outcome)>,
+    outcomes: &'a mut Vec<(String, Outcome)>,
+    used_caches: bool,
+    /// Every ARG that images below have asked for.
+    inherited: Vec<Instruction>,
 }
 
 /// A stage as the file has it.
@@ -105,6 +137,39 @@ struct Plan {
     steps: Vec<Instruction>,
 }
 
+/// Where in a build a step stands: all that it may look at.
+struct Place<'a, 'b> {
+    build: &'a mut Build<'b>,
+    plans: &'a [Plan],
+    /// Those before it that are built.
+    stages: &'a BTreeMap<usize, Stage>,
+    /// The variables before the first stage.
+    global: &'a Variables,
+    io: &'a mut Io,
+    done: usize,
+    total: usize,
+}
+
+impl Place<'_, '_> {
+    fn say(&mut self, step: &Instruction, cached: bool) {
+        self.build.say(self.io, self.done, self.total, &step.shown(), cached);
+    }
+
+    /// The files of a stage or an image, and a name for all that they depend on.
+    async fn files_of(&mut self, from: &str) -> Result<(Draft, String)> {
+        match find(self.plans, from).map(|n| self.stages.get(&n)) {
+            Some(Some(stage)) => Ok((stage.draft.clone(), stage.key.clone())),
+            // Only ONBUILD can ask for one that was not seen to be needed.
+            Some(None) => bail!("the stage {from:?} is not built before this one"),
+            None => {
+                let draft = self.build.image(from, self.io).await?;
+                let chain = draft.chain().to_owned();
+                Ok((draft, chain))
+            }
+        }
+    }
+}
+
 impl BuildArgs {
     pub async fn run(
         self,
@@ -113,23 +178,54 @@ impl BuildArgs {
         credentials: fn(&str) -> Result<Auth>,
         io: &mut Io,
     ) -> Result<()> {
-        let path = self.file.clone().unwrap_or_else(|| self.context.join("Dockerfile"));
-        let piped = path.as_os_str() == "-";
-        let shown = if piped { "Dockerfile".to_owned() } else { path.display().to_string() };
-        let text = if piped { read(std::io::stdin()) } else { fs::File::open(&path).and_then(read) };
-        let text = text.with_context(|| format!("read {shown}"))?;
-        let file = dockerfile::parse(&text).with_context(|| shown.clone())?;
         let tags: Vec<String> =
             self.tags.iter().map(|tag| Ok(Reference::parse(tag)?.to_string())).collect::<Result<_>>()?;
         if let Some(tag) = tags.iter().find(|tag| tag.contains('@')) {
             bail!("{tag}: an image is tagged by a name, not by a digest");
         }
-        // Docker looks for one beside the Dockerfile first.
-        let mut beside = path.clone().into_os_string();
-        beside.push(".dockerignore");
-        let ignore =
-            fs::read_to_string(&beside).or_else(|_| fs::read_to_string(self.context.join(".dockerignore")));
-        let context = Tree::open(&self.context, Ignore::parse(&ignore.unwrap_or_default()))?;
+        if let Some(platform) = self.platform.as_deref().filter(|platform| !is_own_platform(platform)) {
+            bail!("--platform {platform}: {}", other_platform());
+        }
+        clear_leftovers(data, images).await.context("clear what an earlier build left")?;
+        let _hold = images.hold()?;
+        let mut sandbox = Sandbox::new(data, images, self.network)?;
+        let mut outcomes = Vec::new();
+        let built = tokio::select! {
+            built = self.build(images, &mut sandbox, &mut outcomes, credentials, &tags, io) => built,
+            _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
+        };
+        // Remembered together with the image: both keep the layers.
+        let remembered = images.remember(outcomes);
+        let closed = sandbox.close().await.context("clean up after the build");
+        let id = built?;
+        remembered?;
+        closed?;
+        if let Some(path) = &self.iidfile {
+            std::fs::write(path, &id).with_context(|| format!("write {}", path.display()))?;
+        }
+        if self.quiet {
+            return io.say(id);
+        }
+        io.say(format!("Built {id}"))?;
+        tags.iter().try_for_each(|tag| io.say(format!("Tagged {tag}")))
+    }
+
+    /// Builds the image and names it; returns its id.
+    async fn build(
+        &self,
+        images: &ImageStore,
+        sandbox: &mut Sandbox,
+        outcomes: &mut Vec<(String, Outcome)>,
+        credentials: fn(&str) -> Result<Auth>,
+        tags: &[String],
+        io: &mut Io,
+    ) -> Result<String> {
+        let Sources { context, ignore, shown, text } =
+            Sources::find(&self.context, self.file.as_deref(), sandbox).await?;
+        let file = dockerfile::parse(&text).with_context(|| shown.clone())?;
+        if let Some(image) = file.syntax.as_deref().filter(|image| !image.contains("docker/dockerfile")) {
+            io.note(format!("# syntax={image} is not heeded: the file is read as Docker's own are"));
+        }
         let mut build_args = Variables::new();
         for arg in &self.build_args {
             match arg.split_once('=') {
@@ -137,53 +233,52 @@ impl BuildArgs {
                 None => build_args.extend(std::env::var(arg).ok().map(|value| (arg.clone(), value))),
             }
         }
-        clear_leftovers(data, images).await.context("clear what an earlier build left")?;
-        let _hold = images.hold()?;
-        let sandbox = Sandbox::new(data, images, self.network)?;
+        let pair = |label: &String| match label.split_once('=') {
+            Some(("", _)) => bail!("--label {label}: names can not be blank"),
+            Some((name, value)) => Ok((name.to_owned(), value.to_owned())),
+            None => Ok((label.clone(), String::new())),
+        };
+        let collect = |list: &[String], read: fn(&str) -> Result<(String, Found), String>| {
+            list.iter().map(|text| read(text).map_err(anyhow::Error::msg)).collect::<Result<_>>()
+        };
+        let agents = self.agents.iter().map(|text| mounts::ssh(text).map_err(anyhow::Error::msg));
         let mut build = Build {
             images,
             file,
-            context,
+            context: Tree::open(&context, Ignore::parse(&ignore))?,
             build_args,
+            labels: self.labels.iter().map(pair).collect::<Result<_>>()?,
+            secrets: collect(&self.secrets, mounts::secret)?,
+            agents: agents.collect::<Result<_>>()?,
             use_cache: !self.no_cache,
+            pull: self.pull,
             quiet: self.quiet,
             sandbox,
             credentials,
-            outcomes: Vec::new(),
+            outcomes,
+            used_caches: false,
+            inherited: Vec::new(),
         };
-        let built = tokio::select! {
-            built = build.build(self.target.as_deref(), io) => built,
-            _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
-        };
-        let finished = built.with_context(|| shown).and_then(|draft| {
-            // Remembered together with the image: both keep the layers.
-            Ok(images.finish(&draft, &tags)?)
-        });
-        let remembered = images.remember(std::mem::take(&mut build.outcomes));
-        let closed = build.sandbox.close().await.context("clean up after the build");
-        let id = finished?;
-        remembered?;
-        closed?;
-        if self.quiet {
-            return io.say(id);
+        let draft = build.build(self.target.as_deref(), io).await;
+        for name in build.unused() {
+            io.note(format!("The build argument {name} is declared by no ARG"));
         }
-        io.say(format!("Built {id}"))?;
-        tags.iter().try_for_each(|tag| io.say(format!("Tagged {tag}")))
+        if build.used_caches {
+            images.prune_caches(CACHES_MAX)?;
+        }
+        Ok(images.finish(&draft.with_context(|| shown)?, tags)?)
     }
 }
 
 impl Build<'_> {
-    async fn build(&mut self, target: Option<&str>, io: &mut Io) -> Result<minke_runtime::build::Draft> {
+    async fn build(&mut self, target: Option<&str>, io: &mut Io) -> Result<Draft> {
         let (global, plans) = self.plan()?;
-        for name in self.unused() {
-            io.note(format!("The build argument {name} is declared by no ARG"));
-        }
         let wanted = match target {
             None => plans.len() - 1,
             Some(name) => find(&plans, name).with_context(|| format!("there is no stage {name:?}"))?,
         };
         let needed = needed(&plans, wanted, &global, self.file.escape)?;
-        let total: usize = needed.iter().map(|n| plans[*n].steps.len() + 1).sum();
+        let mut total: usize = needed.iter().map(|n| plans[*n].steps.len() + 1).sum();
         let (mut done, mut stages) = (0, BTreeMap::new());
         for n in needed {
             let plan = &plans[n];
@@ -191,14 +286,21 @@ impl Build<'_> {
             self.say(io, done, total, &plan.from.shown(), false);
             let at = |i: &Instruction| format!("line {}: {}", i.line, i.shown());
             let mut stage = self.begin(plan, n, &plans, &stages, io).await.with_context(|| at(&plan.from))?;
-            for step in &plan.steps {
+            let triggers = stage.triggers().with_context(|| at(&plan.from))?;
+            total += triggers.len();
+            self.inherited.extend(triggers.iter().filter(|step| step.name == "ARG").cloned());
+            // They are done as if they stood below FROM.
+            let triggers = triggers.into_iter().map(|step| Instruction { line: plan.from.line, ..step });
+            for step in triggers.chain(plan.steps.iter().cloned()) {
                 done += 1;
-                let outcome = stage.step(self, step, &global, &plans, &stages, io, (done, total)).await;
-                outcome.with_context(|| at(step))?;
+                let (plans, stages, global) = (&plans, &stages, &global);
+                let mut place = Place { build: self, plans, stages, global, io, done, total };
+                stage.step(&mut place, &step).await.with_context(|| at(&step))?;
             }
             stages.insert(n, stage);
         }
-        let stage = stages.remove(&wanted).context("the stage was not built")?;
+        let mut stage = stages.remove(&wanted).context("the stage was not built")?;
+        stage.label(&self.labels);
         Ok(stage.finish())
     }
 
@@ -211,7 +313,7 @@ impl Build<'_> {
     /// Arguments that were given and that nothing asks for: most often misspelt.
     fn unused(&self) -> Vec<String> {
         let escape = self.file.escape;
-        let args = self.file.instructions.iter().filter(|step| step.name == "ARG");
+        let args = self.file.instructions.iter().filter(|step| step.name == "ARG").chain(&self.inherited);
         // Values do not matter here, only names; what cannot be read is told when its turn comes.
         let declared: Vec<String> = args
             .filter_map(|step| stage::declared(step, escape, &Variables::new()).ok())
@@ -235,11 +337,11 @@ impl Build<'_> {
                     let Arguments::Text(text) = &instruction.arguments else {
                         return Err(wrong("FROM takes no list".into()));
                     };
-                    let words = dockerfile::words(text, escape, &variables).map_err(wrong)?;
+                    let words = words::words(text, escape, &variables).map_err(wrong)?;
                     let (base, name) = match &words[..] {
                         [base] => (base.clone(), None),
                         [base, r#as, name] if r#as.eq_ignore_ascii_case("as") => {
-                            (base.clone(), Some(name.to_ascii_lowercase()))
+                            (base.clone(), Some(stage_name(name).map_err(wrong)?))
                         }
                         _ => return Err(wrong("FROM requires either one or three arguments".into())),
                     };
@@ -247,9 +349,9 @@ impl Build<'_> {
                         return Err(wrong("base name should not be blank".into()));
                     }
                     if let Some(platform) = instruction.flag("platform") {
-                        let platform = dockerfile::expand_all(platform, escape, &variables).map_err(wrong)?;
-                        if platform != variables["TARGETPLATFORM"] {
-                            return Err(wrong(format!("images for {platform} cannot be built here")));
+                        let platform = words::expand_all(platform, escape, &variables).map_err(wrong)?;
+                        if !is_own_platform(&platform) {
+                            return Err(wrong(format!("--platform={platform}: {}", other_platform())));
                         }
                     }
                     plans.push(Plan { from: instruction.clone(), base, name, steps: Vec::new() });
@@ -286,7 +388,8 @@ impl Build<'_> {
 
     /// An image, fetched when it is not here.
     async fn image(&mut self, reference: &str, io: &mut Io) -> Result<minke_runtime::build::Draft> {
-        if self.images.resolve(reference).await?.is_none() {
+        let known = self.images.resolve(reference).await?.is_some();
+        if !known || self.pull {
             if !self.quiet {
                 io.note(format!("Pulling {reference}"));
             }
@@ -309,6 +412,35 @@ fn is_proxy(name: &str) -> bool {
     ["http_proxy", "https_proxy", "ftp_proxy", "no_proxy", "all_proxy"].contains(&name.as_str())
 }
 
+/// Whether images for a platform run here: `linux/amd64`, with a variant or without, or only the architecture.
+fn is_own_platform(platform: &str) -> bool {
+    let own = predefined();
+    let platform = platform.to_ascii_lowercase();
+    let mut parts = platform.split('/');
+    match (parts.next(), parts.next()) {
+        (Some("local"), None) => true,
+        (Some(one), None) => one == "linux" || one == own["TARGETARCH"],
+        (Some(os), Some(arch)) => os == "linux" && arch == own["TARGETARCH"],
+        _ => false,
+    }
+}
+
+fn other_platform() -> String {
+    format!("only images for {} can be built here", predefined()["TARGETPLATFORM"])
+}
+
+fn stage_name(name: &str) -> Result<String, String> {
+    let lower = name.to_ascii_lowercase();
+    let good = lower.starts_with(|c: char| c.is_ascii_lowercase())
+        && lower.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-_.".contains(&b));
+    match good {
+        true => Ok(lower),
+        false => Err(format!(
+            "invalid name for build stage: {name:?}, name can't start with a number or contain symbols"
+        )),
+    }
+}
+
 /// A stage by its name or number.
 fn find(plans: &[Plan], name: &str) -> Option<usize> {
     let name = name.to_ascii_lowercase();
@@ -329,8 +461,14 @@ fn needed(plans: &[Plan], wanted: usize, global: &Variables, escape: char) -> Re
             .extend(plans[n].base.parse::<usize>().is_err().then(|| find(before, &plans[n].base)).flatten());
         for step in &plans[n].steps {
             if let Some(from) = step.flag("from") {
-                let from = dockerfile::expand_all(from, escape, global).map_err(anyhow::Error::msg)?;
+                let from = words::expand_all(from, escape, global).map_err(anyhow::Error::msg)?;
                 needed.extend(find(before, &from));
+            }
+            for mount in step.flags("mount") {
+                // What is wrong with it is told when its turn comes.
+                if let Ok(from) = mounts::from(mount) {
+                    needed.extend(from.and_then(|from| find(before, &from)));
+                }
             }
         }
     }
@@ -345,10 +483,19 @@ pub fn fuzz(text: &str) {
             for heredoc in &instruction.heredocs {
                 let _ = heredoc.content(file.escape, &variables);
             }
+            for mount in instruction.flags("mount") {
+                let _ = mounts::parse(mount, |text| words::expand_all(text, file.escape, &variables));
+            }
+            for mode in instruction.flags("chmod") {
+                let _ = chmod::Chmod::parse(mode).map(|mode| mode.apply(0o644, false));
+            }
             if let Arguments::Text(text) = &instruction.arguments {
-                let _ = dockerfile::words(text, file.escape, &variables);
-                let _ = dockerfile::expand_all(text, file.escape, &variables);
-                let _ = dockerfile::pairs(text, file.escape, &variables);
+                let _ = words::words(text, file.escape, &variables);
+                let _ = words::expand_all(text, file.escape, &variables);
+                let _ = words::pairs(text, file.escape, &variables);
+                if instruction.name == "ONBUILD" {
+                    let _ = dockerfile::trigger(text);
+                }
             }
         }
         assert!(file.instructions.iter().all(|i| !i.shown().contains('\n')), "one line each");

@@ -20,7 +20,8 @@ use tokio::net::unix::pipe;
 use crate::data_dir::DataDir;
 use crate::io::Io;
 
-const SANDBOX: &str = "build";
+/// In memory: what must not come to a disk.
+const MEMORY: &str = "/dev/shm";
 /// What containers find at these paths is the machine's, and no part of the image.
 const OF_THE_MACHINE: &[&str] = &["/etc/resolv.conf", "/etc/hosts"];
 
@@ -41,7 +42,10 @@ pub struct Sandbox {
     images: ImageStore,
     network: Network,
     runtime: Option<LocalRuntime>,
+    /// One for each network that a step has wanted.
+    started: Vec<Network>,
     containers: usize,
+    secrets: usize,
     _lock: fs::File,
 }
 
@@ -49,6 +53,20 @@ pub struct Sandbox {
 pub struct Command {
     pub argv: Vec<String>,
     pub env: Vec<(String, String)>,
+    pub mounts: Vec<Mount>,
+    /// Another one than the build's.
+    pub network: Option<Network>,
+    /// Where something is mounted and the image has nothing: what is made there is no part of it.
+    pub stubs: Vec<PathBuf>,
+}
+
+impl Network {
+    fn sandbox(self) -> &'static str {
+        match self {
+            Network::Host => "build-host",
+            Network::None => "build-none",
+        }
+    }
 }
 
 impl Sandbox {
@@ -65,7 +83,9 @@ impl Sandbox {
             images: images.clone(),
             network,
             runtime: None,
+            started: Vec::new(),
             containers: 0,
+            secrets: 0,
             _lock: lock,
         })
     }
@@ -82,32 +102,62 @@ impl Sandbox {
         bail!("no name is free")
     }
 
-    async fn runtime(&mut self) -> Result<LocalRuntime> {
-        if let Some(runtime) = &self.runtime {
-            return Ok(runtime.clone());
+    pub fn network(&self) -> Network {
+        self.network
+    }
+
+    /// A file that nobody else reads and that goes with the build, on no disk where the machine has memory for it.
+    pub fn secret(&mut self, content: &[u8], mode: u32, uid: u32, gid: u32) -> Result<PathBuf> {
+        use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
+        let dir = match Path::new(MEMORY).is_dir() {
+            true => Path::new(MEMORY).join(&self.cgroup_root),
+            false => self.dir.join("secrets"),
+        };
+        match fs::DirBuilder::new().mode(0o700).create(&dir) {
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists || self.secrets == 0 => {
+                return Err(error).with_context(|| dir.display().to_string());
+            }
+            _ => {}
         }
-        let config = RuntimeConfig { root: self.dir.clone(), cgroup_root: self.cgroup_root.clone() };
-        let runtime = LocalRuntime::open(config, self.images.clone()).await?;
+        self.secrets += 1;
+        let path = dir.join(self.secrets.to_string());
+        fs::write(&path, content)?;
+        chown(&path, Some(uid), Some(gid))?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
+        Ok(path)
+    }
+
+    async fn runtime(&mut self, network: Network) -> Result<LocalRuntime> {
+        let runtime = match &self.runtime {
+            Some(runtime) => runtime.clone(),
+            None => {
+                let config = RuntimeConfig { root: self.dir.clone(), cgroup_root: self.cgroup_root.clone() };
+                LocalRuntime::open(config, self.images.clone()).await?
+            }
+        };
         // Before the sandbox: whatever becomes of it, `close` takes it away.
         self.runtime = Some(runtime.clone());
-        let spec = SandboxSpec {
-            id: SANDBOX.to_owned(),
-            name: SANDBOX.to_owned(),
-            hostname: if self.network == Network::Host { String::new() } else { SANDBOX.to_owned() },
-            host_network: self.network == Network::Host,
-            cgroup_parent: format!("{}/{SANDBOX}", self.cgroup_root),
-            ..SandboxSpec::default()
-        };
-        runtime.run_sandbox(spec).await?;
+        if !self.started.contains(&network) {
+            let id = network.sandbox();
+            let host = network == Network::Host;
+            let spec = SandboxSpec {
+                id: id.to_owned(),
+                name: id.to_owned(),
+                hostname: if host { String::new() } else { "build".to_owned() },
+                host_network: host,
+                cgroup_parent: format!("{}/{id}", self.cgroup_root),
+                ..SandboxSpec::default()
+            };
+            runtime.run_sandbox(spec).await?;
+            self.started.push(network);
+        }
         Ok(runtime)
     }
 
     /// Runs a command on top of a draft, showing what it says, and adds what it changed as a layer.
     pub async fn run(&mut self, draft: &mut Draft, command: Command, io: &mut Io) -> Result<Outcome> {
-        if draft.is_empty() {
-            bail!("there is nothing to run: no step before has put a file into the image");
-        }
-        let runtime = self.runtime().await?;
+        let network = command.network.unwrap_or(self.network);
+        let runtime = self.runtime(network).await?;
         self.containers += 1;
         let id = format!("step-{}", self.containers);
         let log = self.dir.join(format!("{id}.log"));
@@ -121,6 +171,14 @@ impl Sandbox {
         // Open for both, so that it is there for the writer and never at an end.
         let mut output = Output::new(pipe::OpenOptions::new().read_write(true).open_receiver(&log)?);
         let machine = OF_THE_MACHINE.iter().map(Path::new).filter(|path| path.exists());
+        let taken = |path: &Path| command.mounts.iter().any(|mount| mount.container_path == path);
+        let machine = machine.filter(|path| !taken(path)).map(|path| Mount {
+            host_path: path.to_owned(),
+            container_path: path.to_owned(),
+            readonly: true,
+            ..Mount::default()
+        });
+        let mounts = machine.collect::<Vec<_>>().into_iter().chain(command.mounts.iter().cloned()).collect();
         let spec = ContainerSpec {
             id: id.clone(),
             name: id.clone(),
@@ -128,19 +186,12 @@ impl Sandbox {
             command: command.argv,
             env: command.env,
             seccomp: Seccomp::RuntimeDefault,
-            mounts: machine
-                .map(|path| Mount {
-                    host_path: path.to_owned(),
-                    container_path: path.to_owned(),
-                    readonly: true,
-                    ..Mount::default()
-                })
-                .collect(),
+            mounts,
             log_path: log.clone(),
             ..ContainerSpec::default()
         };
         let mut events = runtime.subscribe();
-        runtime.create_container(SANDBOX, spec).await?;
+        runtime.create_container(network.sandbox(), spec).await?;
         match runtime.start_container(&id).await {
             Err(Error::Start(why)) => bail!("{why}"),
             started => started?,
@@ -164,6 +215,9 @@ impl Sandbox {
             None => bail!("nobody saw how the command ended"),
         }
         let upper = self.dir.join("containers").join(&id).join("upper");
+        for stub in &command.stubs {
+            remove_stub(&upper, stub).with_context(|| stub.display().to_string())?;
+        }
         let (images, mut built) = (self.images.clone(), draft.clone());
         let (outcome, built) = tokio::task::spawn_blocking(move || {
             let outcome = images.add_changes(&mut built, &upper, &is_of_the_machine);
@@ -181,8 +235,41 @@ impl Sandbox {
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_all().await?;
         }
+        forget_secrets(&self.cgroup_root)?;
         fs::remove_dir_all(&self.dir).with_context(|| format!("remove {}", self.dir.display()))
     }
+}
+
+fn forget_secrets(cgroup_root: &str) -> Result<()> {
+    let dir = Path::new(MEMORY).join(cgroup_root);
+    match fs::remove_dir_all(&dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("remove {}", dir.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Removes what was made for something to be mounted on, unless the step has put something there. What is on the way there
+/// is the step's, so no link of its is followed.
+fn remove_stub(upper: &Path, stub: &Path) -> Result<()> {
+    use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags};
+    let (Some(parent), Some(name)) = (stub.parent(), stub.file_name()) else { return Ok(()) };
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let upper = rustix::fs::open(upper, flags, Mode::empty())?;
+    let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+    let confined = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    let Ok(parent) = rustix::fs::openat2(&upper, parent, flags, Mode::empty(), confined) else {
+        return Ok(());
+    };
+    let Ok(stat) = rustix::fs::statat(&parent, name, AtFlags::SYMLINK_NOFOLLOW) else { return Ok(()) };
+    match FileType::from_raw_mode(stat.st_mode) {
+        // One that is not empty stays.
+        FileType::Directory => drop(rustix::fs::unlinkat(&parent, name, AtFlags::REMOVEDIR)),
+        FileType::RegularFile if stat.st_size == 0 => rustix::fs::unlinkat(&parent, name, AtFlags::empty())?,
+        _ => {}
+    }
+    Ok(())
 }
 
 fn cgroup_root(data: &DataDir, id: &str) -> String {
@@ -215,6 +302,7 @@ pub async fn clear_leftovers(data: &DataDir, images: &ImageStore) -> Result<()> 
             let config = RuntimeConfig { root: dir.clone(), cgroup_root: cgroup_root(data, &id) };
             LocalRuntime::open(config, images.clone()).await?.shutdown_all().await?;
         }
+        forget_secrets(&cgroup_root(data, &id))?;
         fs::remove_dir_all(&dir).with_context(|| format!("remove {}", dir.display()))?;
     }
     Ok(())

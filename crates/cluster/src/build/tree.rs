@@ -84,13 +84,27 @@ impl Tree {
         Ok(file)
     }
 
-    /// The paths that `source` names, which may be a pattern. At least one, or an error.
-    pub fn find(&self, source: &str) -> Result<Vec<PathBuf>> {
+    /// The path that `source` names, which is no pattern.
+    pub fn one(&self, source: &str) -> Result<PathBuf> {
+        let path: PathBuf = parts_of(source)?.iter().collect();
+        match self.exists(&path) && (!self.ignores(&path) || self.takes_back_below(&path)) {
+            true => Ok(path),
+            false => bail!("{source:?}: not found"),
+        }
+    }
+
+    /// The paths that `source` names, which may be a pattern; `deep` is one in which `**` stands for any number of
+    /// directories. At least one, or an error.
+    pub fn find(&self, source: &str, deep: bool) -> Result<Vec<PathBuf>> {
         let parts = parts_of(source)?;
         let mut found = vec![PathBuf::new()];
         for part in &parts {
             let mut next = Vec::new();
             for path in found {
+                if deep && part == "**" {
+                    self.directories(path, &mut next)?;
+                    continue;
+                }
                 if !part.contains(['*', '?', '[', '\\']) {
                     next.push(path.join(part));
                     continue;
@@ -106,11 +120,28 @@ impl Tree {
             }
             found = next;
         }
+        found.sort();
+        found.dedup();
         found.retain(|path| self.exists(path) && (!self.ignores(path) || self.takes_back_below(path)));
         if found.is_empty() {
             bail!("{source:?}: not found");
         }
         Ok(found)
+    }
+
+    /// A directory and all below it.
+    fn directories(&self, path: PathBuf, found: &mut Vec<PathBuf>) -> Result<()> {
+        let mut todo = vec![path];
+        while let Some(path) = todo.pop() {
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW;
+            let Ok(dir) = self.at(&path, flags) else { continue };
+            todo.extend(names(&dir)?.into_iter().map(|name| path.join(name)));
+            found.push(path);
+            if found.len() > MATCHES_MAX || todo.len() > MATCHES_MAX * 10 {
+                bail!("** names more than {MATCHES_MAX} directories");
+            }
+        }
+        Ok(())
     }
 
     fn ignores(&self, path: &Path) -> bool {
@@ -242,7 +273,7 @@ mod tests {
 
     fn seen(tree: &Tree, source: &str) -> Result<Vec<String>> {
         let mut all = Vec::new();
-        for path in tree.find(source)? {
+        for path in tree.find(source, source.contains("**"))? {
             tree.walk(&path, Path::new("t"), false, &mut |path, item| {
                 let kind = match item {
                     Item::Directory(_) => "/".to_owned(),
@@ -272,6 +303,10 @@ mod tests {
         assert_eq!(seen(&tree, "d").unwrap(), ["t/dots -> ..", "t/e/", "t/e/g.log 3", "t/f 2"]);
         assert_eq!(seen(&tree, "d/[f]").unwrap(), ["t 2"]);
         assert_eq!(seen(&tree, "good").unwrap(), ["t 2"]);
+        assert_eq!(seen(&tree, "**/*.log").unwrap(), ["t 3"]);
+        assert_eq!(seen(&tree, "**/f").unwrap(), ["t 2"]);
+        assert_eq!(tree.one("d/e/./g.log").unwrap(), Path::new("d/e/g.log"));
+        assert_eq!(tree.one("d/*").unwrap_err().to_string(), "\"d/*\": not found");
         // As if the context were the root, where `..` is the root again.
         assert_eq!(seen(&tree, "d/dots/d/f").unwrap(), ["t 2"]);
         for outside in ["up", "abs", "d/dots/dots/secret", "nosuch", "*.x"] {

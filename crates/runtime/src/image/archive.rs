@@ -53,11 +53,18 @@ pub struct Platform {
 /// An index or a manifest: which one is told by what it has.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Document {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_null")]
     pub manifests: Vec<Descriptor>,
     pub config: Option<Descriptor>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_null")]
     pub layers: Vec<Descriptor>,
+}
+
+/// A list that is empty can be written as null: tools in Go do it.
+fn or_null<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<Vec<Descriptor>, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
 #[derive(Debug, Deserialize)]
@@ -65,7 +72,7 @@ pub struct Document {
 struct DockerImage {
     config: String,
     repo_tags: Option<Vec<String>>,
-    layers: Vec<String>,
+    layers: Option<Vec<String>>,
 }
 
 /// `linux` and the architecture of this program, in Go's words, as images name it.
@@ -316,7 +323,7 @@ fn load_docker(
         return Ok(());
     }
     let mut layers = Vec::new();
-    for path in &image.layers {
+    for path in image.layers.iter().flatten() {
         let (digest, size) = contents.digest(path).ok_or_else(|| missing(path))?;
         layers.push((digest.clone(), *size, layer_type(store, digest)?.to_owned()));
     }

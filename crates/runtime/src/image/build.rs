@@ -430,9 +430,6 @@ impl ImageStore {
 
     /// Makes the draft an image, with these names; returns its id. Blocks.
     pub fn finish(&self, draft: &Draft, tags: &[String]) -> Result<String> {
-        if draft.is_empty() {
-            return Err(Error::Invalid("the image would be empty: no step puts a file into it".to_owned()));
-        }
         let mut config = draft.config.clone();
         config["rootfs"] = json!({ "type": "layers", "diff_ids": diff_ids(draft) });
         let config = config.to_string().into_bytes();
@@ -514,6 +511,11 @@ pub fn owner_of(owner: &str, passwd: &str, group: &str) -> Result<(u32, u32), St
         return Ok((uid, uid));
     }
     resolved.map(|r| (r.uid, r.gid))
+}
+
+/// Whether a signal is called that, by its name or number.
+pub fn is_signal(name: &str) -> bool {
+    crate::local::stop_signal::parse(name).is_some()
 }
 
 /// The digest of some bytes, in hexadecimal digits.

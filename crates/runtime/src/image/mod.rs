@@ -11,6 +11,7 @@
 mod archive;
 mod blobs;
 pub mod build;
+pub mod caches;
 pub(crate) mod hosts;
 pub mod reference;
 mod registry;
@@ -346,10 +347,10 @@ impl ImageStore {
     /// Unpacks what a transfer brought and enters it into the index, under `names`.
     fn admit(&self, found: &Transferred, names: Names<'_>, progress: Option<&Progress>) -> Result<String> {
         let id = format!("sha256:{}", unpack::hex(&Sha256::digest(&found.config)));
-        let config = ImageConfiguration::from_reader(&found.config[..])
+        let config = configuration(&found.config)
             .map_err(|e| Error::Failed(format!("image configuration {id}: {e}")))?;
         let diff_ids = config.rootfs().diff_ids();
-        if diff_ids.len() != found.layers.len() || diff_ids.len() > LAYERS_MAX || diff_ids.is_empty() {
+        if diff_ids.len() != found.layers.len() || diff_ids.len() > LAYERS_MAX {
             let (n, m) = (found.layers.len(), diff_ids.len());
             return Err(Error::Failed(format!("image {id} has {n} layers, and its configuration names {m}")));
         }
@@ -424,6 +425,38 @@ impl ImageStore {
         })
     }
 
+    /// The containers that there are.
+    fn containers(&self) -> io::Result<Vec<crate::shim::proto::ContainerRecord>> {
+        let dirs = fs::read_dir(self.inner.root.join("containers")).into_iter().flatten().flatten();
+        let records = dirs.map(|dir| files::read_json(&dir.path().join("container.json")));
+        records.filter_map(io::Result::transpose).collect()
+    }
+
+    /// Removes images that no container uses: those without a name, or with `all` every one; and what is kept for
+    /// later builds. Returns the ids of the images.
+    pub async fn prune(&self, all: bool) -> Result<Vec<String>> {
+        let store = self.clone();
+        let removed = blocking(move || {
+            let used: BTreeSet<String> =
+                store.containers().map_err(failed)?.into_iter().map(|record| record.image_id).collect();
+            store.change(|index| {
+                let named = |id: &String| index.tags.values().chain(index.digests.values()).any(|v| v == id);
+                let goes = |id: &&String| !used.contains(*id) && (all || !named(id));
+                let removed: Vec<String> = index.images.keys().filter(goes).cloned().collect();
+                for id in &removed {
+                    index.images.remove(id);
+                }
+                let gone = |id: &String| removed.contains(id);
+                index.tags.retain(|_, id| !gone(id));
+                index.digests.retain(|_, id| !gone(id));
+                Ok(removed)
+            })
+        });
+        let removed = removed.await?;
+        self.clean_up(true).await?;
+        Ok(removed)
+    }
+
     /// Removes blobs, snapshots and temporary files that nothing needs: no image, and no container.
     fn collect_garbage(&self) {
         // While a transfer is under way it keeps what it made so far; the next collection comes.
@@ -442,18 +475,10 @@ impl ImageStore {
             snapshots.insert(snapshot);
             blobs.insert(blob.to_owned());
         }
-        for container in fs::read_dir(self.inner.root.join("containers")).into_iter().flatten().flatten() {
-            let record = files::read_json::<crate::shim::proto::ContainerRecord>(
-                &container.path().join("container.json"),
-            );
-            match record {
-                Ok(Some(record)) => {
-                    snapshots.extend(record.layers.into_iter().chain(record.mounted.into_iter().flatten()));
-                }
-                Ok(None) => {}
-                // What cannot be read may need anything.
-                Err(_) => return,
-            }
+        // What cannot be read may need anything.
+        let Ok(containers) = self.containers() else { return };
+        for record in containers {
+            snapshots.extend(record.layers.into_iter().chain(record.mounted.into_iter().flatten()));
         }
         self.inner.blobs.retain(&blobs);
         for entry in fs::read_dir(self.snapshots_dir()).into_iter().flatten().flatten() {
@@ -546,6 +571,9 @@ impl ImageService for ImageStore {
                     Ok(())
                 })?;
             }
+            if all {
+                store.prune_caches(0)?;
+            }
             store.collect_garbage();
             Ok(())
         })
@@ -568,6 +596,15 @@ fn check_clashes(index: &Index, record: &Record) -> Result<()> {
         Some(layer) => Err(Error::Failed(format!("layer {} clashes with another", layer.chain_id))),
         None => Ok(()),
     }
+}
+
+fn configuration(bytes: &[u8]) -> serde_json::Result<ImageConfiguration> {
+    let mut value: serde_json::Value = serde_json::from_slice(bytes)?;
+    // An image without layers, as tools in Go write it.
+    if let Some(diff_ids) = value.pointer_mut("/rootfs/diff_ids").filter(|ids| ids.is_null()) {
+        *diff_ids = serde_json::json!([]);
+    }
+    serde_json::from_value(value)
 }
 
 fn image_config(image: &ImageConfiguration) -> ImageConfig {

@@ -100,6 +100,27 @@ async fn an_image_goes_in_and_out_and_away() {
     assert!(store_a.remove("hello:v1").await.unwrap_err().is_not_found());
 }
 
+/// As tools in Go write them: with null for a list that is empty.
+#[tokio::test]
+async fn an_image_may_have_no_layers() {
+    let tmp = tempfile::tempdir().unwrap();
+    let store = store(tmp.path());
+    let mut config: serde_json::Value = serde_json::from_slice(&config(&[])).unwrap();
+    config["rootfs"]["diff_ids"] = serde_json::Value::Null;
+    let config = config.to_string();
+    let manifest = json!([{ "Config": "c.json", "RepoTags": ["empty:1"], "Layers": null }]).to_string();
+    let archive = tar_of(&[("c.json", config.as_bytes()), ("manifest.json", manifest.as_bytes())]);
+    store.load(Cursor::new(archive), None, None).await.unwrap();
+    let prepared = store.prepare("empty:1").unwrap();
+    assert_eq!((prepared.layers.len(), prepared.config.cmd.len()), (0, 1));
+    // It is built upon, and pruned, like any other.
+    let draft = store.draft_of("empty:1").unwrap();
+    store.finish(&draft, &["empty:2".to_owned()]).unwrap();
+    assert!(store.prune(false).await.unwrap().is_empty(), "all have names");
+    assert_eq!(store.prune(true).await.unwrap().len(), 2);
+    assert_nothing_left(tmp.path());
+}
+
 #[track_caller]
 fn assert_nothing_left(root: &Path) {
     for dir in ["images/blobs/sha256", "snapshots"] {

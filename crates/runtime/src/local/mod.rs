@@ -6,7 +6,7 @@
 mod adopt;
 mod link;
 mod session;
-mod stop_signal;
+pub(crate) mod stop_signal;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -791,6 +791,9 @@ fn make_container_dir(dir: &Path, snapshots: &Path, record: &ContainerRecord) ->
         fs::create_dir(dir.join(name))?;
     }
     // The root directory is the topmost layer's, and so ours must look like the image's.
+    if record.layers.is_empty() {
+        fs::create_dir(dir.join("empty"))?;
+    }
     if let Some(top) = record.layers.first() {
         let meta = fs::metadata(snapshots.join(top))?;
         fs::set_permissions(dir.join("upper"), fs::Permissions::from_mode(meta.mode() & 0o7777))?;

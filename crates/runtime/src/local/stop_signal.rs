@@ -28,7 +28,8 @@ pub fn name(name: &str) -> String {
     }
 }
 
-fn parse(name: &str) -> Option<i32> {
+/// `None` when no signal has this name.
+pub fn parse(name: &str) -> Option<i32> {
     let upper = name.trim().to_ascii_uppercase();
     // What lies between is the C library's own.
     let in_range = |n: i32| (matches!(n, 1..32 | SIGRTMIN..=SIGRTMAX)).then_some(n);

@@ -21,6 +21,7 @@ use nix::sched::CloneFlags;
 use super::exec::{adjust_oom_score, exec_error, find_program, join_cgroups, send};
 use super::proto::{ContainerRecord, Report, SandboxRecord, Started};
 use super::{log, propagation, wire};
+use crate::api::ImageAccess;
 use crate::{spec, sys, users};
 
 /// Arguments: the report socket's number, the data directory, the container's id, the shim's pid, and the
@@ -104,9 +105,13 @@ impl Run {
         // The layers of a build are those of the node, and its containers are elsewhere.
         let shared = self.root.join("snapshots").is_symlink();
         let up = if shared { dir.to_owned() } else { Path::new("../containers").join(&self.id) };
+        let lower = match record.layers.is_empty() {
+            // An image may be without any file.
+            true => up.join("empty").display().to_string(),
+            false => record.layers.join(":"),
+        };
         let options = format!(
-            "lowerdir={},upperdir={},workdir={}",
-            record.layers.join(":"),
+            "lowerdir={lower},upperdir={},workdir={}",
             up.join("upper").display(),
             up.join("work").display(),
         );
@@ -116,19 +121,37 @@ impl Run {
         mounted.map_err(|e| format!("mount overlay ({} layers): {e}", record.layers.len()))
     }
 
-    /// Image volumes, read-only. The part of an image that is asked for is found with the image as its root, so
-    /// that no link in it leads out of it.
+    /// Image volumes. The part of an image that is asked for is found with the image as its root, so that no link in
+    /// it leads out of it.
     fn mount_images(&self, dir: &Path, record: &ContainerRecord) -> Result<(), String> {
-        let empty = Path::new("../containers").join(&self.id).join("empty");
+        let shared = self.root.join("snapshots").is_symlink();
+        let near = if shared { dir.to_owned() } else { Path::new("../containers").join(&self.id) };
         let wanted = record.spec.mounts.iter().filter(|m| m.image.is_some());
         for (n, (layers, wanted)) in record.mounted.iter().zip(wanted).enumerate() {
             let failed = |e: &dyn std::fmt::Display| format!("mount image volume: {e}");
+            let made = |name: &str| {
+                fs::create_dir_all(dir.join(name)).map_err(|e| failed(&e)).map(|()| near.join(name))
+            };
             let target = dir.join(format!("image-{n}"));
             fs::create_dir_all(&target).map_err(|e| failed(&e))?;
-            // An overlay that is only read needs two layers at least.
-            fs::create_dir_all(dir.join("empty")).map_err(|e| failed(&e))?;
-            let options = format!("lowerdir={}:{}", layers.join(":"), empty.display());
-            let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOEXEC | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+            // An overlay that is only read needs two layers at least, and an image may have none.
+            let mut lower = layers.clone();
+            for name in ["empty", "empty-too"] {
+                lower.push(made(name)?.display().to_string());
+            }
+            let mut options = format!("lowerdir={}", lower.join(":"));
+            let flags = match wanted.image_access {
+                ImageAccess::Data => {
+                    MsFlags::MS_RDONLY | MsFlags::MS_NOEXEC | MsFlags::MS_NOSUID | MsFlags::MS_NODEV
+                }
+                ImageAccess::Programs => MsFlags::MS_RDONLY,
+                ImageAccess::Scratch => {
+                    let (upper, work) =
+                        (made(&format!("image-{n}-upper"))?, made(&format!("image-{n}-work"))?);
+                    options += &format!(",upperdir={},workdir={}", upper.display(), work.display());
+                    MsFlags::empty()
+                }
+            };
             mount(Some("overlay"), &target, Some("overlay"), flags, Some(options.as_str()))
                 .map_err(|e| failed(&e))?;
             if wanted.image_sub_path.is_empty() {
