@@ -69,6 +69,9 @@ pub struct SandboxSpec {
     pub host_ipc: bool,
     /// All containers see one process namespace (`shareProcessNamespace`).
     pub share_pid: bool,
+    /// The node's ids that are the pod's 0 and up (`hostUsers: false`); not together with the node's network,
+    /// processes or IPC.
+    pub user_namespace: Option<IdRange>,
     /// Directory that container logs lie under; made when missing.
     pub log_dir: PathBuf,
     /// The pod's cgroup, relative to the root of each hierarchy, without a leading slash
@@ -80,6 +83,23 @@ pub struct SandboxSpec {
     pub sysctls: BTreeMap<String, String>,
     pub labels: Labels,
     pub annotations: Labels,
+}
+
+/// A way in which a runtime can run sandboxes, which a RuntimeClass chooses by its name.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Handler {
+    /// Empty for the one that sandboxes have by default.
+    pub name: String,
+    pub recursive_read_only_mounts: bool,
+    /// [`SandboxSpec::user_namespace`] can be asked for.
+    pub user_namespaces: bool,
+}
+
+/// Ids of users and, the same numbers, of groups.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdRange {
+    pub first: u32,
+    pub count: u32,
 }
 
 /// A container to be made in a sandbox. `id` is the caller's, as in [`SandboxSpec`].
@@ -396,6 +416,11 @@ pub struct ExecOutput {
 pub trait Runtime: Send + Sync {
     /// Name and version, as in the node's `containerRuntimeVersion` (`minke://0.1.0`).
     fn version(&self) -> String;
+
+    /// What can run sandboxes, the default first.
+    fn handlers(&self) -> Vec<Handler> {
+        vec![Handler::default()]
+    }
 
     /// Makes the namespaces, the cgroup and the shim. The network is the caller's to set up, in
     /// [`Runtime::sandbox_netns`], before the first container.

@@ -51,7 +51,7 @@ pub fn rule_for(device: &Device) -> io::Result<Rule> {
 
 /// The device nodes below a directory, without terminals and what is mounted there.
 pub fn host_nodes(dir: &Path, found: &mut Vec<PathBuf>) {
-    const OWN: [&str; 6] = ["pts", "shm", "mqueue", "fd", "hugepages", "console"];
+    const OWN: [&str; 7] = ["pts", "ptmx", "shm", "mqueue", "fd", "hugepages", "console"];
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let Ok(kind) = entry.file_type() else { continue };
         if OWN.iter().any(|name| entry.file_name() == *name) {

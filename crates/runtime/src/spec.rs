@@ -95,12 +95,25 @@ const MASKED_PATHS: [&str; 12] = [
 
 const READONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
-/// `config.json` of a container whose pod's namespaces are those of process `shim`.
+/// Where a container is put together.
+pub struct Place<'a> {
+    /// The container's directory.
+    pub dir: &'a Path,
+    /// Where its root filesystem and the images it mounts are mounted.
+    pub mounted: &'a Path,
+    /// The process whose namespaces are the pod's.
+    pub shim: i32,
+    /// The pod's user namespace, if it has one; its namespaces, but of processes, are then those we are in.
+    pub users: Option<String>,
+    /// The namespace of processes that the container joins.
+    pub processes: Option<String>,
+}
+
+/// `config.json` of a container.
 pub fn oci_spec(
     record: &ContainerRecord,
     sandbox: &SandboxRecord,
-    dir: &Path,
-    shim: i32,
+    place: &Place<'_>,
     user: &Resolved,
 ) -> io::Result<Value> {
     let spec = &record.spec;
@@ -132,7 +145,7 @@ pub fn oci_spec(
         None => json!(default),
     };
     let mut linux = json!({
-        "namespaces": namespaces(sandbox, shim, target_pid(spec, dir)?, record.cgroup_namespace()),
+        "namespaces": namespaces(sandbox, place, record.cgroup_namespace()),
         "cgroupsPath": format!("/{}", record.cgroup.trim_start_matches('/')),
         "maskedPaths": paths(&spec.masked_paths, &MASKED_PATHS),
         "readonlyPaths": paths(&spec.readonly_paths, &READONLY_PATHS),
@@ -146,6 +159,11 @@ pub fn oci_spec(
         () => "private",
     }
     .into();
+    if let Some(ids) = sandbox.spec.user_namespace {
+        let map = json!([{ "containerID": 0, "hostID": ids.first, "size": ids.count }]);
+        linux["uidMappings"] = map.clone();
+        linux["gidMappings"] = map;
+    }
     match &spec.seccomp {
         _ if spec.privileged => {}
         Seccomp::Unconfined => {}
@@ -158,9 +176,9 @@ pub fn oci_spec(
     }
     Ok(json!({
         "ociVersion": "1.2.0",
-        "root": { "path": dir.join("rootfs"), "readonly": spec.readonly_rootfs },
+        "root": { "path": place.mounted.join("rootfs"), "readonly": spec.readonly_rootfs },
         "process": process,
-        "mounts": mounts(record, sandbox, dir),
+        "mounts": mounts(record, sandbox, place),
         "linux": linux,
     }))
 }
@@ -238,9 +256,10 @@ fn own_bounding_set() -> Vec<String> {
     (0..).zip(ALL_CAPABILITIES).filter(|(n, _)| bits >> n & 1 == 1).map(|(_, c)| c.to_owned()).collect()
 }
 
-/// The first process of the container whose processes are to be seen.
-fn target_pid(spec: &ContainerSpec, dir: &Path) -> io::Result<Option<i32>> {
-    let Some(target) = &spec.pid_target else { return Ok(None) };
+/// The process whose process namespace the container joins: that of the container whose processes are to be seen, or
+/// the pod's.
+pub fn joined_process(spec: &ContainerSpec, sandbox: &SandboxRecord, dir: &Path) -> io::Result<Option<i32>> {
+    let Some(target) = &spec.pid_target else { return Ok(sandbox.pause_pid) };
     let file = dir.with_file_name(target).join("started.json");
     let started: Option<crate::shim::proto::Started> = crate::files::read_json(&file)?;
     started
@@ -248,14 +267,22 @@ fn target_pid(spec: &ContainerSpec, dir: &Path) -> io::Result<Option<i32>> {
         .ok_or_else(|| io::Error::other(format!("target container {target:?} is not running")))
 }
 
-fn namespaces(sandbox: &SandboxRecord, shim: i32, target: Option<i32>, cgroup: bool) -> Value {
+fn namespaces(sandbox: &SandboxRecord, place: &Place<'_>, cgroup: bool) -> Value {
+    let shim = place.shim;
     let joined = |kind: &str, file: &str| json!({ "type": kind, "path": format!("/proc/{shim}/ns/{file}") });
     let mut list = vec![json!({ "type": "mount" })];
     let spec = &sandbox.spec;
-    match (spec.host_pid, target.or(sandbox.pause_pid)) {
+    match (spec.host_pid, &place.processes) {
         (true, _) => {}
-        (false, Some(pause)) => list.push(json!({ "type": "pid", "path": format!("/proc/{pause}/ns/pid") })),
+        (false, Some(path)) => list.push(json!({ "type": "pid", "path": path })),
         (false, None) => list.push(json!({ "type": "pid" })),
+    }
+    if cgroup {
+        list.push(json!({ "type": "cgroup" }));
+    }
+    if let Some(path) = &place.users {
+        list.push(json!({ "type": "user", "path": path }));
+        return json!(list);
     }
     if !spec.host_network {
         list.push(joined("network", "net"));
@@ -264,13 +291,10 @@ fn namespaces(sandbox: &SandboxRecord, shim: i32, target: Option<i32>, cgroup: b
     if !spec.host_ipc {
         list.push(joined("ipc", "ipc"));
     }
-    if cgroup {
-        list.push(json!({ "type": "cgroup" }));
-    }
     json!(list)
 }
 
-fn mounts(record: &ContainerRecord, sandbox: &SandboxRecord, dir: &Path) -> Value {
+fn mounts(record: &ContainerRecord, sandbox: &SandboxRecord, place: &Place<'_>) -> Value {
     let spec = &record.spec;
     let mount = |target: &str, kind: &str, source: &str, options: &[&str]| json!({ "destination": target, "type": kind, "source": source, "options": options });
     let kernel = if spec.privileged { "rw" } else { "ro" };
@@ -287,7 +311,8 @@ fn mounts(record: &ContainerRecord, sandbox: &SandboxRecord, dir: &Path) -> Valu
         mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", kernel]),
     ];
     list.extend(cgroup_mounts(record, kernel));
-    let shims = dir.parent().and_then(Path::parent).map(|root| root.join("shims").join(&sandbox.spec.id));
+    let root = place.dir.parent().and_then(Path::parent);
+    let shims = root.map(|root| root.join("shims").join(&sandbox.spec.id));
     let taken = |path: &str| spec.mounts.iter().any(|m| m.container_path == Path::new(path));
     match shims {
         _ if taken("/dev/shm") => {}
@@ -308,7 +333,7 @@ fn mounts(record: &ContainerRecord, sandbox: &SandboxRecord, dir: &Path) -> Valu
     let mut given: Vec<(&Path, Value)> = Vec::new();
     // They lie in the container's own writable layer; only a root that is read-only sets them apart.
     for path in record.image.volumes.iter().map(Path::new).filter(|_| spec.readonly_rootfs) {
-        let source = dir.join("rootfs").join(path.strip_prefix("/").unwrap_or(path));
+        let source = place.mounted.join("rootfs").join(path.strip_prefix("/").unwrap_or(path));
         let options = ["rbind", "rprivate", "rw"];
         given.push((
             path,
@@ -325,7 +350,7 @@ fn mounts(record: &ContainerRecord, sandbox: &SandboxRecord, dir: &Path) -> Valu
                 ImageAccess::Scratch => &["rw"],
             };
             let options = [&["rbind", "rprivate"], access].concat();
-            let source = dir.join(format!("image-{n}{part}"));
+            let source = place.mounted.join(format!("image-{n}{part}"));
             let image = json!({
                 "destination": m.container_path, "type": "bind", "source": source, "options": options,
             });
@@ -478,7 +503,9 @@ mod tests {
         assert_eq!(image_volumes(&record), strings(&["/data", "/a/b/"]));
         record.image.volumes = image_volumes(&record);
         let targets = |record: &ContainerRecord| -> Vec<String> {
-            let all = mounts(record, &SandboxRecord::default(), Path::new("/run/c"));
+            let dir = Path::new("/run/c");
+            let place = Place { dir, mounted: dir, shim: 1, users: None, processes: None };
+            let all = mounts(record, &SandboxRecord::default(), &place);
             let given = all.as_array().into_iter().flatten().filter(|m| m["options"][2] == "rw");
             given.map(|m| format!("{} at {}", m["source"], m["destination"])).collect()
         };

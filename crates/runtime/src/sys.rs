@@ -56,7 +56,7 @@ pub enum Forked {
 pub fn fork(sibling: bool) -> io::Result<Forked> {
     let flags = if sibling { libc::CLONE_PARENT } else { libc::SIGCHLD };
     // SAFETY: a raw clone with no new stack and no shared memory is fork. Only single-threaded processes
-    // (the runner and exec helpers, which never start a thread) call this, so no lock can be held by a thread
+    // (the shim and its helpers, which never start a thread) call this, so no lock can be held by a thread
     // that is missing in the child. The last argument is the TLS/ctid the flags do not ask for.
     let pid = unsafe { libc::syscall(libc::SYS_clone, flags as libc::c_long, 0, 0, 0, 0) };
     match pid {
@@ -89,6 +89,54 @@ pub fn hide_from_containers() {
 pub fn close_on_exec_from(first: u32) {
     // SAFETY: only sets a flag on descriptors of this process.
     unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+}
+
+/// Has a mount that is not attached yet show the ids of its files as a user namespace maps them.
+pub fn map_ids_of_mount(tree: &OwnedFd, namespace: &OwnedFd) -> io::Result<()> {
+    const MOUNT_ATTR_IDMAP: u64 = 0x0010_0000;
+
+    /// `struct mount_attr`
+    #[repr(C)]
+    struct Attributes {
+        attr_set: u64,
+        attr_clr: u64,
+        propagation: u64,
+        userns_fd: u64,
+    }
+    let attributes = Attributes {
+        attr_set: MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: namespace.as_raw_fd() as u64,
+    };
+    // SAFETY: path and struct live until the call returns, the size is the struct's; both descriptors are open.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &attributes,
+            size_of::<Attributes>(),
+        )
+    };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Has the kernel filter the calls of this thread by a classic BPF program, eight bytes an instruction.
+pub fn load_filter(code: &[u8], flags: u32) -> io::Result<()> {
+    let instruction = |i: &[u8]| libc::sock_filter {
+        code: u16::from_ne_bytes([i[0], i[1]]),
+        jt: i[2],
+        jf: i[3],
+        k: u32::from_ne_bytes([i[4], i[5], i[6], i[7]]),
+    };
+    let mut filter: Vec<libc::sock_filter> = code.chunks_exact(8).map(instruction).collect();
+    let len = u16::try_from(filter.len()).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
+    let program = libc::sock_fprog { len, filter: filter.as_mut_ptr() };
+    // SAFETY: the program and its instructions live until the call returns; the kernel copies and checks them.
+    let done = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &program) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Brings the loopback interface of the current network namespace up.

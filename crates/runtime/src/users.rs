@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Component, Path};
 
-use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, Gid, Mode, OFlags, ResolveFlags, Uid};
 
 use crate::api::User;
 
@@ -108,8 +108,9 @@ fn read_in(rootfs: &Path, path: &Path) -> String {
     open().unwrap_or_default()
 }
 
-/// Makes a directory, and those above it, inside a root filesystem that may hold hostile links.
-pub fn make_dir_in(rootfs: &Path, path: &Path) -> io::Result<()> {
+/// Makes a directory, and those above it, inside a root filesystem that may hold hostile links. What is new is
+/// `owner`'s, user and group.
+pub fn make_dir_in(rootfs: &Path, path: &Path, owner: u32) -> io::Result<()> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::open(rootfs, flags, Mode::empty())?;
     let mut so_far = std::path::PathBuf::new();
@@ -120,12 +121,31 @@ pub fn make_dir_in(rootfs: &Path, path: &Path) -> io::Result<()> {
         };
         let dir = rustix::fs::openat2(&root, parent, flags, Mode::empty(), ResolveFlags::IN_ROOT)?;
         match rustix::fs::mkdirat(&dir, part.as_os_str(), Mode::from_raw_mode(0o755)) {
-            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+            Ok(()) if owner == 0 => {}
+            Ok(()) => {
+                let (uid, gid) = (Some(Uid::from_raw(owner)), Some(Gid::from_raw(owner)));
+                rustix::fs::chownat(&dir, part.as_os_str(), uid, gid, AtFlags::SYMLINK_NOFOLLOW)?;
+            }
+            Err(rustix::io::Errno::EXIST) => {}
             Err(e) => return Err(e.into()),
         }
         so_far.push(part);
     }
     Ok(())
+}
+
+/// Whether pods may have users of their own: such namespaces may be made, and all file systems that pods are made of
+/// can be mapped into them (tmpfs the last, in Linux 6.3).
+pub fn kernel_has_user_namespaces() -> bool {
+    let limit = std::fs::read_to_string("/proc/sys/user/max_user_namespaces").unwrap_or_default();
+    let name = rustix::system::uname();
+    limit.trim().parse::<u64>().is_ok_and(|n| n > 0) && is_since(&name.release().to_string_lossy(), (6, 3))
+}
+
+/// Whether a release of Linux is at least this version.
+fn is_since(release: &str, version: (u32, u32)) -> bool {
+    let mut parts = release.split(['.', '-', '+']).map(|part| part.parse::<u32>().unwrap_or(0));
+    (parts.next().unwrap_or(0), parts.next().unwrap_or(0)) >= version
 }
 
 #[cfg(test)]
@@ -167,6 +187,12 @@ mod tests {
     }
 
     #[test]
+    fn releases_are_compared_by_number() {
+        assert!(is_since("6.18.44-fc", (6, 3)) && is_since("6.3", (6, 3)) && is_since("7.0-rc1", (6, 3)));
+        assert!(!is_since("6.1.0-18-amd64", (6, 3)) && !is_since("5.15.0+", (6, 3)) && !is_since("", (6, 3)));
+    }
+
+    #[test]
     fn links_do_not_lead_out_of_the_root() {
         let tmp = tempfile::tempdir().unwrap();
         let (root, outside) = (tmp.path().join("root"), tmp.path().join("outside"));
@@ -176,9 +202,9 @@ mod tests {
         std::os::unix::fs::symlink(outside.join("passwd"), root.join("etc/passwd")).unwrap();
         assert_eq!(read_in(&root, Path::new("etc/passwd")), "");
         std::os::unix::fs::symlink(&outside, root.join("link")).unwrap();
-        assert!(make_dir_in(&root, Path::new("/link/made")).is_err() || !outside.join("made").exists());
+        assert!(make_dir_in(&root, Path::new("/link/made"), 0).is_err() || !outside.join("made").exists());
         assert!(!outside.join("made").exists());
-        make_dir_in(&root, Path::new("/a/b/c")).unwrap();
+        make_dir_in(&root, Path::new("/a/b/c"), 0).unwrap();
         assert!(root.join("a/b/c").is_dir());
     }
 }

@@ -32,6 +32,8 @@ const TESTS: &[(&str, TestFn)] = tests![
     limits_are_kept,
     an_out_of_memory_kill_is_told_whoever_it_hit,
     the_program_of_the_node_cannot_be_changed,
+    a_pod_can_have_users_of_its_own,
+    pods_with_users_of_their_own_are_like_others,
 ];
 
 fn main() {
@@ -318,5 +320,164 @@ async fn the_program_of_the_node_cannot_be_changed() {
     }
     assert!(std::fs::read("/proc/self/exe").unwrap() == before, "the program was changed");
     assert!(!node.text("c").lines().any(|line| line.starts_with("wrote /proc/1 ")));
+    node.close().await;
+}
+
+const IDS: IdRange = IdRange { first: 7_000_000, count: 65536 };
+
+/// The node's ids of a process: real user and group.
+fn ids_of(pid: i32) -> (u32, u32) {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let id = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.split_whitespace().next().unwrap().parse().unwrap()
+    };
+    (id("Uid:"), id("Gid:"))
+}
+
+fn bind(host: &Path, inside: &str) -> Mount {
+    Mount { host_path: host.to_owned(), container_path: inside.into(), ..Mount::default() }
+}
+
+/// Says of every file of the node and of the image what the pod sees of it, and tries what only root of the node may.
+const OWN_USERS: &str = r#"
+echo "map = $(cat /proc/self/uid_map /proc/self/gid_map | tr -s ' ' | tr '\n' ';')"
+for f in / /bin/busybox /v/of-root /v/of-7 /made/here /dev/shm /declared /proc/1/root /dev/null; do echo "$f = $(stat -c %u:%g $f)"; done
+echo "secret = $(cat /host/secret)"; echo "cwd = $(pwd)"; echo "hostname = $(hostname)"; echo "id = $(id -u):$(id -g)"
+echo x > /v/new; echo x > /new; echo x > /dev/shm/new; chown 5:6 /new /v/new
+echo "new = $(stat -c %u:%g /new) $(stat -c %u:%g /v/new)"
+echo "streams = out" > /dev/stdout; echo "error stream = err" > /dev/stderr
+try() { name=$1; shift; "$@" > /dev/null 2>&1 && echo "$name = yes" || echo "$name = no"; }
+try mknod mknod /node c 1 3
+try panic sh -c 'echo 1 > /proc/sys/kernel/panic'
+try sysrq sh -c 'echo h > /proc/sysrq-trigger'
+try hostname-change hostname other
+try own-network sh -c 'ip link set lo down && ip link set lo up'
+try mount mount -t tmpfs x /mnt
+try node-files ls /proc/1/root/proc/sys/fs/binfmt_misc/..
+try unmask mount -t proc proc /tmp
+try remount mount -o remount,rw /host-ro
+try write-ro sh -c 'echo x > /host-ro/secret'
+echo "all = said"; sleep 1000
+"#;
+
+async fn a_pod_can_have_users_of_its_own() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    let node = Node::new().await;
+    let spec = SandboxSpec { user_namespace: Some(IDS), ..node.sandbox_spec("pod") };
+    node.runtime.run_sandbox(spec).await.unwrap();
+    let (volume, secret) = (node.scratch("volume"), node.scratch("secret"));
+    std::fs::write(volume.join("of-root"), "x").unwrap();
+    std::fs::write(volume.join("of-7"), "x").unwrap();
+    std::os::unix::fs::chown(volume.join("of-7"), Some(7), Some(8)).unwrap();
+    std::fs::write(secret.join("secret"), "hush").unwrap();
+    std::fs::set_permissions(secret.join("secret"), std::fs::Permissions::from_mode(0o600)).unwrap();
+    let mut spec = ContainerSpec { cwd: "/made/here".into(), ..node.spec("c", OWN_USERS) };
+    // All that a pod may ask for, and it is root of nothing but itself.
+    spec.capabilities.add = vec!["ALL".into()];
+    spec.seccomp = Seccomp::Unconfined;
+    let read_only = Mount { readonly: true, ..bind(&secret, "/host-ro") };
+    spec.mounts.extend([bind(&volume, "/v"), bind(&secret, "/host"), read_only]);
+    node.runtime.create_container("pod", spec).await.unwrap();
+    node.runtime.start_container("c").await.unwrap();
+    node.wait_log("c", "all = said").await;
+    let said = parse(&node.text("c"));
+    let want = [
+        ("map", "0 7000000 65536; 0 7000000 65536;"),
+        ("/", "0:0"),
+        ("/bin/busybox", "0:0"),
+        ("/v/of-root", "0:0"),
+        ("/v/of-7", "7:8"),
+        ("/made/here", "0:0"),
+        ("/dev/shm", "0:0"),
+        ("/dev/null", "65534:65534"),
+        ("secret", "hush"),
+        ("cwd", "/made/here"),
+        ("hostname", "web-0"),
+        ("id", "0:0"),
+        ("new", "5:6 5:6"),
+        ("streams", "out"),
+        ("error stream", "err"),
+        ("mknod", "no"),
+        ("panic", "no"),
+        ("sysrq", "no"),
+        ("hostname-change", "yes"),
+        ("own-network", "yes"),
+        ("mount", "yes"),
+        ("remount", "no"),
+        ("write-ro", "no"),
+    ];
+    for (name, value) in want {
+        assert_eq!(said.get(name).map(String::as_str), Some(value), "{name}: {}", node.text("c"));
+    }
+    let pid = node.runtime.container_status("c").await.unwrap().pid.unwrap();
+    assert_eq!(ids_of(pid), (IDS.first, IDS.first));
+    // A volume is the same for other pods; a layer is the container's, and its ids are the pod's.
+    let owner = |path: &Path| std::fs::metadata(path).map(|meta| (meta.uid(), meta.gid())).unwrap();
+    assert_eq!(owner(&volume.join("new")), (5, 6));
+    let upper = node.root().join("containers/c/upper");
+    assert_eq!(owner(&upper.join("new")), (IDS.first + 5, IDS.first + 6));
+
+    // What is executed is in the same place, as the same users.
+    let seen =
+        run_script(&node, "c", "id -u; cat /proc/self/uid_map; echo x > /dev/stdout; cat /v/of-7").await;
+    let seen: Vec<&str> = seen.split_whitespace().collect();
+    assert_eq!(seen, ["0", "0", "7000000", "65536", "x", "x"]);
+    let argv = ["sh", "-c", "tty; stty size; sleep 1000"].map(str::to_owned).to_vec();
+    let terminal = ExecSpec { argv, tty: true, stdin: true, stdout: true, stderr: false };
+    let mut session = node.runtime.exec("c", terminal).await.unwrap();
+    let mut out = session.stdout.take().unwrap();
+    let mut first = [0; 5];
+    tokio::io::AsyncReadExt::read_exact(&mut out, &mut first).await.unwrap();
+    assert_eq!(&first, b"/dev/");
+    node.close().await;
+}
+
+async fn pods_with_users_of_their_own_are_like_others() {
+    let node = Node::new().await;
+    let spec = SandboxSpec { user_namespace: Some(IDS), share_pid: true, ..node.sandbox_spec("pod") };
+    node.runtime.run_sandbox(spec).await.unwrap();
+    let user = |name: &str| User { user: Some(name.into()), ..User::default() };
+    // Another user of the pod, a terminal, a root that is read-only.
+    let spec = ContainerSpec {
+        user: user("web"),
+        tty: true,
+        readonly_rootfs: true,
+        ..node.spec("web", "id; tty; echo x > /x || echo no; echo told > /dev/stderr; sleep 1000")
+    };
+    node.runtime.create_container("pod", spec).await.unwrap();
+    node.runtime.start_container("web").await.unwrap();
+    node.wait_log("web", "told").await;
+    let text = node.text("web");
+    assert!(text.contains("uid=101(web) gid=102(www)") && text.contains("/dev/pts/0"), "{text}");
+    assert!(text.contains("no\r") || text.contains("no\n"), "{text}");
+    let pid = node.runtime.container_status("web").await.unwrap().pid.unwrap();
+    assert_eq!(ids_of(pid), (IDS.first + 101, IDS.first + 102));
+
+    // All processes of the pod, none of the node; the first one's root is empty.
+    let spec = ContainerSpec {
+        privileged: true,
+        seccomp: Seccomp::Unconfined,
+        ..node.spec("all", "ps; ls -d /dev/*; ls /proc/1/root/; echo over")
+    };
+    node.runtime.create_container("pod", spec).await.unwrap();
+    node.runtime.start_container("all").await.unwrap();
+    node.wait_exit("all").await;
+    let text = node.text("all");
+    assert!(text.contains("sleep 1000") && text.contains("minke-pause") && text.contains("over"), "{text}");
+    assert!(!text.contains("minke-shim") && text.contains("/dev/null"), "{text}");
+
+    // Mounts cannot get out of it.
+    let out = Mount { propagation: Propagation::Bidirectional, ..bind(&node.scratch("out"), "/out") };
+    let mut spec = ContainerSpec { privileged: true, ..node.spec("out", "true") };
+    spec.mounts.push(out);
+    let refused = node.runtime.create_container("pod", spec).await.unwrap_err();
+    assert!(refused.to_string().contains("Bidirectional"), "{refused}");
+    // What cannot be shown as the pod's is not shown.
+    let mut spec = node.spec("sys", "true");
+    spec.mounts.push(bind(Path::new("/sys"), "/host-sys"));
+    node.runtime.create_container("pod", spec).await.unwrap();
+    let refused = node.runtime.start_container("sys").await.unwrap_err();
+    assert!(refused.to_string().contains("failed to set MOUNT_ATTR_IDMAP on /sys"), "{refused}");
     node.close().await;
 }

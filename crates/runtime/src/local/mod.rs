@@ -427,6 +427,16 @@ impl Runtime for LocalRuntime {
         format!("minke://{}", env!("CARGO_PKG_VERSION"))
     }
 
+    fn handlers(&self) -> Vec<Handler> {
+        // Both are this one: a RuntimeClass has to name something.
+        let named = |name: &str| Handler {
+            name: name.to_owned(),
+            recursive_read_only_mounts: true,
+            user_namespaces: crate::users::kernel_has_user_namespaces(),
+        };
+        vec![named(""), named("minke")]
+    }
+
     async fn run_sandbox(&self, mut spec: SandboxSpec) -> Result<()> {
         check_id(&spec.id)?;
         if spec.cgroup_parent.is_empty() {
@@ -498,13 +508,13 @@ impl Runtime for LocalRuntime {
 
     async fn create_container(&self, sandbox_id: &str, spec: ContainerSpec) -> Result<()> {
         check_id(&spec.id)?;
-        let cgroup_parent = {
+        let (cgroup_parent, users) = {
             let state = self.state();
             let sandbox = state.sandboxes.get(sandbox_id).ok_or_else(|| no_sandbox(sandbox_id))?;
             if sandbox.link.is_none() {
                 return Err(Error::Failed(format!("sandbox {sandbox_id:?} is not running")));
             }
-            sandbox.record.spec.cgroup_parent.clone()
+            (sandbox.record.spec.cgroup_parent.clone(), sandbox.record.spec.user_namespace)
         };
         let (id, sandbox_id) = (spec.id.clone(), sandbox_id.to_owned());
         let dir = self.container_dir(&id);
@@ -533,6 +543,10 @@ impl Runtime for LocalRuntime {
                 cgroup,
                 spec,
             };
+            if users.is_some() && record.shares_mounts() {
+                let why = "mounts made in a user namespace cannot reach the node: mount propagation is Bidirectional";
+                return Err(Error::Invalid(why.to_owned()));
+            }
             match fs::create_dir(&dir) {
                 Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
                     return Err(Error::AlreadyExists(format!(
@@ -542,7 +556,8 @@ impl Runtime for LocalRuntime {
                 }
                 done => done.map_err(failed)?,
             }
-            let made = make_container_dir(&dir, &runtime.inner.config.root.join("snapshots"), &record);
+            let snapshots = runtime.inner.config.root.join("snapshots");
+            let made = make_container_dir(&dir, &snapshots, &record, users.map_or(0, |ids| ids.first));
             made.map(|()| record).map_err(|e| {
                 let _ = crate::remove_tree(&dir);
                 failed(e)
@@ -785,7 +800,8 @@ fn libc_sigkill() -> i32 {
 }
 
 /// The directories of a container's root filesystem, and its record last: without it there is no container.
-fn make_container_dir(dir: &Path, snapshots: &Path, record: &ContainerRecord) -> io::Result<()> {
+/// `root` is the node's user that is root in it.
+fn make_container_dir(dir: &Path, snapshots: &Path, record: &ContainerRecord, root: u32) -> io::Result<()> {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
     for name in ["upper", "work", "rootfs"] {
         fs::create_dir(dir.join(name))?;
@@ -797,7 +813,8 @@ fn make_container_dir(dir: &Path, snapshots: &Path, record: &ContainerRecord) ->
     if let Some(top) = record.layers.first() {
         let meta = fs::metadata(snapshots.join(top))?;
         fs::set_permissions(dir.join("upper"), fs::Permissions::from_mode(meta.mode() & 0o7777))?;
-        std::os::unix::fs::chown(dir.join("upper"), Some(meta.uid()), Some(meta.gid()))?;
+        let (uid, gid) = (root.saturating_add(meta.uid()), root.saturating_add(meta.gid()));
+        std::os::unix::fs::chown(dir.join("upper"), Some(uid), Some(gid))?;
     }
     if let Some(parent) = record.spec.log_path.parent().filter(|p| !p.as_os_str().is_empty()) {
         fs::create_dir_all(parent)?;

@@ -11,14 +11,16 @@ use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use libcontainer::oci_spec::runtime::{Process, Spec};
+use libcontainer::oci_spec::runtime::Process;
 use nix::sched::CloneFlags;
 use rustix::process::{Pid, PidfdFlags};
 use rustix::thread::{Gid, Uid};
 
+use super::confine::ProcessRecord;
 use super::proto::{ContainerRecord, Report, Started};
-use super::{log, wire};
+use super::{log, userns, wire};
 use crate::api::ExecSpec;
+use crate::filter::Filter;
 use crate::sys;
 
 /// Arguments: the report socket's number, the container's directory, its first process.
@@ -50,8 +52,9 @@ fn run(socket: &OwnedFd, dir: &Path, init: i32) -> Result<(i32, Option<OwnedFd>)
     let exec: ExecSpec = serde_json::from_slice(&buffer[..n]).map_err(|e| e.to_string())?;
     let record = fs::read(dir.join("container.json")).map_err(what("read container.json"))?;
     let record: ContainerRecord = serde_json::from_slice(&record).map_err(|e| e.to_string())?;
-    let spec = Spec::load(dir.join("config.json")).map_err(|e| format!("read config.json: {e}"))?;
-    let process = spec.process().as_ref().ok_or("config.json has no process")?;
+    let how: ProcessRecord = super::runner::read_json(&dir.join("process.json"))?;
+    let filter = how.filter(dir)?;
+    let process = &how.process;
 
     let pid = Pid::from_raw(init).ok_or("the container is not running")?;
     let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())
@@ -64,7 +67,12 @@ fn run(socket: &OwnedFd, dir: &Path, init: i32) -> Result<(i32, Option<OwnedFd>)
         | CloneFlags::CLONE_NEWIPC
         | CloneFlags::CLONE_NEWUTS
         | CloneFlags::CLONE_NEWCGROUP;
+    let all = if how.first_id.is_some() { all | CloneFlags::CLONE_NEWUSER } else { all };
+    own_streams(how.first_id.unwrap_or(0).saturating_add(process.user().uid()));
     nix::sched::setns(&pidfd, all).map_err(|e| format!("join the container's namespaces: {e}"))?;
+    if how.first_id.is_some() {
+        userns::become_root().map_err(|e| format!("become root of the user namespace: {e}"))?;
+    }
     // Made here, in the container's own devpts; the child only opens it as its terminal.
     let pty = exec.tty.then(|| open_pty(process)).transpose().map_err(what("open a terminal"))?;
     let (master, slave) = pty.map_or((None, None), |(m, s)| (Some(m), Some(s)));
@@ -74,7 +82,7 @@ fn run(socket: &OwnedFd, dir: &Path, init: i32) -> Result<(i32, Option<OwnedFd>)
         .map_err(what("pipe"))?;
     match sys::fork(false).map_err(what("fork"))? {
         sys::Forked::Child => {
-            let error = become_process(&spec, process, &exec, slave);
+            let error = become_process(&how, filter.as_ref(), &exec, slave);
             let _ = fs::File::from(child_end).write_all(error.as_bytes());
             sys::exit_now(127);
         }
@@ -92,8 +100,13 @@ fn run(socket: &OwnedFd, dir: &Path, init: i32) -> Result<(i32, Option<OwnedFd>)
 }
 
 /// Ends in the program, or returns why not.
-fn become_process(spec: &Spec, process: &Process, exec: &ExecSpec, slave: Option<OwnedFd>) -> String {
-    match prepare(spec, process, exec, slave) {
+fn become_process(
+    how: &ProcessRecord,
+    filter: Option<&Filter>,
+    exec: &ExecSpec,
+    slave: Option<OwnedFd>,
+) -> String {
+    match prepare(how, filter, exec, slave) {
         Ok((program, argv, env)) => match nix::unistd::execve(&program, &argv, &env) {
             Ok(never) => match never {},
             Err(e) => exec_error(&exec.argv[0], e),
@@ -105,11 +118,12 @@ fn become_process(spec: &Spec, process: &Process, exec: &ExecSpec, slave: Option
 type Program = (CString, Vec<CString>, Vec<CString>);
 
 fn prepare(
-    spec: &Spec,
-    process: &Process,
+    how: &ProcessRecord,
+    filter: Option<&Filter>,
     exec: &ExecSpec,
     slave: Option<OwnedFd>,
 ) -> Result<Program, String> {
+    let process = &how.process;
     let at = |what: &'static str| move |e: rustix::io::Errno| format!("{what}: {e}");
     rustix::process::setsid().map_err(at("setsid"))?;
     if let Some(slave) = slave {
@@ -127,47 +141,38 @@ fn prepare(
     if exec.tty && !env.iter().any(|e| e.starts_with("TERM=")) {
         env.push("TERM=xterm".to_owned());
     }
-    let path = env.iter().find_map(|e| e.strip_prefix("PATH=")).unwrap_or_default().to_owned();
     let name = exec.argv.first().ok_or("no command given")?;
 
     let user = process.user();
     let groups: Vec<Gid> = user.additional_gids().iter().flatten().map(|g| Gid::from_raw(*g)).collect();
     rustix::thread::set_thread_groups(&groups).map_err(at("setgroups"))?;
-    let linux = spec.linux().as_ref();
-    let seccomp = linux.and_then(|l| l.seccomp().as_ref());
-    let no_new_privs = process.no_new_privileges() == Some(true);
-    let filter = || -> Result<(), String> {
-        let Some(profile) = seccomp else { return Ok(()) };
-        libcontainer::seccomp::initialize_seccomp(profile).map(drop).map_err(|e| format!("seccomp: {e}"))
+    let ask = || match &how.asking {
+        Some(profile) => libcontainer::seccomp::initialize_seccomp(profile).map(drop),
+        None => Ok(()),
     };
-    // Without no_new_privs only an administrator may set a filter, so it comes before capabilities go.
-    if !no_new_privs {
-        filter()?;
+    if !how.no_new_privs() {
+        ask().map_err(|e| format!("seccomp: {e}"))?;
     }
     rustix::thread::set_keep_capabilities(true).map_err(at("keep capabilities"))?;
     let (uid, gid) = (Uid::from_raw(user.uid()), Gid::from_raw(user.gid()));
     rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(at("setgid"))?;
     rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(at("setuid"))?;
+    rustix::thread::set_keep_capabilities(false).map_err(at("keep capabilities"))?;
     let syscall = libcontainer::syscall::syscall::create_syscall();
     libcontainer::capabilities::reset_effective(&*syscall).map_err(|e| format!("capabilities: {e}"))?;
-    if let Some(caps) = process.capabilities() {
-        libcontainer::capabilities::drop_privileges(caps, &*syscall)
-            .map_err(|e| format!("capabilities: {e}"))?;
-    }
-    rustix::thread::set_keep_capabilities(false).map_err(at("keep capabilities"))?;
-    if no_new_privs {
+    if how.no_new_privs() {
         rustix::thread::set_no_new_privs(true).map_err(at("no_new_privs"))?;
-        filter()?;
+        ask().map_err(|e| format!("seccomp: {e}"))?;
     }
     sys::default_signals();
     sys::close_on_exec_from(3);
-    let program = find_program(name, &path)?;
     let strings = |list: &[String]| -> Result<Vec<CString>, String> {
         let one =
             |s: &String| CString::new(s.as_bytes()).map_err(|_| "a string contains a zero byte".to_owned());
         list.iter().map(one).collect()
     };
-    Ok((program, strings(&exec.argv)?, strings(&env)?))
+    let (argv, env) = (strings(&exec.argv)?, strings(&env)?);
+    Ok((how.enter(name, filter)?, argv, env))
 }
 
 /// The file `name` stands for, searched in `path` like a shell does; the words of a failure are runc's.
@@ -221,6 +226,19 @@ pub fn join_cgroups(dirs: &[PathBuf], pid: i32) -> Result<(), String> {
         fs::write(&file, pid.to_string()).map_err(|e| format!("write {}: {e}", file.display()))?;
     }
     Ok(())
+}
+
+/// Gives the pipes that are a program's streams to its user, who may open them anew as /dev/stdout and the like.
+/// `uid` is the node's.
+pub fn own_streams(uid: u32) {
+    for stream in [rustix::stdio::stdin(), rustix::stdio::stdout(), rustix::stdio::stderr()] {
+        let is_pipe = rustix::fs::fstat(stream).is_ok_and(|stat| {
+            rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Fifo
+        });
+        if is_pipe {
+            let _ = rustix::fs::fchown(stream, Some(rustix::fs::Uid::from_raw(uid)), None);
+        }
+    }
 }
 
 /// Lowering it needs CAP_SYS_RESOURCE; without, the node's own value has to do.

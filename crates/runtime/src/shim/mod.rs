@@ -8,14 +8,16 @@
 //! one process in a running container and ends, *pause* is process 1 of a pod that shares its process
 //! namespace. None of them starts a thread.
 
+mod confine;
 mod container;
 pub(crate) mod exec;
 pub(crate) mod log;
 mod pause;
-pub(crate) mod proto;
 mod propagation;
+pub(crate) mod proto;
 mod runner;
 mod server;
+mod userns;
 pub(crate) mod wire;
 
 use std::ffi::OsStr;
@@ -36,7 +38,7 @@ pub fn entry() {
         Some(SHIM) => server::main(args),
         Some(RUNNER) => runner::main(args),
         Some(EXEC) => exec::main(args),
-        Some(PAUSE) => pause::main(),
+        Some(PAUSE) => pause::main(args),
         _ => return,
     };
     std::process::exit(code);

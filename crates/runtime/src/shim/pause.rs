@@ -4,6 +4,9 @@
 //! The containers see this process: it has no rights, and its root directory is empty, so that whoever may look into
 //! `/proc/1/root` finds nothing of the node there.
 
+use std::ffi::OsString;
+use std::io::Write;
+
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::CloneFlags;
 use nix::sys::signal::{SigSet, Signal};
@@ -11,13 +14,20 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::stat::Mode;
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::WaitOptions;
-use std::io::Write;
 
 use crate::sys;
 
-/// Makes the namespace, says the outer id of its first process on stdout, and stays as that process.
-pub fn main() -> i32 {
+/// Makes the namespace, says the outer id of its first process on stdout, and stays as that process. Argument: the
+/// number of the pod's user namespace, if it has one.
+pub fn main(mut args: impl Iterator<Item = OsString>) -> i32 {
     sys::default_signals();
+    let users = args.next().and_then(|n| sys::inherited_fd(n.to_str()?.parse().ok()?).ok());
+    if let Some(users) = users
+        && let Err(e) = super::userns::join(&users)
+    {
+        super::log_line!("pause: join the user namespace: {e}");
+        return 1;
+    }
     if let Err(e) = nix::sched::unshare(CloneFlags::CLONE_NEWPID) {
         super::log_line!("pause: unshare: {e}");
         return 1;

@@ -21,7 +21,7 @@ use super::proto::{
     ContainerRecord, Exit, Message, Op, Reply, Report, Request, SandboxRecord, ShimError, ShimEvent,
 };
 use super::runner::read_json;
-use super::{log, wire};
+use super::{log, userns, wire};
 use crate::api::ExecSpec;
 use crate::files::write_json;
 use crate::sys;
@@ -82,6 +82,8 @@ struct Shim {
     listener: UnixListener,
     signals: SignalFd,
     node_mounts: OwnedFd,
+    /// The pod's own user namespace.
+    users: Option<OwnedFd>,
     pause: Option<i32>,
     /// Held open as long as the pause process is to live.
     _pause_life: Option<ChildStdin>,
@@ -130,11 +132,13 @@ impl Shim {
         super::exec::join_cgroups(&record.cgroup_dirs, std::process::id() as i32)?;
         let node_mounts: OwnedFd =
             fs::File::open("/proc/self/ns/mnt").map_err(io_at("open mount namespace"))?.into();
+        let users = spec.user_namespace.map(userns::enter).transpose()?;
+        let own = users.is_none();
         let mut flags = CloneFlags::CLONE_NEWNS;
-        flags.set(CloneFlags::CLONE_NEWNET, !spec.host_network);
-        flags.set(CloneFlags::CLONE_NEWIPC, !spec.host_ipc);
+        flags.set(CloneFlags::CLONE_NEWNET, own && !spec.host_network);
+        flags.set(CloneFlags::CLONE_NEWIPC, own && !spec.host_ipc);
         // With the node's network a pod has the node's name, as upstream does it.
-        flags.set(CloneFlags::CLONE_NEWUTS, !spec.host_network);
+        flags.set(CloneFlags::CLONE_NEWUTS, own && !spec.host_network);
         nix::sched::unshare(flags).map_err(at("unshare"))?;
         let slave = MsFlags::MS_SLAVE | MsFlags::MS_REC;
         mount(None::<&str>, "/", None::<&str>, slave, None::<&str>).map_err(at("make mounts private"))?;
@@ -160,7 +164,7 @@ impl Shim {
             fs::write(&file, value).map_err(|e| format!("set sysctl {name}={value}: {e}"))?;
         }
         let (pause, _pause_life) = match spec.share_pid {
-            true => start_pause().map(|(pid, life)| (Some(pid), life))?,
+            true => start_pause(users.as_ref()).map(|(pid, life)| (Some(pid), life))?,
             false => (None, None),
         };
         std::env::set_current_dir("/").map_err(io_at("chdir"))?;
@@ -177,6 +181,7 @@ impl Shim {
             listener,
             signals,
             node_mounts,
+            users,
             pause,
             _pause_life,
             containers: BTreeMap::new(),
@@ -398,8 +403,11 @@ impl Shim {
         let (container, stdio) = Container::prepare(id, dir, &record).map_err(|e| e.to_string())?;
         let pid = std::process::id().to_string();
         let node = inherit(&self.node_mounts).map_err(|e| e.to_string())?;
-        let number = node.as_raw_fd().to_string();
-        let args: [&OsStr; 4] = [self.root.as_os_str(), id.as_ref(), pid.as_ref(), number.as_ref()];
+        let users = self.users.as_ref().map(inherit).transpose().map_err(|e| e.to_string())?;
+        let number = |fd: &OwnedFd| fd.as_raw_fd().to_string();
+        let numbers = (number(&node), users.as_ref().map(number).unwrap_or_default());
+        let args: [&OsStr; 5] =
+            [self.root.as_os_str(), id.as_ref(), pid.as_ref(), numbers.0.as_ref(), numbers.1.as_ref()];
         let (socket, helper) =
             spawn(super::RUNNER, &args, stdio).map_err(|e| format!("start the runner: {e}"))?;
         Ok((socket, helper, container))
@@ -659,8 +667,11 @@ fn spawn(name: &str, args: &[&OsStr], stdio: [Stdio; 3]) -> io::Result<(OwnedFd,
 }
 
 /// Starts the process that holds the pod's process namespace; it ends when its input is closed.
-fn start_pause() -> Result<(i32, Option<ChildStdin>), String> {
-    let child = super::command(super::PAUSE, &[]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+fn start_pause(users: Option<&OwnedFd>) -> Result<(i32, Option<ChildStdin>), String> {
+    let users = users.map(inherit).transpose().map_err(|e| e.to_string())?;
+    let number = users.as_ref().map(|fd| fd.as_raw_fd().to_string());
+    let args: Vec<&OsStr> = number.iter().map(AsRef::as_ref).collect();
+    let child = super::command(super::PAUSE, &args).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
     let mut child = child.map_err(|e| format!("start pause: {e}"))?;
     let mut text = String::new();
     // Ends with the helper; the process itself closes its copy first thing.

@@ -259,7 +259,7 @@ pub fn busybox(stop_signal: &str, tag: &str) -> Vec<u8> {
     add("etc/passwd", Regular, 0o644, b"root:x:0:0:root:/root:/bin/sh\nweb:x:101:102:Web:/srv:/bin/sh\n", "");
     add("etc/group", Regular, 0o644, b"root:x:0:\nwww:x:102:\nlogs:x:300:web\n", "");
     for name in
-        "sh cat echo sleep true id ls hostname readlink ip grep wc head mknod mount unshare ps stty tty pidof seq kill printf test pwd"
+        "sh cat echo sleep true id ls hostname readlink ip grep wc head mknod mount unshare ps stty tty pidof seq kill printf test pwd stat chown tr"
             .split(' ')
     {
         add(&format!("bin/{name}"), Symlink, 0o777, b"", "/bin/busybox");
