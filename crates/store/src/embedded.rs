@@ -8,7 +8,7 @@
 //! the store stops writing.
 //!
 //! Even a deletion needs new pages. So that a full device can be emptied, a reserve lies beside the file,
-//! and gives its room to writes that delete or shrink.
+//! and gives its room to writes that delete or shrink. Until it is filled again, there is no room for others.
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions, TryLockError};
@@ -98,7 +98,8 @@ impl Embedded {
         let at = path.to_owned();
         embedded.length = Box::new(move || std::fs::metadata(&at).ok().map(|file| file.len()));
         embedded._lock = Some(lock);
-        let mut reserve = Reserve { path: path.with_extension("reserve"), filled: false, commits: 0 };
+        let mut reserve =
+            Reserve { path: path.with_extension("reserve"), filled: false, commits: 0, freed: 0 };
         reserve.fill();
         embedded.reserve = Some(reserve);
         Ok(embedded)
@@ -130,6 +131,36 @@ impl Embedded {
             reserve: None,
             _lock: None,
         })
+    }
+
+    /// Whether there is a reserve, if one is kept; one that was given away is taken back as soon as that can be.
+    fn has_reserve(&mut self) -> bool {
+        let Some(reserve) = &mut self.reserve else { return true };
+        if !reserve.filled {
+            reserve.fill();
+        }
+        if !reserve.filled && reserve.freed >= RESERVE as i64 {
+            reserve.freed = 0;
+            // The room that deletions made is within the file.
+            if self.database().is_ok() {
+                self.compact();
+            }
+            self.reserve.iter_mut().for_each(Reserve::fill);
+        }
+        self.reserve.as_ref().is_none_or(|reserve| reserve.filled)
+    }
+
+    fn compact(&mut self) {
+        let Some(database) = &mut self.database else { return };
+        let before = (self.length)();
+        match database.compact() {
+            Ok(_) => tracing::info!(before, after = (self.length)(), "Compacted the store"),
+            Err(error) => {
+                tracing::warn!(%error, "Compacting the store failed");
+                // Compaction moves whole committed states; what was there is there.
+                self.database = None;
+            }
+        }
     }
 
     /// The database, opened again if the last write failed.
@@ -198,6 +229,9 @@ impl Engine for Embedded {
     }
 
     fn commit(&mut self, batch: &Batch) -> Result<(), EngineError> {
+        if !batch.makes_room() && !self.has_reserve() {
+            return Err(EngineError::Full);
+        }
         let mut result = self.database().and_then(|database| write(database, batch));
         if let (Err(error), Some(reserve)) = (&result, &mut self.reserve)
             && is_full(error)
@@ -211,6 +245,9 @@ impl Engine for Embedded {
             Ok(()) => {
                 self.revision = batch.revision;
                 self.since_tidy += 1;
+                if let Some(reserve) = &mut self.reserve {
+                    reserve.freed += batch.writes.iter().map(|write| -write.growth).sum::<i64>();
+                }
                 Ok(())
             }
             Err(error) => {
@@ -229,17 +266,8 @@ impl Engine for Embedded {
             return;
         }
         self.since_tidy = 0;
-        let (Some(database), Some(length)) = (&mut self.database, (self.length)()) else { return };
-        if length < COMPACT_FROM || length < 4 * live_bytes {
-            return;
-        }
-        match database.compact() {
-            Ok(_) => tracing::info!(before = length, after = (self.length)(), "Compacted the store"),
-            Err(error) => {
-                tracing::warn!(%error, "Compacting the store failed");
-                // Compaction moves whole committed states; what was there is there.
-                self.database = None;
-            }
+        if (self.length)().is_some_and(|length| length >= COMPACT_FROM && length >= 4 * live_bytes) {
+            self.compact();
         }
     }
 }
@@ -289,6 +317,8 @@ struct Reserve {
     filled: bool,
     /// Commits since it was released, or since it could not be filled.
     commits: u32,
+    /// Since then, or since the file was last compacted for its sake: bytes by which objects have become fewer.
+    freed: i64,
 }
 
 impl Reserve {
@@ -307,7 +337,7 @@ impl Reserve {
 
     /// Gives the room back to the device; `false` when there is none to give.
     fn release(&mut self) -> bool {
-        self.commits = 0;
+        (self.commits, self.freed) = (0, 0);
         std::mem::take(&mut self.filled) && std::fs::remove_file(&self.path).is_ok()
     }
 

@@ -33,6 +33,8 @@ pub(crate) struct Writer {
     queue: mpsc::Receiver<Message>,
     /// Why nothing can be written any more.
     broken: Option<Arc<str>>,
+    /// The last batch found no room, and it was said.
+    is_full: bool,
     /// Tells everyone else of `broken`.
     is_broken: Arc<AtomicBool>,
 }
@@ -62,7 +64,7 @@ impl Writer {
         queue: mpsc::Receiver<Message>,
         is_broken: Arc<AtomicBool>,
     ) -> Writer {
-        Writer { engine, state, queue, broken: None, is_broken }
+        Writer { engine, state, queue, broken: None, is_full: false, is_broken }
     }
 
     pub(crate) fn run(mut self) {
@@ -181,15 +183,20 @@ impl Writer {
                     Write { object: object.clone(), deleted, growth }
                 })
                 .collect();
-            self.engine.commit(&Batch { revision: pending.revision, writes })
+            let batch = Batch { revision: pending.revision, writes };
+            let durable = self.engine.commit(&batch);
+            if durable.is_ok() && !batch.makes_room() && std::mem::take(&mut self.is_full) {
+                tracing::info!("There is room for the cluster's state again");
+            }
+            durable
         };
         let failed = match durable {
             Ok(()) => None,
             Err(EngineError::Full) => {
-                tracing::warn!(
-                    transactions = pending.answers.len(),
-                    "No space left to write the cluster's state"
-                );
+                // Said once: the log may well lie on the same device.
+                if !std::mem::replace(&mut self.is_full, true) {
+                    tracing::warn!("No space left to write the cluster's state");
+                }
                 Some(Error::Full)
             }
             Err(EngineError::Failed(why)) => {
