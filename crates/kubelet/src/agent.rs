@@ -46,7 +46,7 @@ struct Handle {
 }
 
 impl Agent {
-    /// Looks at everything that runs, and takes its addresses before anything new can have them.
+    /// Looks at everything that runs, and takes its addresses and ids before anything new can have them.
     pub async fn adopt(
         context: Arc<Context>,
         pods: Arc<Informer>,
@@ -56,6 +56,11 @@ impl Agent {
         let events = context.runtime.subscribe();
         let mut found: HashMap<String, Vec<SandboxStatus>> = HashMap::new();
         for mut sandbox in context.runtime.list().await? {
+            if let Some(range) = sandbox.spec.user_namespace
+                && sandbox.state == minke_runtime::SandboxState::Ready
+            {
+                context.ids.reserve(&sandbox.spec.id, range);
+            }
             let address = sandbox.spec.annotations.get(ADDRESS_ANNOTATION).and_then(|text| text.parse().ok());
             if let Some(address) = address
                 && sandbox.state == minke_runtime::SandboxState::Ready
@@ -433,6 +438,7 @@ async fn remove_orphan(context: &Context, uid: &str, sandboxes: Vec<SandboxStatu
         if let Err(error) = context.runtime.remove_sandbox(&spec.id).await {
             tracing::warn!(sandbox = spec.id, %error, "Sandbox of an orphan not removed");
         }
+        context.ids.release(&spec.id);
         if let Err(why) = context.network.detach(&spec.id).await {
             tracing::warn!(sandbox = spec.id, why, "Network of an orphan not removed");
         }

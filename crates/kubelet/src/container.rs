@@ -92,6 +92,7 @@ pub fn sandbox(
         host_pid: spec.host_pid == Some(true),
         host_ipc: spec.host_ipc == Some(true),
         share_pid: spec.share_process_namespace == Some(true),
+        user_namespace: None,
         log_dir: paths.pod_logs(pod),
         cgroup_parent: resources::cgroup(cgroup_root, pod),
         resources: Resources { pids_limit: pids, ..resources::of_pod(pod) },

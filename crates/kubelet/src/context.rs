@@ -15,6 +15,7 @@ use crate::env::Facts;
 use crate::etc::Dns;
 use crate::events::Recorder;
 use crate::eviction;
+use crate::id_ranges::IdRanges;
 use crate::images::Images;
 use crate::network::PodNetwork;
 use crate::probe_counts::ProbeCounts;
@@ -36,6 +37,7 @@ pub struct Context {
     pub runtime: Arc<dyn Runtime>,
     pub images: Images,
     pub network: Arc<dyn PodNetwork>,
+    pub ids: IdRanges,
     pub drain: Arc<dyn EndpointDrain>,
     pub client: Arc<dyn Client>,
     pub references: References,

@@ -29,6 +29,7 @@ use crate::observed::ADDRESS_ANNOTATION;
 use crate::plan;
 use crate::pod::Pod;
 use crate::references::{self, Held};
+use crate::runtime_class;
 use crate::volumes::{self, Tokens};
 use crate::worker::{Message, final_delete};
 
@@ -111,16 +112,23 @@ pub async fn create_sandbox(context: Arc<Context>, pod: Pod, attempt: u32, old: 
             return failed(why);
         }
     }
-    if pod.spec().host_users == Some(false) {
-        let why = "can't set `spec.hostUsers: false`, the runtime does not support user namespaces";
-        return failed(why.to_owned());
-    }
+    let handler = match runtime_class::handler(&context, &pod).await {
+        Ok(handler) => handler,
+        Err(why) => return failed(why),
+    };
     let (domain, pids) = (&context.dns.domain, context.settings.pod_pids);
     let mut spec = container::sandbox(&pod, &context.paths, &context.cgroup_root, domain, pids, attempt);
+    spec.user_namespace = match runtime_class::users(&context, &pod, &handler, &spec.id) {
+        Ok(range) => range,
+        Err(why) => return failed(why),
+    };
     let address = if pod.host_network() { Ok(None) } else { context.network.allocate().map(Some) };
     let address = match address {
         Ok(address) => address,
-        Err(why) => return failed(format!("failed to setup network for sandbox \"{}\": {why}", spec.id)),
+        Err(why) => {
+            context.ids.release(&spec.id);
+            return failed(format!("failed to setup network for sandbox \"{}\": {why}", spec.id));
+        }
     };
     context.owners.put(&spec.id, pod.uid());
     if let Some(address) = address {
@@ -175,8 +183,9 @@ async fn make_sandbox(
     attached.map_err(|why| format!("failed to setup network for sandbox \"{}\": {why}", spec.id))
 }
 
-/// Takes a sandbox off the network and gives its address back.
+/// Takes a sandbox that has ended off the network, and gives its address and its ids back.
 async fn give_back(context: &Context, spec: &SandboxSpec) -> Result<(), String> {
+    context.ids.release(&spec.id);
     if spec.host_network {
         return Ok(());
     }

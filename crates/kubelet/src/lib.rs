@@ -19,6 +19,7 @@ mod eviction;
 #[doc(hidden)]
 pub mod fuzzing;
 mod handlers;
+mod id_ranges;
 mod image_access;
 mod image_gc;
 mod images;
@@ -41,6 +42,7 @@ mod references;
 mod resize;
 mod resources;
 mod rounds;
+mod runtime_class;
 mod server;
 mod settings;
 mod status;
@@ -152,6 +154,7 @@ impl Kubelet {
         let context = Arc::new(Context {
             node_ip: config.node_ip,
             version: config.version,
+            ids: id_ranges::IdRanges::new(&config.cgroup_parent),
             cgroup_root: config.cgroup_parent,
             dns: etc::Dns {
                 servers: config.cluster_dns,

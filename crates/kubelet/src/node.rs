@@ -223,8 +223,21 @@ impl Node {
             }),
             images: Some(self.images().await),
             node_info: Some(self.machine.node_info(&self.context.version, self.context.runtime.version())),
+            runtime_handlers: Some(self.runtime_handlers()),
+            features: Some(core::NodeFeatures { supplemental_groups_policy: Some(true) }),
             ..core::NodeStatus::default()
         }
+    }
+
+    fn runtime_handlers(&self) -> Vec<core::NodeRuntimeHandler> {
+        let shown = |handler: minke_runtime::Handler| core::NodeRuntimeHandler {
+            name: Some(handler.name),
+            features: Some(core::NodeRuntimeHandlerFeatures {
+                recursive_read_only_mounts: Some(handler.recursive_read_only_mounts),
+                user_namespaces: Some(handler.user_namespaces),
+            }),
+        };
+        self.context.runtime.handlers().into_iter().map(shown).collect()
     }
 
     async fn images(&self) -> Vec<core::ContainerImage> {

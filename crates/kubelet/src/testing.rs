@@ -78,6 +78,7 @@ impl World {
             node_name: "n".into(),
             node_ip: "192.0.2.1".parse().expect("an address"),
             version: "v1.37.0".into(),
+            ids: crate::id_ranges::IdRanges::new("minke-test"),
             cgroup_root: "minke-test".into(),
             dns: crate::etc::Dns::default(),
             runtime: self.runtime.clone(),
