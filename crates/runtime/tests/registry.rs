@@ -572,6 +572,144 @@ async fn tokens_are_fetched_with_the_credentials() {
     store.pull(&other, Auth::Bearer { token: "good".into() }, None).await.unwrap();
 }
 
+/// A registry of one image `x:1` with this manifest, and of one layer that is good; counts the layers it is asked for.
+fn with_manifest(layers: serde_json::Value) -> (u16, Arc<AtomicU64>) {
+    let good = layer("a", 10);
+    let mut paths = image_of(std::slice::from_ref(&good), "");
+    let config = paths.values().find(|bytes| bytes.starts_with(b"{\"architecture")).unwrap().clone();
+    let text = serde_json::json!({
+        "schemaVersion": 2, "layers": layers,
+        "config": { "mediaType": "c", "digest": digest(&config), "size": config.len() },
+    });
+    paths.insert("manifests/1".to_owned(), text.to_string().into_bytes());
+    let asked_for = Arc::new(AtomicU64::new(0));
+    let counter = asked_for.clone();
+    let own = format!("/v2/x/blobs/{}", digest(&config));
+    let port = web(move |asked| {
+        if asked.path().contains("/blobs/") && asked.path() != own {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+        match paths.get(asked.path().trim_start_matches("/v2/x/")) {
+            Some(bytes) => reply("200 OK", bytes),
+            None => reply("404 Not Found", b""),
+        }
+    });
+    (port, asked_for)
+}
+
+/// What a manifest says of sizes and numbers is not believed; nothing is fetched that could not be kept.
+#[tokio::test]
+async fn manifests_that_ask_for_too_much_are_refused() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let good = layer("a", 10);
+    let one =
+        |digest: &str, size: u64| serde_json::json!({ "mediaType": "l", "digest": digest, "size": size });
+    let other = |n: usize| digest(format!("{n}").as_bytes());
+    let many: Vec<_> = (0..200).map(|n| one(&other(n), 1)).collect();
+    for (layers, want) in [
+        (serde_json::json!(many), "an image cannot have more than 127 layers"),
+        (
+            serde_json::json!([one(&other(1), u64::MAX), one(&other(2), u64::MAX)]),
+            "no space left on device: the layers have 18446744073709551615 bytes",
+        ),
+        (serde_json::json!([one(&digest(&good), 10)]), "longer than the 10 bytes announced"),
+        (serde_json::json!([one(&digest(&good), 1 << 20)]), "unexpected EOF"),
+        (serde_json::json!([one("sha256:../../etc", 1)]), "unsupported digest"),
+        (
+            serde_json::json!([one(&digest(&good), good.len() as u64), one(&other(1), 1)]),
+            "has 2 layers, and its configuration names 1",
+        ),
+    ] {
+        let (port, asked_for) = with_manifest(layers);
+        let dir = tempfile::tempdir().unwrap();
+        let to = store(dir.path(), RegistryConfig::default());
+        let name = format!("127.0.0.1:{port}/x:1");
+        let error = to.pull(&name, Auth::Anonymous, None).await.unwrap_err().to_string();
+        assert!(error.contains(want), "{error}");
+        let asked = asked_for.load(Ordering::Relaxed);
+        assert!(
+            asked == 0 || want.starts_with("longer") || want.starts_with("unexpected"),
+            "{want}: {asked}"
+        );
+        to.clean_up(true).await.unwrap();
+    }
+    // One that is here already has the size that it has.
+    let (port, _) = with_manifest(serde_json::json!([one(&digest(&good), good.len() as u64)]));
+    let dir = tempfile::tempdir().unwrap();
+    let to = store(dir.path(), RegistryConfig::default());
+    to.pull(&format!("127.0.0.1:{port}/x:1"), Auth::Anonymous, None).await.unwrap();
+    let (port, _) = with_manifest(serde_json::json!([one(&digest(&good), u64::MAX)]));
+    let error = to.pull(&format!("127.0.0.1:{port}/x:1"), Auth::Anonymous, None).await.unwrap_err();
+    assert!(error.to_string().contains("not the 18446744073709551615 announced"), "{error}");
+}
+
+/// What a `hosts.toml` says of a mirror: its path, the headers it gets, what it may be asked, and that nobody's password goes
+/// there.
+#[tokio::test]
+async fn a_mirror_is_asked_as_its_file_says() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let paths = image_of(&[layer("a", 10)], "");
+    let seen = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let (note, all) = (seen.clone(), paths.clone());
+    let mirror = web(move |asked| {
+        let header = asked.header("x-team").unwrap_or_default().to_owned();
+        note.lock().unwrap().push(format!("{} {header} {:?}", asked.path(), asked.header("authorization")));
+        let path = asked.path().split('?').next().unwrap_or_default();
+        match path.strip_prefix("/cache/deep/a/b/").and_then(|path| all.get(path)) {
+            Some(bytes) => reply("200 OK", bytes),
+            None => reply("404 Not Found", b""),
+        }
+    });
+    let hosts = |more: &str| {
+        format!(
+            "server = \"http://127.0.0.1:1\"\n[host.\"http://127.0.0.1:{mirror}/cache/deep\"]\noverride_path = true\n{more}\
+             [host.\"http://127.0.0.1:{mirror}/cache/deep\".header]\nx-team = \"blue\"\n"
+        )
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let to = store(dir.path(), configured(dir.path(), "reg.example", &hosts("")));
+    let auth = Auth::Basic { username: "me".into(), password: "s3cret".into() };
+    to.pull("reg.example/a/b:1", auth.clone(), None).await.unwrap();
+    let asked = std::mem::take(&mut *seen.lock().unwrap());
+    assert_eq!(asked[0], "/cache/deep/a/b/manifests/1?ns=reg.example blue None");
+    assert!(asked.iter().all(|line| line.ends_with(" blue None")), "{asked:?}");
+    // One that may not be asked what a tag means is only asked by digest.
+    let text = hosts("capabilities = [\"pull\"]\n");
+    let dir = tempfile::tempdir().unwrap();
+    let to = store(dir.path(), configured(dir.path(), "reg.example", &text));
+    let error = to.pull("reg.example/a/b:1", auth.clone(), None).await.unwrap_err().to_string();
+    assert!(error.ends_with("dial tcp 127.0.0.1:1: connect: connection refused"), "{error}");
+    assert!(seen.lock().unwrap().is_empty());
+    let index = digest(&paths["manifests/1"]);
+    to.pull(&format!("reg.example/a/b@{index}"), auth, None).await.unwrap();
+}
+
+/// Of several images for this architecture the one that runs on every machine of it.
+#[tokio::test]
+async fn the_plain_variant_of_a_platform_is_taken() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let mut paths = image_of(&[layer("a", 10)], "");
+    let mut index: serde_json::Value = serde_json::from_slice(&paths["manifests/1"]).unwrap();
+    let mut newer = index["manifests"][1].clone();
+    newer["platform"]["variant"] = "v9".into();
+    newer["digest"] = digest(b"nowhere").into();
+    index["manifests"].as_array_mut().unwrap().insert(0, newer);
+    paths.insert("manifests/1".to_owned(), index.to_string().into_bytes());
+    let port = web(move |asked| match paths.get(asked.path().trim_start_matches("/v2/x/")) {
+        Some(bytes) => reply("200 OK", bytes),
+        None => reply("404 Not Found", b""),
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let to = store(dir.path(), RegistryConfig::default());
+    to.pull(&format!("127.0.0.1:{port}/x:1"), Auth::Anonymous, None).await.unwrap();
+}
+
 /// A CA of the test's own, the registry's certificate, and ours.
 struct Pki {
     ca: String,

@@ -1,13 +1,16 @@
 //! Image archives: what `docker save` and OCI tools write, in and out.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{OsStr, OsString};
 use std::io::{self, Read, Write};
-use std::path::{Component, Path};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
+use super::headers::Headers;
 use super::reference::{Reference, parse_digest};
 use super::unpack::{decompress, hex};
 use super::{ImageStore, Names, Record, Transferred, failed};
@@ -17,8 +20,9 @@ use crate::api::{Error, Progress, ProgressEvent, Result};
 pub const DOCUMENT_MAX: u64 = 4 << 20;
 /// Most entries of an archive.
 const ENTRIES_MAX: usize = 100_000;
-/// Depth to which indexes may name indexes.
+/// Depth to which indexes may name indexes, and how many of them are looked into for one image.
 const NESTED_MAX: usize = 4;
+const LOOKED_INTO_MAX: usize = 1000;
 
 pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
@@ -48,6 +52,15 @@ pub struct Platform {
     pub os: String,
     #[serde(default)]
     pub architecture: String,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub variant: String,
+}
+
+impl Platform {
+    /// Runs on every machine of the architecture.
+    pub fn is_plain(&self) -> bool {
+        matches!(self.variant.as_str(), "" | "v1") || self.architecture == "arm64" && self.variant == "v8"
+    }
 }
 
 /// An index or a manifest: which one is told by what it has.
@@ -168,8 +181,9 @@ fn read(store: &ImageStore, archive: impl Read, progress: Option<&Progress>) -> 
     let broken = |e: io::Error| Error::Invalid(format!("read image archive: {e}"));
     let mut archive = tar::Archive::new(decompress(archive).map_err(broken)?);
     let mut contents = Contents::default();
-    let mut left = store.inner.limits.bytes;
-    for (count, entry) in archive.entries().map_err(broken)?.enumerate() {
+    let limits = store.inner.limits;
+    let (mut left, mut headers) = (limits.bytes, Headers::new(limits.header));
+    for (count, entry) in archive.entries().map_err(broken)?.raw(true).enumerate() {
         let mut entry = match entry {
             // What is wrong with the first header would be told with all of its bytes.
             Err(e)
@@ -184,11 +198,19 @@ fn read(store: &ImageStore, archive: impl Read, progress: Option<&Progress>) -> 
         if count > ENTRIES_MAX {
             return Err(Error::Invalid("the archive has too many entries".to_owned()));
         }
+        let Some(extended) = headers.take(&mut entry).map_err(broken)? else { continue };
+        let path = extended.path.unwrap_or_else(|| entry.path_bytes().into_owned());
+        if path.len() >= limits.path {
+            return Err(Error::Invalid("read image archive: a path is too long".to_owned()));
+        }
         // Paths are only names here; nothing is made by them.
-        let Some(path) = plain(&entry.path().map_err(broken)?) else { continue };
+        let Some(path) = plain(Path::new(OsStr::from_bytes(&path))) else { continue };
         match entry.header().entry_type() {
             tar::EntryType::Regular => {
-                let size = entry.size();
+                let size = entry.header().entry_size().map_err(broken)?;
+                if extended.size.is_some_and(|announced| announced != size) {
+                    return Err(Error::Invalid(format!("{path}: two sizes are given")));
+                }
                 left = left
                     .checked_sub(size)
                     .ok_or_else(|| Error::Invalid("the archive is larger than the limit".to_owned()))?;
@@ -210,7 +232,8 @@ fn read(store: &ImageStore, archive: impl Read, progress: Option<&Progress>) -> 
                 }
             }
             tar::EntryType::Symlink | tar::EntryType::Link => {
-                let target = entry.link_name().map_err(broken)?.unwrap_or_default();
+                let target = extended.link.or_else(|| entry.link_name_bytes().map(|name| name.into_owned()));
+                let target = PathBuf::from(OsString::from_vec(target.unwrap_or_default()));
                 let symbolic = entry.header().entry_type() == tar::EntryType::Symlink;
                 let base =
                     if symbolic { Path::new(&path).parent().unwrap_or(Path::new("")) } else { Path::new("") };
@@ -260,7 +283,9 @@ fn load_oci(
     progress: Option<&Progress>,
     loaded: &mut Vec<String>,
 ) -> Result<()> {
-    let Some((manifest_digest, manifest)) = choose(store, entry, NESTED_MAX)? else { return Ok(()) };
+    let mut budget = LOOKED_INTO_MAX;
+    let chosen = choose(store, entry, NESTED_MAX, &mut budget)?;
+    let Some((manifest_digest, manifest)) = chosen else { return Ok(()) };
     let Some(config) = &manifest.config else { return Ok(()) };
     let bytes = store.inner.blobs.bytes(&config.digest, DOCUMENT_MAX).map_err(failed)?;
     let platform: Platform = serde_json::from_slice(&bytes).map_err(|e| Error::Invalid(e.to_string()))?;
@@ -288,10 +313,17 @@ fn load_oci(
 }
 
 /// The manifest for this platform that a descriptor leads to.
-fn choose(store: &ImageStore, entry: &Descriptor, depth: usize) -> Result<Option<(String, Document)>> {
+fn choose(
+    store: &ImageStore,
+    entry: &Descriptor,
+    depth: usize,
+    budget: &mut usize,
+) -> Result<Option<(String, Document)>> {
     if depth == 0 || !fits(entry.platform.as_ref()) || !store.inner.blobs.contains(&entry.digest) {
         return Ok(None);
     }
+    *budget =
+        budget.checked_sub(1).ok_or_else(|| Error::Invalid(format!("{}: too many indexes", entry.digest)))?;
     let bytes = store.inner.blobs.bytes(&entry.digest, DOCUMENT_MAX).map_err(failed)?;
     let document: Document =
         serde_json::from_slice(&bytes).map_err(|e| Error::Invalid(format!("{}: {e}", entry.digest)))?;
@@ -299,7 +331,7 @@ fn choose(store: &ImageStore, entry: &Descriptor, depth: usize) -> Result<Option
         return Ok(Some((entry.digest.clone(), document)));
     }
     for inner in &document.manifests {
-        if let Some(found) = choose(store, inner, depth - 1)? {
+        if let Some(found) = choose(store, inner, depth - 1, budget)? {
             return Ok(Some(found));
         }
     }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use sha2::{Digest, Sha256};
 
 use super::reference::parse_digest;
+use super::room::Room;
 use super::unpack::hex;
 
 /// What a download that was broken off left, to be gone on with, begins with this.
@@ -33,6 +34,11 @@ impl Blobs {
             io::Error::new(io::ErrorKind::InvalidInput, format!("unsupported digest {digest:?}"))
         })?;
         Ok(self.dir.join(hex))
+    }
+
+    /// What may still be written.
+    pub fn room(&self) -> io::Result<Room> {
+        Room::in_dir(&self.dir)
     }
 
     pub fn contains(&self, digest: &str) -> bool {
@@ -68,7 +74,8 @@ impl Blobs {
     pub fn create(&self) -> io::Result<NewBlob> {
         let path = self.dir.join(format!(".tmp-{:016x}", rand::random::<u64>()));
         let file = File::create_new(&path)?;
-        Ok(NewBlob { dir: self.dir.clone(), file, path, hash: Sha256::new(), size: 0, keep: false })
+        let (room, hash) = (self.room()?, Sha256::new());
+        Ok(NewBlob { dir: self.dir.clone(), file, path, hash, size: 0, keep: false, room })
     }
 
     /// A blob of a known digest, with what an earlier try got of it; `None` when it is there. Waits while
@@ -96,7 +103,8 @@ impl Blobs {
                 hash.update(&chunk[..n]);
                 size += n as u64;
             }
-            return Ok(Some(NewBlob { dir: self.dir.clone(), file, path, hash, size, keep: true }));
+            let room = self.room()?;
+            return Ok(Some(NewBlob { dir: self.dir.clone(), file, path, hash, size, keep: true, room }));
         }
     }
 
@@ -123,6 +131,7 @@ pub struct NewBlob {
     size: u64,
     /// The file stays when this is dropped.
     keep: bool,
+    room: Room,
 }
 
 impl NewBlob {
@@ -162,6 +171,7 @@ impl NewBlob {
 
 impl Write for NewBlob {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.room.take(bytes.len() as u64)?;
         let n = self.file.write(bytes)?;
         self.hash.update(&bytes[..n]);
         self.size += n as u64;

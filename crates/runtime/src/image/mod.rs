@@ -12,10 +12,12 @@ mod archive;
 mod blobs;
 pub mod build;
 pub mod caches;
+mod headers;
 pub(crate) mod hosts;
 pub mod reference;
 mod registry;
 pub(crate) mod remote;
+mod room;
 mod unpack;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -115,6 +117,37 @@ struct Transferred {
     layers: Vec<(String, u64, String)>,
 }
 
+impl Transferred {
+    fn id(&self) -> String {
+        format!("sha256:{}", unpack::hex(&Sha256::digest(&self.config)))
+    }
+
+    fn configuration(&self) -> Result<ImageConfiguration> {
+        configuration(&self.config)
+            .map_err(|e| Error::Failed(format!("image configuration {}: {e}", self.id())))
+    }
+
+    /// The layers as the configuration names them.
+    fn chain(&self) -> Result<Vec<Layer>> {
+        let (id, config) = (self.id(), self.configuration()?);
+        let diff_ids = config.rootfs().diff_ids();
+        if diff_ids.len() != self.layers.len() || diff_ids.len() > LAYERS_MAX {
+            let (n, m) = (self.layers.len(), diff_ids.len());
+            return Err(Error::Failed(format!("image {id} has {n} layers, and its configuration names {m}")));
+        }
+        let mut layers: Vec<Layer> = Vec::new();
+        for ((digest, size, media_type), diff_id) in self.layers.iter().zip(diff_ids) {
+            if parse_digest(diff_id).is_none() || parse_digest(digest).is_none() {
+                return Err(Error::Failed(format!("image {id}: unsupported digest {diff_id:?}")));
+            }
+            let chain_id = chain_id(layers.last(), diff_id);
+            let (digest, media_type) = (digest.clone(), media_type.clone());
+            layers.push(Layer { digest, size: *size, media_type, diff_id: diff_id.clone(), chain_id });
+        }
+        Ok(layers)
+    }
+}
+
 /// What a container needs of an image.
 #[derive(Debug, Clone)]
 pub struct Prepared {
@@ -138,7 +171,7 @@ struct Inner {
     /// The index as last read, with the file's identity then.
     cached: Mutex<Option<(Stamp, Arc<Index>)>>,
     /// Pulls under way, so that the same one is not made twice.
-    pulls: tokio::sync::Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    pulls: Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>>,
     /// Layers that are being fetched, of all pulls together.
     downloads: tokio::sync::Semaphore,
     /// Images that are being built here, for containers to be made of.
@@ -346,23 +379,7 @@ impl ImageStore {
 
     /// Unpacks what a transfer brought and enters it into the index, under `names`.
     fn admit(&self, found: &Transferred, names: Names<'_>, progress: Option<&Progress>) -> Result<String> {
-        let id = format!("sha256:{}", unpack::hex(&Sha256::digest(&found.config)));
-        let config = configuration(&found.config)
-            .map_err(|e| Error::Failed(format!("image configuration {id}: {e}")))?;
-        let diff_ids = config.rootfs().diff_ids();
-        if diff_ids.len() != found.layers.len() || diff_ids.len() > LAYERS_MAX {
-            let (n, m) = (found.layers.len(), diff_ids.len());
-            return Err(Error::Failed(format!("image {id} has {n} layers, and its configuration names {m}")));
-        }
-        let mut layers: Vec<Layer> = Vec::new();
-        for ((digest, size, media_type), diff_id) in found.layers.iter().zip(diff_ids) {
-            if parse_digest(diff_id).is_none() || parse_digest(digest).is_none() {
-                return Err(Error::Failed(format!("image {id}: unsupported digest {diff_id:?}")));
-            }
-            let chain_id = chain_id(layers.last(), diff_id);
-            let (digest, media_type) = (digest.clone(), media_type.clone());
-            layers.push(Layer { digest, size: *size, media_type, diff_id: diff_id.clone(), chain_id });
-        }
+        let (id, config, layers) = (found.id(), found.configuration()?, found.chain()?);
         for at in 0..layers.len() {
             if let Some(progress) = progress {
                 progress(ProgressEvent::Unpacking { layer: at + 1, layers: layers.len() });
@@ -399,7 +416,11 @@ impl ImageStore {
         let Some((layer, below)) = chain.split_last() else { return Ok(()) };
         let (name, dir) = (layer.snapshot(), self.snapshots_dir());
         let target = dir.join(&name);
-        let turn = self.inner.unpacking.lock().expect("short").entry(name.clone()).or_default().clone();
+        let turn = {
+            let mut unpacking = self.inner.unpacking.lock().expect("short");
+            unpacking.retain(|_, turn| Arc::strong_count(turn) > 1);
+            unpacking.entry(name.clone()).or_default().clone()
+        };
         let _turn = turn.lock().expect("no panic while unpacking is counted on");
         if target.exists() {
             return Ok(());

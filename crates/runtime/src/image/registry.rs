@@ -4,7 +4,7 @@
 //! from whichever host; each layer is fetched by one pull at a time, whatever processes want it, and every byte
 //! has a digest that it must match before anything else sees it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,12 +13,14 @@ use futures_util::{StreamExt, TryStreamExt};
 use http::{HeaderValue, StatusCode, header};
 use reqwest::{Method, Response};
 
-use super::archive::{DOCUMENT_MAX, Descriptor, Document, OCI_MANIFEST, digest_of, fits, own_architecture};
+use super::archive::{
+    DOCUMENT_MAX, Descriptor, Document, OCI_MANIFEST, Platform, digest_of, fits, own_architecture,
+};
 use super::blobs::NewBlob;
 use super::hosts::Endpoint;
 use super::reference::{Reference, parse_digest};
 use super::remote::{Failure, Remote, bounded, chain};
-use super::{ImageStore, Names, Transferred, blocking, failed};
+use super::{ImageStore, LAYERS_MAX, Layer, Names, Transferred, blocking, failed};
 use crate::api::{Auth, Error, Image, Progress, ProgressEvent, Result};
 
 const ACCEPTED: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
@@ -38,7 +40,12 @@ pub async fn pull(store: &ImageStore, name: &str, auth: Auth, progress: Option<P
     let full = reference.to_string();
     // One pull of the same thing at a time; who had to wait takes what came of it.
     let key = format!("{full} {auth:?}");
-    let turn = store.inner.pulls.lock().await.entry(key.clone()).or_default().clone();
+    let turn = {
+        let mut pulls = store.inner.pulls.lock().expect("short");
+        // Those that are over, or were given up.
+        pulls.retain(|_, turn| Arc::strong_count(turn) > 1);
+        pulls.entry(key).or_default().clone()
+    };
     let (turn, waited) = match turn.clone().try_lock_owned() {
         Ok(guard) => (guard, false),
         Err(_) => (turn.lock_owned().await, true),
@@ -55,10 +62,6 @@ pub async fn pull(store: &ImageStore, name: &str, auth: Auth, progress: Option<P
         }),
     };
     drop(turn);
-    let mut pulls = store.inner.pulls.lock().await;
-    if pulls.get(&key).is_some_and(|turn| Arc::strong_count(turn) == 1) {
-        pulls.remove(&key);
-    }
     found
 }
 
@@ -116,22 +119,16 @@ impl Fetch<'_> {
             return Err(Error::Failed(format!("a configuration of {} bytes", config.size)));
         }
         store.inner.blobs.put(&bytes).map_err(failed)?;
-        let mut wanted: Vec<Descriptor> = std::iter::once(config).chain(&manifest.layers).cloned().collect();
-        // The same layer can come twice in an image.
-        let mut seen = BTreeSet::new();
-        wanted.retain(|blob| seen.insert(blob.digest.clone()));
+        self.check_room(&manifest.layers)?;
         if let Some(progress) = progress {
-            progress(ProgressEvent::Total { bytes: wanted.iter().map(|l| l.size).sum() });
+            progress(ProgressEvent::Total { bytes: size_of(manifest.layers.iter().chain([config])) });
         }
-        futures_util::stream::iter(wanted)
-            .map(|blob| async move { self.blob(&blob, progress).await })
-            .buffer_unordered(TRANSFERS)
-            .try_collect::<Vec<()>>()
-            .await?;
+        self.blob(config, progress).await?;
         let config = store.inner.blobs.bytes(&config.digest, DOCUMENT_MAX).map_err(failed)?;
         let layers =
             manifest.layers.iter().map(|l| (l.digest.clone(), l.size, l.media_type.clone())).collect();
         let found = Transferred { manifest_digest: digest, config, layers };
+        self.layers(&manifest.layers, found.chain()?, progress).await?;
         let mut digests = vec![format!("{}@{top}", self.reference.repository())];
         let mut tags = Vec::new();
         match self.reference.digest {
@@ -151,6 +148,59 @@ impl Fetch<'_> {
         store.lookup(&id)?.ok_or_else(|| Error::NotFound(format!("image {full:?} not found")))
     }
 
+    /// Nothing is fetched that could not be kept.
+    fn check_room(&self, layers: &[Descriptor]) -> Result<()> {
+        if layers.len() > LAYERS_MAX {
+            return Err(Error::Failed(format!("an image cannot have more than {LAYERS_MAX} layers")));
+        }
+        let blobs = &self.store.inner.blobs;
+        let needed = size_of(layers.iter().filter(|layer| !blobs.contains(&layer.digest)));
+        let left = blobs.room().and_then(|room| room.left()).map_err(failed)?;
+        if needed > left {
+            return Err(Error::Failed(format!(
+                "no space left on device: the layers have {needed} bytes, and there is room for {left}"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Fetches layers, some at a time, and unpacks each as soon as it and those below it are here.
+    async fn layers(
+        &self,
+        layers: &[Descriptor],
+        chain: Vec<Layer>,
+        progress: Option<&Progress>,
+    ) -> Result<()> {
+        // The same layer can come twice in an image; the first of them comes first.
+        let mut seen = BTreeSet::new();
+        let wanted: Vec<_> = layers.iter().map(|layer| (layer.clone(), seen.insert(&layer.digest))).collect();
+        let (arrived, mut ready) = tokio::sync::mpsc::unbounded_channel();
+        let fetching = async move {
+            let fetched = futures_util::stream::iter(wanted).map(|(layer, first)| async move {
+                if first { self.blob(&layer, progress).await } else { Ok(()) }
+            });
+            let mut fetched = fetched.buffered(TRANSFERS);
+            while let Some(()) = fetched.try_next().await? {
+                // Whoever unpacks may have failed, which is what is told then.
+                let _ = arrived.send(());
+            }
+            Ok(())
+        };
+        let unpacking = async {
+            let chain = Arc::new(chain);
+            for n in 1..=chain.len() {
+                let Some(()) = ready.recv().await else { break };
+                if let Some(progress) = progress {
+                    progress(ProgressEvent::Unpacking { layer: n, layers: chain.len() });
+                }
+                let (store, chain) = (self.store.clone(), chain.clone());
+                blocking(move || store.unpack_layer(&chain[..n])).await?;
+            }
+            Ok(())
+        };
+        tokio::try_join!(fetching, unpacking).map(drop)
+    }
+
     /// The manifest for this platform: its bytes, the digest of what the reference names, its own, itself.
     async fn resolve(&self) -> Result<(Vec<u8>, String, String, Document)> {
         let (mut bytes, top) = self.manifest(self.reference.object()).await?;
@@ -161,9 +211,10 @@ impl Fetch<'_> {
             if document.config.is_some() {
                 return Ok((bytes, top, digest, document));
             }
-            let mut entries = document.manifests.iter();
-            let chosen = entries.find(|d| d.platform.is_some() && fits(d.platform.as_ref()));
-            let Some(chosen) = chosen else { break };
+            let fitting =
+                || document.manifests.iter().filter(|d| d.platform.is_some() && fits(d.platform.as_ref()));
+            let plain = fitting().find(|d| d.platform.as_ref().is_some_and(Platform::is_plain));
+            let Some(chosen) = plain.or_else(|| fitting().next()) else { break };
             digest = chosen.digest.clone();
             (bytes, _) = self.manifest(&digest).await?;
         }
@@ -208,7 +259,14 @@ impl Fetch<'_> {
         let begun = blocking(move || store.inner.blobs.resume(&digest).map_err(failed)).await?;
         let Some(mut file) = begun else {
             arrived(blob.size);
-            return Ok(());
+            let size = self.store.inner.blobs.size(&blob.digest).map_err(failed)?;
+            return match size == blob.size {
+                true => Ok(()),
+                false => Err(Error::Failed(format!(
+                    "failed to copy: {}: it has {size} bytes, not the {} announced",
+                    blob.digest, blob.size
+                ))),
+            };
         };
         let _permit = self.store.inner.downloads.acquire().await.map_err(failed)?;
         arrived(file.size().min(blob.size));
@@ -300,6 +358,12 @@ impl Fetch<'_> {
             }
         }
     }
+}
+
+/// Bytes of blobs as they are announced, which can be any number.
+fn size_of<'a>(blobs: impl Iterator<Item = &'a Descriptor>) -> u64 {
+    let sizes: BTreeMap<&str, u64> = blobs.map(|blob| (blob.digest.as_str(), blob.size)).collect();
+    sizes.values().fold(0, |sum, size| sum.saturating_add(*size))
 }
 
 /// Where a part begins: `bytes 5-9/10`.

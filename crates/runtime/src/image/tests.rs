@@ -207,6 +207,23 @@ fn archives_that_are_wrong_leave_nothing() {
     refuses(tar_of(&files), "has 1 layers, and its configuration names 0");
     refuses(docker_archive(&[Layer::new().file("../x", "").bytes()], "a:b"), "leads out of the layer");
     refuses(docker_archive(std::slice::from_ref(&good), "UPPER"), "must be lowercase");
+    // What would take memory or time without end is not read.
+    let mut long = tar::Header::new_gnu();
+    long.set_entry_type(tar::EntryType::GNULongName);
+    long.set_size(8 << 20);
+    long.set_cksum();
+    let mut name = tar::Builder::new(Vec::new());
+    name.append(&long, io::Read::take(io::repeat(b'a'), 8 << 20)).unwrap();
+    refuses(gzip(&name.into_inner().unwrap()), "an extended header of 8388608 bytes");
+    let names = |digest: &str| vec![json!({ "digest": digest, "size": 1 }); 2000];
+    let path = |bytes: &[u8]| format!("blobs/sha256/{}", &digest(bytes)[7..]);
+    let leaf = b"{}".to_vec();
+    let middle = json!({ "manifests": names(&digest(&leaf)) }).to_string().into_bytes();
+    let top = json!({ "manifests": names(&digest(&middle)) }).to_string();
+    let (leaf_path, middle_path) = (path(&leaf), path(&middle));
+    let files: [(&str, &[u8]); 4] =
+        [("oci-layout", b"{}"), ("index.json", top.as_bytes()), (&middle_path, &middle), (&leaf_path, &leaf)];
+    refuses(tar_of(&files), "too many indexes");
     let bad = format!("blobs/sha256/{}", "0".repeat(64));
     refuses(tar_of(&[(&bad, b"lies")]), "unexpected commit digest");
     let mut cut = docker_archive(&[Layer::new().file("big", &"x".repeat(5000)).bytes()], "a:b");

@@ -15,6 +15,9 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, T
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
+use super::headers::{Extended, Headers};
+use super::room::Room;
+
 /// How every path is opened: below the directory given, and through no link.
 const CONFINED: ResolveFlags =
     ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
@@ -85,7 +88,8 @@ pub fn unpack(input: impl Read, target: &Path, parents: &[PathBuf], limits: Limi
         .iter()
         .map(|p| rustix::fs::open(p, flags, Mode::empty()).map_err(io::Error::from))
         .collect::<io::Result<Vec<_>>>()?;
-    let mut plain = Counted { inner: decompress(input)?, hash: Sha256::new(), left: limits.bytes };
+    let room = Room::in_dir(target)?;
+    let mut plain = Counted { inner: decompress(input)?, hash: Sha256::new(), left: limits.bytes, room };
     let mut unpacker = Unpacker {
         root,
         parents,
@@ -93,7 +97,7 @@ pub fn unpack(input: impl Read, target: &Path, parents: &[PathBuf], limits: Limi
         directories: Vec::new(),
         last: None,
         entries: 0,
-        next: Extended::default(),
+        headers: Headers::new(limits.header),
     };
     let mut archive = tar::Archive::new(&mut plain);
     // Raw: extended headers come as entries, so that their size can be bounded before they are read.
@@ -115,6 +119,7 @@ struct Counted<R> {
     inner: R,
     hash: Sha256,
     left: u64,
+    room: Room,
 }
 
 impl<R: Read> Read for Counted<R> {
@@ -124,25 +129,14 @@ impl<R: Read> Read for Counted<R> {
             .left
             .checked_sub(n as u64)
             .ok_or_else(|| invalid("the layer is larger than the limit".to_owned()))?;
+        self.room.take(n as u64)?;
         self.hash.update(&buffer[..n]);
         Ok(n)
     }
 }
 
-fn invalid(text: String) -> io::Error {
+pub fn invalid(text: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, text)
-}
-
-/// What extended headers say about the entry that follows them.
-#[derive(Default)]
-struct Extended {
-    path: Option<Vec<u8>>,
-    link: Option<Vec<u8>>,
-    size: Option<u64>,
-    uid: Option<u64>,
-    gid: Option<u64>,
-    mtime: Option<(i64, i64)>,
-    xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
 struct Unpacker {
@@ -155,7 +149,7 @@ struct Unpacker {
     /// Times of directories, set last: making files in them changes them.
     directories: Vec<(PathBuf, Timestamps)>,
     entries: u64,
-    next: Extended,
+    headers: Headers,
 }
 
 impl Unpacker {
@@ -165,24 +159,7 @@ impl Unpacker {
             return Err(invalid("the layer has too many entries".to_owned()));
         }
         let kind = entry.header().entry_type();
-        match kind.as_byte() {
-            b'L' => {
-                self.next.path = Some(without_nul(self.small(&mut entry)?));
-                return Ok(());
-            }
-            b'K' => {
-                self.next.link = Some(without_nul(self.small(&mut entry)?));
-                return Ok(());
-            }
-            b'x' => {
-                let text = self.small(&mut entry)?;
-                return parse_pax(&text, &mut self.next);
-            }
-            // Global headers hold comments (`git archive`) and nothing about one file.
-            b'g' => return self.small(&mut entry).map(drop),
-            _ => {}
-        }
-        let extended = std::mem::take(&mut self.next);
+        let Some(extended) = self.headers.take(&mut entry)? else { return Ok(()) };
         let raw = match &extended.path {
             Some(path) => path.clone(),
             None => entry.path_bytes().into_owned(),
@@ -269,17 +246,6 @@ impl Unpacker {
                 other.as_byte() as char
             ))),
         }
-    }
-
-    /// The content of an extended header, of bounded size.
-    fn small(&self, entry: &mut tar::Entry<'_, impl Read>) -> io::Result<Vec<u8>> {
-        let size = entry.header().entry_size()?;
-        if size > self.limits.header {
-            return Err(invalid(format!("an extended header of {size} bytes")));
-        }
-        let mut bytes = Vec::with_capacity(size as usize);
-        entry.read_to_end(&mut bytes)?;
-        Ok(bytes)
     }
 
     /// The path inside the layer. `..` anywhere is refused; a leading `/` or `./` means the layer's root.
@@ -503,13 +469,6 @@ fn small_id(id: u64) -> io::Result<u32> {
     u32::try_from(id).map_err(|_| invalid(format!("user or group id {id}")))
 }
 
-fn without_nul(mut bytes: Vec<u8>) -> Vec<u8> {
-    while bytes.last() == Some(&0) {
-        bytes.pop();
-    }
-    bytes
-}
-
 fn open_at(parent: &OwnedFd, name: &OsStr) -> io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     Ok(rustix::fs::openat(parent, name, flags, Mode::empty())?)
@@ -585,52 +544,6 @@ fn set_meta_nofollow(parent: &OwnedFd, name: &OsStr, meta: &Meta) -> io::Result<
         rustix::fs::chmodat(parent, name, Mode::from_raw_mode(meta.mode), AtFlags::empty())?;
     }
     Ok(rustix::fs::utimensat(parent, name, &meta.times, AtFlags::SYMLINK_NOFOLLOW)?)
-}
-
-/// `length key=value\n` records.
-fn parse_pax(text: &[u8], out: &mut Extended) -> io::Result<()> {
-    let bad = || invalid("a broken extended header".to_owned());
-    let mut rest = text;
-    while !rest.is_empty() && rest[0] != 0 {
-        let space = rest.iter().position(|b| *b == b' ').ok_or_else(bad)?;
-        let length: usize =
-            std::str::from_utf8(&rest[..space]).ok().and_then(|n| n.parse().ok()).ok_or_else(bad)?;
-        if length <= space + 1 || length > rest.len() || rest[length - 1] != b'\n' {
-            return Err(bad());
-        }
-        let record = &rest[space + 1..length - 1];
-        rest = &rest[length..];
-        let equals = record.iter().position(|b| *b == b'=').ok_or_else(bad)?;
-        let (key, value) = (&record[..equals], &record[equals + 1..]);
-        let number = || std::str::from_utf8(value).ok().and_then(|v| v.parse::<u64>().ok()).ok_or_else(bad);
-        match key {
-            b"path" => out.path = Some(value.to_vec()),
-            b"linkpath" => out.link = Some(value.to_vec()),
-            b"size" => out.size = Some(number()?),
-            b"uid" => out.uid = Some(number()?),
-            b"gid" => out.gid = Some(number()?),
-            b"mtime" => out.mtime = Some(parse_time(value).ok_or_else(bad)?),
-            key if key.starts_with(b"SCHILY.xattr.") => {
-                out.xattrs.push((key[b"SCHILY.xattr.".len()..].to_vec(), value.to_vec()));
-            }
-            // Sparse files are not written by builders of images.
-            key if key.starts_with(b"GNU.sparse.") => return Err(invalid("a sparse file".to_owned())),
-            _ => {}
-        }
-    }
-    Ok(())
-}
-
-/// Seconds with any number of decimals.
-fn parse_time(value: &[u8]) -> Option<(i64, i64)> {
-    let text = std::str::from_utf8(value).ok()?;
-    let (seconds, fraction) = text.split_once('.').unwrap_or((text, ""));
-    let digits: String = fraction.chars().chain("000000000".chars()).take(9).collect();
-    let (whole, nanos) = (seconds.parse::<i64>().ok()?, digits.parse::<i64>().ok()?);
-    match (seconds.starts_with('-'), nanos) {
-        (true, n) if n > 0 => Some((whole.checked_sub(1)?, 1_000_000_000 - n)),
-        _ => Some((whole, nanos)),
-    }
 }
 
 /// Everything written to the filesystem of `dir` so far is on disk when this returns.
