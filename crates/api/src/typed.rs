@@ -48,6 +48,7 @@ api_types! {
     batch::CronJob, batch::CronJobStatus,
     batch::Job, batch::JobSpec, batch::JobStatus,
     certificates::CertificateSigningRequest, certificates::CertificateSigningRequestStatus,
+    certificates::ClusterTrustBundle,
     coordination::Lease,
     core::ConfigMap,
     core::Container, core::EphemeralContainer,

@@ -91,9 +91,11 @@ pub async fn mount(
     };
     match mounted {
         Ok(renew_at) => Done::Mounted { tokens, renew_at },
-        Err(why) => {
-            context.events.warning(&pod, None, "FailedMount", &why);
-            Done::Failed { why, on_change: true }
+        Err(failures) => {
+            for why in &failures {
+                context.events.warning(&pod, None, "FailedMount", why);
+            }
+            Done::Failed { why: failures.join("; "), on_change: true }
         }
     }
 }

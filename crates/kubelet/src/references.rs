@@ -1,13 +1,16 @@
-//! The ConfigMaps, Secrets and claims that pods of this node refer to: each is watched by its name while any
-//! pod refers to it, and never longer. Nothing is polled, and nobody else's objects are read.
+//! The ConfigMaps, Secrets, claims and trust bundles that pods of this node refer to: each is watched by its name, or
+//! those of a signer together, while any pod refers to it, and never longer. Nothing is polled, and nobody else's
+//! objects are read.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use futures_util::StreamExt;
+use k8s_openapi::Resource;
+use k8s_openapi::api::certificates::v1::ClusterTrustBundle;
 use k8s_openapi::api::core::v1 as core;
-use minke_api::{FieldSelector, Kind, Object, Status};
+use minke_api::{ApiType, FieldSelector, Kind, Object, Status};
 use minke_client::{Client, ListOptions, WatchEvent, WatchOptions, backoff};
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -22,6 +25,9 @@ pub enum Reference {
     Claim(String),
     ConfigMap(String),
     Secret(String),
+    TrustBundle(String),
+    /// All of a signer.
+    TrustBundlesOf(String),
 }
 
 impl Reference {
@@ -30,21 +36,30 @@ impl Reference {
             Reference::Claim(_) => Kind::of::<core::PersistentVolumeClaim>(),
             Reference::ConfigMap(_) => Kind::of::<core::ConfigMap>(),
             Reference::Secret(_) => Kind::of::<core::Secret>(),
+            Reference::TrustBundle(_) | Reference::TrustBundlesOf(_) => Kind::of::<ClusterTrustBundle>(),
         }
     }
 
-    fn name(&self) -> &str {
-        let (Reference::Claim(name) | Reference::ConfigMap(name) | Reference::Secret(name)) = self;
-        name
+    /// Which objects of the kind are meant.
+    fn fields(&self) -> FieldSelector {
+        match self {
+            Reference::Claim(name)
+            | Reference::ConfigMap(name)
+            | Reference::Secret(name)
+            | Reference::TrustBundle(name) => FieldSelector::name(name),
+            Reference::TrustBundlesOf(signer) => FieldSelector::equal("spec.signerName", signer),
+        }
     }
 }
+
+/// What a reference means, by name: one object or none, unless it is to several.
+type Objects = BTreeMap<String, Arc<Object>>;
 
 #[derive(Debug, Clone)]
 enum State {
     /// The first answer is not in yet; the last failure to get it.
     Unknown(String),
-    Absent,
-    Present(Arc<Object>),
+    Known(Objects),
 }
 
 /// The watches of this node.
@@ -69,6 +84,7 @@ impl References {
 
     fn watch(&self, namespace: &str, reference: &Reference) -> Arc<Watched> {
         let mut watches = self.watches.lock().expect("starting a watch does not panic");
+        let namespace = if reference.kind().namespaced { namespace } else { "" };
         let key = (namespace.to_owned(), reference.clone());
         if let Some(watched) = watches.get(&key).and_then(Weak::upgrade) {
             return watched;
@@ -110,7 +126,7 @@ impl References {
 }
 
 async fn follow(client: &dyn Client, namespace: &str, reference: &Reference, state: watch::Sender<State>) {
-    let fields = FieldSelector::name(reference.name());
+    let fields = reference.fields();
     let mut failures = 0;
     loop {
         let Err(error) = follow_once(client, namespace, reference, &fields, &state, &mut failures).await;
@@ -140,7 +156,9 @@ async fn follow_once(
     let kind = reference.kind();
     let options = ListOptions { fields: fields.clone(), ..ListOptions::default() };
     let list = client.list(kind, namespace, options).await?;
-    put(state, list.items.into_iter().next());
+    put(state, |known| {
+        *known = list.items.iter().map(|item| (item.name().to_owned(), item.clone())).collect()
+    });
     let mut from = list.revision;
     loop {
         let options = WatchOptions { fields: fields.clone(), from, ..WatchOptions::default() };
@@ -150,11 +168,11 @@ async fn follow_once(
             match event? {
                 WatchEvent::Added(object) | WatchEvent::Modified(object) => {
                     from = object.revision();
-                    put(state, Some(object));
+                    put(state, |known| drop(known.insert(object.name().to_owned(), object)));
                 }
                 WatchEvent::Deleted(object) => {
                     from = object.revision();
-                    put(state, None);
+                    put(state, |known| drop(known.remove(object.name())));
                 }
                 WatchEvent::Bookmark(revision) => from = revision,
             }
@@ -162,15 +180,20 @@ async fn follow_once(
     }
 }
 
-fn put(state: &watch::Sender<State>, object: Option<Arc<Object>>) {
+/// Changes what is known, and tells of it if it is another thing now.
+fn put(state: &watch::Sender<State>, change: impl FnOnce(&mut Objects)) {
     state.send_if_modified(|state| {
-        let same = match (&*state, &object) {
-            (State::Present(known), Some(object)) => known.revision() == object.revision(),
-            (State::Absent, None) => true,
-            _ => false,
+        let mut now = match state {
+            State::Known(objects) => objects.clone(),
+            State::Unknown(_) => Objects::new(),
         };
+        change(&mut now);
+        let revisions = |objects: &Objects| -> Vec<_> {
+            objects.iter().map(|(name, object)| (name.clone(), object.revision())).collect()
+        };
+        let same = matches!(&*state, State::Known(before) if revisions(before) == revisions(&now));
         if !same {
-            *state = object.map_or(State::Absent, State::Present);
+            *state = State::Known(now);
         }
         !same
     });
@@ -182,6 +205,7 @@ pub struct Referenced {
     pub claims: BTreeMap<String, Result<Option<Arc<core::PersistentVolumeClaim>>, String>>,
     pub config_maps: BTreeMap<String, Result<Option<Arc<core::ConfigMap>>, String>>,
     pub secrets: BTreeMap<String, Result<Option<Arc<core::Secret>>, String>>,
+    pub trust_bundles: BTreeMap<Reference, Result<Vec<Arc<ClusterTrustBundle>>, String>>,
 }
 
 impl Referenced {
@@ -199,6 +223,15 @@ impl Referenced {
             Some(Err(message)) => Err(message.clone()),
             Some(Ok(Some(claim))) => Ok(claim.clone()),
             _ => Err(format!("persistentvolumeclaims \"{name}\" not found")),
+        }
+    }
+
+    /// Those that a reference to trust bundles means, in the order of their names.
+    pub fn trust_bundles(&self, reference: &Reference) -> Result<&[Arc<ClusterTrustBundle>], String> {
+        match self.trust_bundles.get(reference) {
+            Some(Err(message)) => Err(message.clone()),
+            Some(Ok(found)) => Ok(found),
+            None => Ok(&[]),
         }
     }
 
@@ -228,20 +261,23 @@ impl Held {
         for reference in wanted {
             let state = match self.0.get(&reference) {
                 Some(watched) => known(watched.state.clone(), &reference).await,
-                None => Ok(None),
+                None => Ok(Objects::new()),
             };
             match &reference {
                 Reference::Claim(name) => {
-                    let view = state.map(|object| object.and_then(|object| minke_client::typed(&object)));
-                    referenced.claims.insert(name.clone(), view);
+                    referenced.claims.insert(name.clone(), state.map(one));
                 }
                 Reference::ConfigMap(name) => {
-                    let view = state.map(|object| object.and_then(|object| minke_client::typed(&object)));
-                    referenced.config_maps.insert(name.clone(), view);
+                    referenced.config_maps.insert(name.clone(), state.map(one));
                 }
                 Reference::Secret(name) => {
-                    let view = state.map(|object| object.and_then(|object| minke_client::typed(&object)));
-                    referenced.secrets.insert(name.clone(), view);
+                    referenced.secrets.insert(name.clone(), state.map(one));
+                }
+                Reference::TrustBundle(_) | Reference::TrustBundlesOf(_) => {
+                    let all = |objects: Objects| {
+                        objects.values().filter_map(|object| minke_client::typed(object)).collect()
+                    };
+                    referenced.trust_bundles.insert(reference, state.map(all));
                 }
             }
         }
@@ -254,16 +290,17 @@ impl Held {
     }
 }
 
-async fn known(
-    mut state: watch::Receiver<State>,
-    reference: &Reference,
-) -> Result<Option<Arc<Object>>, String> {
+/// The one object that a name means.
+fn one<T: Resource + ApiType>(objects: Objects) -> Option<Arc<T>> {
+    objects.values().next().and_then(|object| minke_client::typed(object))
+}
+
+async fn known(mut state: watch::Receiver<State>, reference: &Reference) -> Result<Objects, String> {
     let decided = state.wait_for(|state| !matches!(state, State::Unknown(_)));
     // Decided, ended or timed out: what there is now is the answer.
     drop(tokio::time::timeout(PATIENCE, decided).await);
     match &*state.borrow() {
-        State::Present(object) => return Ok(Some(object.clone())),
-        State::Absent => return Ok(None),
+        State::Known(objects) => return Ok(objects.clone()),
         State::Unknown(error) if !error.is_empty() => return Err(error.clone()),
         State::Unknown(_) => {}
     }
@@ -310,7 +347,14 @@ pub fn of_volumes(pod: &Pod) -> BTreeSet<Reference> {
         for source in projected {
             wanted.extend(source.config_map.iter().map(|from| Reference::ConfigMap(from.name.clone())));
             wanted.extend(source.secret.iter().map(|from| Reference::Secret(from.name.clone())));
+            wanted.extend(source.cluster_trust_bundle.iter().filter_map(of_trust_bundle));
         }
     }
     wanted
+}
+
+/// The bundles that a projection chooses from; by a signer, their labels choose as well.
+pub fn of_trust_bundle(from: &core::ClusterTrustBundleProjection) -> Option<Reference> {
+    let name = from.name.clone().map(Reference::TrustBundle);
+    name.or_else(|| from.signer_name.clone().map(Reference::TrustBundlesOf))
 }

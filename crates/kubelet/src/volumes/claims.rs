@@ -144,7 +144,7 @@ pub fn set_up(
     let path = &backing.path;
     let say = |error: std::io::Error| format!("{}: {error}", path.display());
     match &backing.host_type {
-        Some(kind) => super::host_path(path, kind)?,
+        Some(kind) => super::host_path::check(path, kind)?,
         None => match fs::metadata(path) {
             Ok(found) if found.is_dir() => {}
             Ok(_) => return Err(format!("path \"{}\" is not a directory", path.display())),

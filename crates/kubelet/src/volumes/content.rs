@@ -1,14 +1,15 @@
 //! What stands in a volume made from objects of the cluster. Pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1 as core;
+use minke_api::{LabelSelector, pem};
 
 use super::Tokens;
 use crate::env::{self, Facts};
 use crate::pod::Pod;
-use crate::references::Referenced;
+use crate::references::{self, Reference, Referenced};
 
 /// A service account token for a pod.
 #[derive(Debug, Clone)]
@@ -50,8 +51,15 @@ pub fn of(
         downward(&mut files, pod, from.items.as_deref(), defaults, facts)?;
     } else if let Some(from) = &volume.projected {
         let defaults = Defaults::new(from.default_mode, from.default_user);
+        let mut wrong = vec![];
         for source in from.sources.iter().flatten() {
-            projection(&mut files, pod, &volume.name, source, defaults, referenced, tokens, facts)?;
+            let done = projection(&mut files, pod, &volume.name, source, defaults, referenced, tokens, facts);
+            wrong.extend(done.err());
+        }
+        match wrong.len() {
+            0 => {}
+            1 => return Err(wrong.remove(0)),
+            _ => return Err(format!("[{}]", wrong.join(", "))),
         }
     } else {
         return Ok(None);
@@ -82,6 +90,15 @@ impl Defaults {
 
     fn file(self, data: Vec<u8>, mode: Option<i32>, user: Option<i64>) -> File {
         File { data, mode: mode_of(mode).unwrap_or(self.mode), user: user_of(user).or(self.user) }
+    }
+
+    /// What is made for the pod alone. Upstream narrows the mode of what one user or group alone is to read.
+    fn own(self, pod: &Pod, data: Vec<u8>, user: Option<i64>) -> File {
+        let security = pod.spec().security_context.as_ref();
+        let group = security.and_then(|context| context.fs_group);
+        let alone = one_user(pod);
+        let mode = (group.is_some() || alone.is_some()).then_some(0o600);
+        self.file(data, mode, user.or(alone.map(i64::from).filter(|_| group.is_none())))
     }
 }
 
@@ -115,19 +132,46 @@ fn projection(
     }
     if let Some(from) = &source.service_account_token {
         let token = tokens.get(&(volume.to_owned(), from.path.clone())).ok_or("failed to fetch token")?;
-        // Upstream narrows the mode of a token that one user or group alone is to read.
-        let security = pod.spec().security_context.as_ref();
-        let user = one_user(pod);
-        let mode = match (security.and_then(|s| s.fs_group), user) {
-            (Some(_), _) | (None, Some(_)) => Some(0o600),
-            _ => None,
-        };
-        let owner =
-            from.user.or(user.map(i64::from).filter(|_| security.is_none_or(|s| s.fs_group.is_none())));
-        files.insert(from.path.clone(), defaults.file(token.text.clone().into_bytes(), mode, owner));
+        let file = defaults.own(pod, token.text.clone().into_bytes(), from.user);
+        files.insert(from.path.clone(), file);
+        return Ok(());
+    }
+    if let Some(from) = &source.cluster_trust_bundle {
+        let anchors = trust_anchors(from, referenced)?;
+        files.insert(from.path.clone(), defaults.own(pod, anchors.into_bytes(), from.user));
         return Ok(());
     }
     Err("the projected source is not supported".to_owned())
+}
+
+/// The certificates of the bundles that are chosen, each once, in one order whatever the order of the bundles.
+fn trust_anchors(
+    from: &core::ClusterTrustBundleProjection,
+    referenced: &Referenced,
+) -> Result<String, String> {
+    let Some(reference) = references::of_trust_bundle(from) else {
+        return Err("ClusterTrustBundle projection requires either name or signerName to be set".to_owned());
+    };
+    let found = referenced.trust_bundles(&reference)?;
+    let selector = match (&reference, &from.label_selector) {
+        (Reference::TrustBundle(_), _) => LabelSelector::default(),
+        (_, None) => LabelSelector::nothing(),
+        (_, Some(spec)) => LabelSelector::from_spec(spec)
+            .map_err(|error| format!("while parsing label selector: {error}"))?,
+    };
+    let mut chosen =
+        found.iter().filter(|bundle| selector.matches_map(bundle.metadata.labels.as_ref())).peekable();
+    if chosen.peek().is_none() && from.optional != Some(true) {
+        return Err(match &reference {
+            Reference::TrustBundle(name) => format!(
+                "while getting ClusterTrustBundle: clustertrustbundle.certificates.k8s.io \"{name}\" not found"
+            ),
+            _ => "combination of signerName and labelSelector matched zero ClusterTrustBundles".to_owned(),
+        });
+    }
+    let anchors: BTreeSet<Vec<u8>> =
+        chosen.flat_map(|bundle| pem::blocks(&bundle.spec.trust_bundle)).map(|block| block.bytes).collect();
+    Ok(anchors.iter().map(|anchor| pem::encode("CERTIFICATE", anchor)).collect())
 }
 
 /// The user that all containers of the pod run as, when the specification says so.
@@ -240,6 +284,20 @@ mod tests {
         referenced
             .secrets
             .insert("s".into(), Ok(Some(Arc::new(serde_json::from_value(secret).expect("a secret")))));
+        let bundle = |name: &str, labels: Value, anchors: &[&str]| {
+            let text: String =
+                anchors.iter().map(|text| pem::encode("CERTIFICATE", text.as_bytes())).collect();
+            let value = json!({"metadata": {"name": name, "labels": labels}, "spec": {"trustBundle": text}});
+            Arc::new(serde_json::from_value(value).expect("a bundle"))
+        };
+        let of_signer = vec![
+            bundle("example.com:ca:a", json!({"a": "1"}), &["second", "first"]),
+            bundle("example.com:ca:b", json!({"a": "2"}), &["third", "first"]),
+        ];
+        referenced.trust_bundles = BTreeMap::from([
+            (Reference::TrustBundle("one".into()), Ok(vec![bundle("one", json!({}), &["b", "a", "b"])])),
+            (Reference::TrustBundlesOf("example.com/ca".into()), Ok(of_signer)),
+        ]);
         let token = Token { text: "t".into(), renew_at: Timestamp::MAX };
         let tokens = Tokens::from([(("v".into(), "token".into()), token)]);
         let volume = &pod.spec().volumes.as_ref().expect("volumes")[0];
@@ -289,6 +347,40 @@ mod tests {
                 {"downwardAPI": {"items": [{"path": "namespace", "fieldRef": {"fieldPath": "metadata.namespace"}}]}},
             ]}}),
             Ok(&[("token", "t", 0o644), ("ca.crt", "v", 0o644), ("namespace", "ns", 0o644)]),
+        );
+    }
+
+    #[test]
+    fn trust_anchors_are_put_together() {
+        let check = |from: Value, want: Result<&[&str], &str>| {
+            let text = want.map(|anchors| {
+                anchors.iter().map(|text| pem::encode("CERTIFICATE", text.as_bytes())).collect::<String>()
+            });
+            let want = text.as_deref().map(|text| [("ca", text, 0o644)]);
+            let volume = json!({"projected": {"sources": [{"clusterTrustBundle": from}]}});
+            check(volume, want.as_ref().map(|files| &files[..]).map_err(|why| **why));
+        };
+        check(json!({"name": "one", "path": "ca"}), Ok(&["a", "b"]));
+        let signer = |selector: Value| json!({"signerName": "example.com/ca", "labelSelector": selector, "path": "ca"});
+        check(signer(json!({})), Ok(&["first", "second", "third"]));
+        check(signer(json!({"matchLabels": {"a": "2"}})), Ok(&["first", "third"]));
+        let zero = Err("combination of signerName and labelSelector matched zero ClusterTrustBundles");
+        check(signer(json!({"matchLabels": {"a": "3"}})), zero);
+        check(signer(Value::Null), zero);
+        check(json!({"signerName": "example.com/other", "labelSelector": {}, "path": "ca"}), zero);
+        let none =
+            "while getting ClusterTrustBundle: clustertrustbundle.certificates.k8s.io \"none\" not found";
+        check(json!({"name": "none", "path": "ca"}), Err(none));
+        check(json!({"name": "none", "path": "ca", "optional": true}), Ok(&[]));
+    }
+
+    #[test]
+    fn all_that_is_wrong_is_told() {
+        let sources =
+            json!([{"configMap": {"name": "none"}}, {"secret": {"name": "s"}}, {"secret": {"name": "none"}}]);
+        check(
+            json!({"projected": {"sources": sources}}),
+            Err("[configmap \"none\" not found, secret \"none\" not found]"),
         );
     }
 

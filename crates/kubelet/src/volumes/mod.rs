@@ -6,13 +6,15 @@
 mod atomic;
 mod claims;
 mod content;
+mod host_path;
+mod huge_pages;
 mod mounts;
 mod ownership;
 mod subpath;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -26,7 +28,7 @@ use serde_json::json;
 use crate::container::Paths;
 use crate::env::{Facts, expand};
 use crate::pod::Pod;
-use crate::references::{self, Held};
+use crate::references::{self, Held, Referenced};
 use crate::resources;
 
 use content::{Content, Token};
@@ -53,32 +55,50 @@ pub fn are_live(pod: &Pod) -> bool {
 
 impl Volumes {
     /// Sets up all volumes of `pod`, or brings them up to date; done twice it changes nothing. Returns when
-    /// a token needs renewal. The error is the text of the `FailedMount` event.
+    /// a token needs renewal. The errors are the texts of `FailedMount` events, one for each volume that failed.
     pub async fn mount(
         &self,
         pod: &Pod,
         held: &Held,
         tokens: &mut Tokens,
         facts: &Facts,
-    ) -> Result<Option<Timestamp>, String> {
+    ) -> Result<Option<Timestamp>, Vec<String>> {
         let referenced = held.fetch(references::of_volumes(pod)).await;
         let mut renewal: Option<Timestamp> = None;
+        let mut failures = vec![];
         for volume in pod.spec().volumes.iter().flatten() {
-            let claim = claims::resolve(&*self.client, &self.node_name, pod, volume, &referenced).await;
-            let claim = claim.map_err(|unfit| unfit.0)?;
-            let name = claim.as_ref().map_or(&volume.name, |claim| &claim.volume).clone();
-            let failed = |why: String| format!("MountVolume.SetUp failed for volume \"{name}\" : {why}");
-            if let Some(projected) = &volume.projected {
-                let at = self.renew_tokens(pod, &volume.name, projected, tokens).await.map_err(failed)?;
-                renewal = [renewal, at].into_iter().flatten().min();
+            match self.mount_one(pod, volume, &referenced, tokens, facts).await {
+                Ok(at) => renewal = [renewal, at].into_iter().flatten().min(),
+                Err(why) => failures.push(why),
             }
-            let content = content::of(pod, volume, &referenced, tokens, facts).map_err(failed)?;
-            let memory = facts.allocatable.get("memory").map(|quantity| quantity.value());
-            let (paths, pod, volume) = (self.paths.clone(), pod.clone(), volume.clone());
-            let setup =
-                tokio::task::spawn_blocking(move || set_up(&paths, &pod, &volume, content, claim, memory));
-            setup.await.map_err(|error| failed(error.to_string()))?.map_err(failed)?;
         }
+        if failures.is_empty() { Ok(renewal) } else { Err(failures) }
+    }
+
+    async fn mount_one(
+        &self,
+        pod: &Pod,
+        volume: &core::Volume,
+        referenced: &Referenced,
+        tokens: &mut Tokens,
+        facts: &Facts,
+    ) -> Result<Option<Timestamp>, String> {
+        let claim = claims::resolve(&*self.client, &self.node_name, pod, volume, referenced).await;
+        let claim = claim.map_err(|unfit| unfit.0)?;
+        let name = claim.as_ref().map_or(&volume.name, |claim| &claim.volume).clone();
+        let failed = |why: String| format!("MountVolume.SetUp failed for volume \"{name}\" : {why}");
+        let renewal = match &volume.projected {
+            Some(projected) => {
+                self.renew_tokens(pod, &volume.name, projected, tokens).await.map_err(failed)?
+            }
+            None => None,
+        };
+        let content = content::of(pod, volume, referenced, tokens, facts).map_err(failed)?;
+        let memory = facts.allocatable.get("memory").map(|quantity| quantity.value());
+        let (paths, pod, volume) = (self.paths.clone(), pod.clone(), volume.clone());
+        let setup =
+            tokio::task::spawn_blocking(move || set_up(&paths, &pod, &volume, content, claim, memory));
+        setup.await.map_err(|error| failed(error.to_string()))?.map_err(failed)?;
         Ok(renewal)
     }
 
@@ -267,7 +287,7 @@ fn set_up(
 ) -> Result<(), String> {
     let dir = dir(paths, pod, volume);
     if let Some(host) = &volume.host_path {
-        return host_path(Path::new(&host.path), host.type_.as_deref().unwrap_or_default());
+        return host_path::check(Path::new(&host.path), host.type_.as_deref().unwrap_or_default());
     }
     if volume.image.is_some() {
         // The runtime mounts it where the container wants it.
@@ -293,7 +313,11 @@ fn set_up(
             "Memory" => {
                 mounts::tmpfs(&dir, memory_size(pod, empty, memory)).map_err(say)?;
             }
-            other => return Err(format!("storage medium \"{other}\" is not supported")),
+            medium if huge_pages::is_medium(medium) => {
+                let bytes = huge_pages::page_size(medium, pod)?;
+                mounts::hugetlbfs(&dir, bytes).map_err(say)?;
+            }
+            other => return Err(format!("unknown storage medium \"{other}\"")),
         }
         if fresh {
             let mode = empty.mode.and_then(|mode| u32::try_from(mode).ok()).unwrap_or(0o777);
@@ -311,39 +335,6 @@ fn set_up(
         mounts::tmpfs(&dir, None).map_err(say)?;
     }
     atomic::write(&dir, &content, group).map_err(say)
-}
-
-fn host_path(path: &Path, kind: &str) -> Result<(), String> {
-    let shown = path.display();
-    let say = |error: std::io::Error| format!("{shown}: {error}");
-    let type_ = fs::metadata(path).ok().map(|found| found.file_type());
-    let failed = |what: &str| Err(format!("hostPath type check failed: {shown} is not {what}"));
-    match (kind, type_) {
-        ("" | "DirectoryOrCreate", None) => {
-            fs::create_dir_all(path).map_err(say)?;
-            fs::set_permissions(path, fs::Permissions::from_mode(0o755)).map_err(say)
-        }
-        ("FileOrCreate", None) => {
-            fs::File::create_new(path).map_err(say)?;
-            fs::set_permissions(path, fs::Permissions::from_mode(0o644)).map_err(say)
-        }
-        ("", Some(_)) => Ok(()),
-        ("Directory" | "DirectoryOrCreate", type_) => match type_.is_some_and(|t| t.is_dir()) {
-            true => Ok(()),
-            false => failed("a directory"),
-        },
-        ("File" | "FileOrCreate", type_) => match type_.is_some_and(|t| t.is_file()) {
-            true => Ok(()),
-            false => failed("a file"),
-        },
-        ("Socket", type_) if type_.is_some_and(|t| t.is_socket()) => Ok(()),
-        ("CharDevice", type_) if type_.is_some_and(|t| t.is_char_device()) => Ok(()),
-        ("BlockDevice", type_) if type_.is_some_and(|t| t.is_block_device()) => Ok(()),
-        ("Socket", _) => failed("a socket file"),
-        ("CharDevice", _) => failed("a character device"),
-        ("BlockDevice", _) => failed("a block device"),
-        (other, _) => Err(format!("{other} is an invalid volume type")),
-    }
 }
 
 #[cfg(test)]

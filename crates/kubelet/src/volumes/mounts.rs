@@ -21,14 +21,22 @@ pub fn is_mounted(dir: &Path) -> io::Result<bool> {
 
 /// Mounts memory on `dir`, once; `bytes` limits it.
 pub fn tmpfs(dir: &Path, bytes: Option<i64>) -> io::Result<()> {
+    let options = bytes.map(|bytes| format!("size={bytes}"));
+    own_file_system("tmpfs", dir, MountFlags::NODEV | MountFlags::NOSUID, options)
+}
+
+/// Mounts huge pages on `dir`, once; `bytes` are those of one page.
+pub fn hugetlbfs(dir: &Path, bytes: i64) -> io::Result<()> {
+    own_file_system("hugetlbfs", dir, MountFlags::NODEV, Some(format!("pagesize={bytes}")))
+}
+
+fn own_file_system(kind: &str, dir: &Path, flags: MountFlags, options: Option<String>) -> io::Result<()> {
     let parent = dir.parent().unwrap_or(Path::new("/"));
-    // Memory is always a file system of its own.
     if fs::metadata(dir)?.dev() != fs::metadata(parent)?.dev() {
         return Ok(());
     }
-    let options = bytes.map(|bytes| CString::new(format!("size={bytes}")).expect("digits hold no zero byte"));
-    let flags = MountFlags::NODEV | MountFlags::NOSUID;
-    rustix::mount::mount("tmpfs", dir, "tmpfs", flags, options.as_deref())?;
+    let options = options.map(|options| CString::new(options).expect("options hold no zero byte"));
+    rustix::mount::mount(kind, dir, kind, flags, options.as_deref())?;
     Ok(())
 }
 
@@ -106,6 +114,37 @@ pub fn clean_up(dir: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_and_huge_pages_are_mounted_once_and_cleaned_up() {
+        let dir = crate::testing::temp_dir("own-file-systems");
+        let (memory, pages) = (dir.join("memory"), dir.join("pages"));
+        for at in [&memory, &pages] {
+            fs::create_dir_all(at).expect("a directory");
+        }
+        if let Err(why) = tmpfs(&memory, Some(1 << 20)) {
+            println!("    skipped: mount: {why}");
+            return fs::remove_dir_all(&dir).expect("removed");
+        }
+        fs::write(memory.join("f"), "x").expect("a file");
+        tmpfs(&memory, Some(1 << 20)).expect("mounted already");
+        assert!(memory.join("f").exists());
+        let known = fs::read_to_string("/proc/filesystems").unwrap_or_default().contains("hugetlbfs");
+        if known && Path::new("/sys/kernel/mm/hugepages/hugepages-2048kB").exists() {
+            hugetlbfs(&pages, 2 << 20).expect("mounted");
+            hugetlbfs(&pages, 2 << 20).expect("mounted already");
+            let table = fs::read_to_string("/proc/self/mountinfo").expect("a table");
+            let own: Vec<&str> =
+                table.lines().filter(|line| mount_point(line).is_some_and(|at| at == pages)).collect();
+            assert!(
+                own.len() == 1 && own[0].contains("hugetlbfs") && own[0].ends_with("pagesize=2M"),
+                "{own:?}"
+            );
+            assert!(hugetlbfs(&dir, 3 << 20).is_err(), "there are no such pages");
+        }
+        clean_up(&dir).expect("cleaned up");
+        assert!(!dir.exists());
+    }
 
     #[test]
     fn mount_points_below_a_directory_are_found() {
