@@ -88,11 +88,12 @@ impl EventRecorder {
         tokio::spawn(async move {
             loop {
                 let happening = tokio::select! {
-                    happening = receiver.recv() => happening,
+                    biased;
                     () = stop.cancelled() => return,
+                    happening = receiver.recv() => happening,
                 };
                 let Some(happening) = happening else { return };
-                tokio::select! { () = writer.write(happening) => {}, () = stop.cancelled() => return }
+                tokio::select! { biased; () = stop.cancelled() => return, () = writer.write(happening) => {} }
             }
         });
         EventRecorder { sender }

@@ -5,12 +5,13 @@
 //! delivers the differences. Nothing is polled.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
 use futures_util::StreamExt;
 use minke_api::{FieldSelector, Key, Kind, Object, Revision};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use crate::{Client, ListOptions, WatchEvent, WatchOptions, backoff};
@@ -35,7 +36,9 @@ pub struct Informer {
     fields: FieldSelector,
     state: RwLock<State>,
     /// The revision that the cache has reached; 0 until the first list is in.
-    reached: watch::Sender<Revision>,
+    reached: AtomicU64,
+    /// Wakes those who wait for it, in the order in which they came: a simulated cluster repeats itself.
+    moved: Notify,
     /// Tasks that are told of every change. Unbounded: a change is two pointers, and whoever
     /// subscribes drains it into a work queue, which de-duplicates.
     subscribers: Mutex<Vec<mpsc::UnboundedSender<Change>>>,
@@ -62,7 +65,8 @@ impl Informer {
             kind,
             fields,
             state: RwLock::default(),
-            reached: watch::Sender::new(Revision(0)),
+            reached: AtomicU64::new(0),
+            moved: Notify::new(),
             subscribers: Mutex::default(),
         }
     }
@@ -156,13 +160,17 @@ impl Informer {
     /// Waits until the cache shows everything up to `revision`, such as a write of one's own.
     /// The revision of a filtered or quiet kind moves with bookmarks.
     pub async fn reached(&self, revision: Revision) {
-        let mut reached = self.reached.subscribe();
-        // The sender lives as long as `self`.
-        let _ = reached.wait_for(|now| *now >= revision).await;
+        loop {
+            let moved = self.moved.notified();
+            if self.revision() >= revision {
+                return;
+            }
+            moved.await;
+        }
     }
 
     pub fn revision(&self) -> Revision {
-        *self.reached.borrow()
+        Revision(self.reached.load(Ordering::Acquire))
     }
 
     fn read(&self) -> std::sync::RwLockReadGuard<'_, State> {
@@ -181,11 +189,9 @@ impl Informer {
             subscribers.retain(|subscriber| subscriber.send(change.clone()).is_ok());
         }
         drop((state, subscribers));
-        self.reached.send_if_modified(|now| {
-            let later = revision > *now;
-            *now = revision.max(*now);
-            later
-        });
+        if self.reached.fetch_max(revision.0, Ordering::AcqRel) < revision.0 {
+            self.moved.notify_waiters();
+        }
     }
 
     /// Makes the cache equal to a new list.
@@ -213,14 +219,14 @@ impl Informer {
         let mut failures = 0;
         while !stop.is_cancelled() {
             let round = self.follow(&*client, &mut failures);
-            let ended = tokio::select! { ended = round => ended, () = stop.cancelled() => return };
+            let ended = tokio::select! { biased; () = stop.cancelled() => return, ended = round => ended };
             if let Err(error) = ended
                 && !error.is_expired()
             {
                 tracing::debug!(kind = self.kind.plural, %error, "Watch ended; listing again");
                 let pause = backoff(Duration::from_millis(50), Duration::from_secs(10), failures);
                 failures += 1;
-                tokio::select! { () = tokio::time::sleep(pause) => {}, () = stop.cancelled() => return }
+                tokio::select! { biased; () = stop.cancelled() => return, () = tokio::time::sleep(pause) => {} }
             }
         }
     }

@@ -81,15 +81,17 @@ impl<K: Clone + Eq + Hash> WorkQueue<K> {
         self.wake.notify_one();
     }
 
-    /// Queues `key` after the delay that its failures so far have earned.
+    /// Queues `key` after the delay that its failures so far have earned. One that was added before its time and fails
+    /// again keeps that time, and waits no longer for it: many events in a moment are no reason to rest for minutes.
     pub fn retry(&self, key: K) {
-        let delay = {
-            let mut state = self.lock();
-            let failures = state.failures.entry(key.clone()).or_default();
-            *failures += 1;
-            backoff(self.backoff_base, self.backoff_max, *failures - 1)
-        };
-        self.add_after(key, delay);
+        let mut state = self.lock();
+        let failures = state.failures.get(&key).copied().unwrap_or_default();
+        let at = Instant::now() + backoff(self.backoff_base, self.backoff_max, failures);
+        if state.waiting.get(&key).is_none_or(|(earlier, _)| *earlier > at) {
+            state.failures.insert(key.clone(), failures + 1);
+            state.add_at(key, at);
+            self.wake.notify_one();
+        }
     }
 
     /// Forgets the failures of `key`.
@@ -116,7 +118,9 @@ impl<K: Clone + Eq + Hash> WorkQueue<K> {
                 state.later.first().map(|(at, _)| *at)
             };
             match until {
-                Some(at) => tokio::select! { () = wake => {}, () = tokio::time::sleep_until(at) => {} },
+                Some(at) => {
+                    tokio::select! { biased; () = wake => {}, () = tokio::time::sleep_until(at) => {} }
+                }
                 None => wake.await,
             }
         }
@@ -206,6 +210,22 @@ mod tests {
         assert_eq!(start.elapsed().as_secs(), 5);
         assert_eq!(queue.next().await, "slow");
         assert_eq!(start.elapsed().as_secs(), 10);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn failing_often_in_a_moment_is_failing_once() {
+        let queue = WorkQueue::default();
+        let start = Instant::now();
+        for _ in 0..20 {
+            queue.add("a");
+            queue.retry(queue.next().await);
+            queue.done(&"a");
+        }
+        for delays in [5, 15, 35] {
+            queue.retry(queue.next().await);
+            queue.done(&"a");
+            assert_eq!(start.elapsed().as_millis(), delays);
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -4,7 +4,7 @@
 //! the revisions before it hands the key out again, and an object whose deletion was asked for counts as
 //! going at once. So a controller always sees its own writes, which is what upstream's expectations are for.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::ops::Deref;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -139,7 +139,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 pub(crate) struct Ctx {
     shared: Arc<Shared>,
     /// The newest revision written in this pass, by kind.
-    written: Mutex<HashMap<&'static Kind, Revision>>,
+    written: Mutex<Vec<(&'static Kind, Revision)>>,
 }
 
 impl Deref for Ctx {
@@ -157,7 +157,7 @@ impl Ctx {
 
     /// What this pass wrote of the kinds that the controller watches.
     pub fn written(&self) -> Vec<(&'static Kind, Revision)> {
-        lock(&self.written).drain().collect()
+        std::mem::take(&mut lock(&self.written))
     }
 
     pub fn now(&self) -> Timestamp {
@@ -186,8 +186,10 @@ impl Ctx {
     fn wrote(&self, object: Arc<Object>) -> Arc<Object> {
         if self.watches.contains(&object.kind()) {
             let mut written = lock(&self.written);
-            let newest = written.entry(object.kind()).or_default();
-            *newest = object.revision().max(*newest);
+            match written.iter_mut().find(|(kind, _)| *kind == object.kind()) {
+                Some((_, newest)) => *newest = object.revision().max(*newest),
+                None => written.push((object.kind(), object.revision())),
+            }
         }
         object
     }

@@ -3,7 +3,7 @@
 //!
 //! Upstream: pkg/controller/nodelifecycle (ComputeZoneState, handleDisruption) and its default rates.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use minke_api::Object;
@@ -73,7 +73,7 @@ pub(crate) enum Turn {
 /// Which nodes are well, by zone.
 #[derive(Debug, Default)]
 pub(crate) struct Zones {
-    nodes: HashMap<String, (String, bool)>,
+    nodes: BTreeMap<String, (String, bool)>,
     zones: BTreeMap<String, Zone>,
 }
 

@@ -116,7 +116,7 @@ impl Worker {
     async fn run(&self, shutdown: CancellationToken) {
         for kind in self.controller.watches() {
             let informer = self.shared.informers.of(kind);
-            tokio::select! { () = informer.synced() => {}, () = shutdown.cancelled() => return }
+            tokio::select! { biased; () = shutdown.cancelled() => return, () = informer.synced() => {} }
         }
         loop {
             let item = tokio::select! {
@@ -157,8 +157,7 @@ impl Worker {
         for (kind, revision) in ctx.written() {
             let informer = self.shared.informers.of(kind);
             let shown = tokio::time::timeout(CACHE_MAX, informer.reached(revision));
-            let shown =
-                tokio::select! { shown = shown => shown.is_ok(), () = shutdown.cancelled() => return };
+            let shown = tokio::select! { biased; () = shutdown.cancelled() => return, shown = shown => shown.is_ok() };
             if !shown {
                 tracing::warn!(parent: &span, kind = kind.plural, %revision, "The cache does not show a write");
             }

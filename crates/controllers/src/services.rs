@@ -1,6 +1,6 @@
 //! What Endpoints and EndpointSlices have in common: which services select a pod, and what a pod offers.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use k8s_openapi::api::core::v1::{ObjectReference, Pod, Service, ServicePort};
@@ -21,7 +21,7 @@ type Pairs = BTreeMap<String, String>;
 #[derive(Default)]
 struct Index {
     /// Services by namespace and one pair of their selector.
-    by_pair: HashMap<(String, String, String), HashSet<Key>>,
+    by_pair: HashMap<(String, String, String), BTreeSet<Key>>,
     services: HashMap<Key, Known>,
 }
 
@@ -102,9 +102,9 @@ impl SelectorIndex {
     }
 
     /// The services that select a pod, or did so before the change.
-    fn note_pod(&self, change: &Change) -> HashSet<Key> {
+    fn note_pod(&self, change: &Change) -> BTreeSet<Key> {
         let mut index = self.lock();
-        let mut candidates: HashSet<Key> =
+        let mut candidates: BTreeSet<Key> =
             change.old.iter().chain(&change.new).flat_map(|pod| index.candidates(pod)).collect();
         candidates.retain(|service| {
             let Some(known) = index.services.get_mut(service) else { return false };
@@ -120,7 +120,7 @@ impl SelectorIndex {
     }
 
     /// The services of these pods.
-    pub fn services_of(&self, pods: &[Arc<Object>]) -> HashSet<Key> {
+    pub fn services_of(&self, pods: &[Arc<Object>]) -> BTreeSet<Key> {
         let index = self.lock();
         let of_pod = |pod: &Arc<Object>| {
             let selects =

@@ -67,7 +67,7 @@ pub async fn run(informers: Arc<Informers>, config: Config, stop: CancellationTo
             informer.synced().await;
         }
     };
-    tokio::select! { () = synced => {}, () = stop.cancelled() => return }
+    tokio::select! { biased; () = stop.cancelled() => return, () = synced => {} }
     let (mut pods, mut nodes, mut namespaces) = (pods.subscribe(), nodes.subscribe(), namespaces.subscribe());
     let mut followed = merged(&followed);
     let mut reserved = merged(&reserved);

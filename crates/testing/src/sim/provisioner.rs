@@ -23,6 +23,7 @@ pub fn start(client: Arc<dyn Client>, node: &str) {
     tokio::spawn(async move {
         loop {
             let change = tokio::select! {
+                biased;
                 Some(change) = claims.recv() => change,
                 Some(change) = volumes.recv() => change,
                 else => return,

@@ -1,11 +1,12 @@
 //! Runs a story of a simulated cluster through every fault.
+#![allow(dead_code, reason = "a test uses a part of this")]
 
 use std::time::Duration;
 
 use minke_testing::sim::Sim;
 
 /// Runs in virtual time, and ends everything that was started: otherwise the clusters of a test would all live on.
-fn virtually<T>(run: impl Future<Output = T>) -> T {
+pub fn virtually<T>(run: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
     runtime.expect("a runtime").block_on(run)
 }
