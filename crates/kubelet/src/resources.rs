@@ -164,9 +164,12 @@ pub fn pod_request(pod: &Pod, name: &str) -> i64 {
             request(resources, name).or_else(|| limit(resources, name)).map(units)
         })
     });
-    let overhead = pod.spec().overhead.as_ref().and_then(|overhead| overhead.get(name));
-    let overhead = overhead.and_then(|q| Quantity::try_from(q).ok()).map_or(0, units);
-    sum.unwrap_or(0).saturating_add(overhead)
+    sum.unwrap_or(0).saturating_add(overhead(pod, name).map_or(0, units))
+}
+
+/// What the pod takes beside its containers, as its RuntimeClass has it.
+fn overhead(pod: &Pod, name: &str) -> Option<Quantity> {
+    Quantity::try_from(pod.spec().overhead.as_ref()?.get(name)?).ok()
 }
 
 /// What a pod's containers may use together, as far as they are limited; `None` when none is.
@@ -180,9 +183,10 @@ pub fn pod_limit(pod: &Pod, name: &str) -> Option<i64> {
 pub fn of_pod(pod: &Pod) -> Resources {
     let limits = |name: &'static str, units: fn(Quantity) -> i64| {
         let pod_level = limit(pod.spec().resources.as_ref(), name).map(units);
-        pod_level.or_else(|| {
-            total(pod, true, |c| limit(c.resources.as_ref(), name).map(units).filter(|value| *value > 0))
-        })
+        let sum =
+            || total(pod, true, |c| limit(c.resources.as_ref(), name).map(units).filter(|value| *value > 0));
+        let beside = overhead(pod, name).map_or(0, units);
+        pod_level.or_else(sum).map(|limit| limit.saturating_add(beside))
     };
     let cpu_limit = limits("cpu", Quantity::milli_value);
     Resources {
@@ -273,6 +277,13 @@ mod tests {
         let limits = of_pod(&both);
         assert_eq!((limits.memory_limit, limits.cpu_quota_us), (Some(3 << 20), None));
         assert_eq!(cgroup("minke-x", &both), "minke-x/kubepods/burstable/podu-1");
+        // What the pod takes itself comes on top of what its containers may, where that is limited.
+        let beside = pod(json!({"spec": {
+            "overhead": {"cpu": "100m", "memory": "1Mi"},
+            "containers": [{"name": "a", "resources": {"limits": {"memory": "1Mi"}}}],
+        }}));
+        let limits = of_pod(&beside);
+        assert_eq!((limits.memory_limit, limits.cpu_quota_us), (Some(2 << 20), None));
         assert_eq!(cgroup("m", &with(json!({"limits": {"cpu": 1, "memory": "1Mi"}}))), "m/kubepods/podu-1");
     }
 
