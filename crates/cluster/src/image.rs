@@ -270,7 +270,7 @@ async fn save(store: &ImageStore, references: &[String], path: &Path) -> Result<
     let temporary = path.with_file_name(name);
     let file = File::create(&temporary).with_context(|| format!("write {}", temporary.display()))?;
     let partial = Partial(temporary);
-    store.save(references, file).await?;
+    store.save(references, file).await.with_context(|| format!("write {}", path.display()))?;
     std::fs::rename(&partial.0, path).with_context(|| format!("write {}", path.display()))
 }
 

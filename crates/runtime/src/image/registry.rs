@@ -19,7 +19,7 @@ use super::archive::{
 use super::blobs::NewBlob;
 use super::hosts::Endpoint;
 use super::reference::{Reference, parse_digest};
-use super::remote::{Failure, Remote, bounded, chain};
+use super::remote::{Failure, Remote, bounded};
 use super::{ImageStore, LAYERS_MAX, Layer, Names, Transferred, blocking, failed};
 use crate::api::{Auth, Error, Image, Progress, ProgressEvent, Result};
 
@@ -28,8 +28,9 @@ const ACCEPTED: &str = "application/vnd.oci.image.index.v1+json, application/vnd
      application/vnd.docker.distribution.manifest.v2+json, */*";
 /// Layers of one image fetched or sent at the same time, as containerd does it.
 const TRANSFERS: usize = 3;
-/// Times that a broken layer is gone on with, when nothing has come since the last time.
+/// Times that a broken layer is gone on with, when less than so many bytes have come since the last time.
 const ATTEMPTS: usize = 3;
+const PROGRESS_MIN: u64 = 256 << 10;
 /// Indexes that may lead to indexes before one leads to a manifest.
 const NESTED_MAX: usize = 4;
 /// Slowest that an upload may be, in bytes per second.
@@ -275,7 +276,7 @@ impl Fetch<'_> {
             let before = file.size();
             match self.blob_once(blob, &mut file, &arrived).await {
                 Ok(()) => break,
-                Err(Failure::Network { .. }) if file.size() > before => attempt = 1,
+                Err(Failure::Network { .. }) if file.size() >= before + PROGRESS_MIN => attempt = 1,
                 Err(Failure::Network { .. }) if attempt + 1 < ATTEMPTS => attempt += 1,
                 Err(failure) => {
                     let text = format!("failed to copy: {}: {failure}", blob.digest);
@@ -287,7 +288,8 @@ impl Fetch<'_> {
             }
         }
         let digest = blob.digest.clone();
-        blocking(move || file.commit_as(&digest).map(drop).map_err(failed)).await
+        let wrong = move |e| Error::Failed(format!("failed to copy: {e}"));
+        blocking(move || file.commit_as(&digest).map(drop).map_err(wrong)).await
     }
 
     /// Adds what is missing of a blob, from where it stopped when the host can do that.
@@ -327,7 +329,7 @@ impl Fetch<'_> {
         };
         let mut stream = response.bytes_stream();
         while let Some(chunk) = stream.next().await {
-            let chunk = chunk.map_err(|e| Failure::Network { text: chain(&e), timeout: e.is_timeout() })?;
+            let chunk = chunk.map_err(|e| Failure::broken(&e))?;
             if file.size() + chunk.len() as u64 > blob.size {
                 file.restart().map_err(disk)?;
                 let text = format!("longer than the {} bytes announced", blob.size);

@@ -204,6 +204,16 @@ impl Failure {
         Failure::Network { text, timeout: error.is_timeout() }
     }
 
+    /// An answer that broke off in the midst of its body.
+    pub fn broken(error: &reqwest::Error) -> Failure {
+        let text = chain(error);
+        let text = match text.contains("end of file before message length") {
+            true => "unexpected EOF".to_owned(),
+            false => text,
+        };
+        Failure::Network { text, timeout: error.is_timeout() }
+    }
+
     /// What an answer that is no success means.
     pub async fn of(method: &Method, url: &str, response: Response) -> Failure {
         let status = response.status();
