@@ -13,6 +13,7 @@ mod respond;
 pub mod rest;
 mod route;
 mod watch;
+mod websocket;
 
 pub use body::{Body, Payload};
 pub use connection::{listen, tls_config};
@@ -183,11 +184,17 @@ impl Server {
         peer: &Peer,
         seen: &Seen,
         query: &Query,
-        request: Request<Payload>,
+        mut request: Request<Payload>,
     ) -> Result<Response<Body>, Status> {
         let Some(route) = &seen.route else {
             return nonresource::answer(self, &request, query);
         };
+        if (seen.verb == "watch" || route.subresource == "log")
+            && let Some(asked) = websocket::Asked::of(&mut request, seen.verb == "watch")?
+        {
+            let answer = Box::pin(self.dispatch(user, peer, seen, query, request)).await?;
+            return Ok(asked.answer(answer));
+        }
         let (parts, body) = request.into_parts();
         let rest =
             rest::Request { server: self, route, verb: seen.verb, query, user, headers: &parts.headers };

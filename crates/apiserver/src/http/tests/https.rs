@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::StreamExt;
 use http::{HeaderMap, Request, Response};
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Incoming};
@@ -16,6 +17,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::tungstenite::protocol::CloseFrame;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
@@ -363,6 +368,57 @@ async fn other_servers_are_reached_through_the_proxy() {
     let (code, _, text) = ask("GET /api/v1/namespaces/default/services/kubernetes:nope/proxy/", "").await;
     assert_eq!(code, 503);
     assert!(text.contains("no service port"), "{text}");
+    running.stop.cancel();
+    running.task.await.unwrap();
+}
+
+/// All messages until the server closes.
+async fn messages(running: &Running, path: &str, protocol: &str) -> Vec<Message> {
+    let admin = running.keys.sign("jane", &["system:masters"], &[]);
+    let stream = connect(running, Some(&admin), "http/1.1").await;
+    let mut request = format!("wss://localhost{path}").into_client_request().unwrap();
+    if !protocol.is_empty() {
+        request.headers_mut().insert("sec-websocket-protocol", protocol.parse().unwrap());
+    }
+    let (mut socket, answer) = tokio_tungstenite::client_async(request, stream).await.unwrap();
+    let spoken = answer.headers().get("sec-websocket-protocol").map_or("", |name| name.to_str().unwrap());
+    assert_eq!(spoken, protocol);
+    let mut all = Vec::new();
+    while let Some(message) = socket.next().await {
+        all.push(message.unwrap());
+    }
+    all
+}
+
+#[tokio::test]
+async fn logs_and_watches_come_over_websockets_too() {
+    let running = running().await;
+    pod_on_node(&running, kubelet(&running.keys, "").await).await;
+    let closed = Message::Close(Some(CloseFrame { code: CloseCode::Normal, reason: "".into() }));
+    let log = "/api/v1/namespaces/default/pods/p/log?container=c";
+    let text = "GET /containerLogs/default/p/c HTTP/1.1";
+    for protocol in ["", "binary.k8s.io"] {
+        let want = [Message::binary(""), Message::binary(text), closed.clone()];
+        assert_eq!(messages(&running, log, protocol).await, want);
+    }
+    let want =
+        [Message::text(""), Message::text("R0VUIC9jb250YWluZXJMb2dzL2RlZmF1bHQvcC9jIEhUVFAvMS4x"), closed];
+    assert_eq!(messages(&running, log, "base64.binary.k8s.io").await, want);
+
+    let watch = "/api/v1/namespaces/default/pods?watch=true&timeoutSeconds=1";
+    let events = messages(&running, watch, "").await;
+    let event: Value = serde_json::from_str(events[0].to_text().unwrap()).unwrap();
+    assert_eq!((&event["type"], &event["object"]["metadata"]["name"]), (&json!("ADDED"), &json!("p")));
+    assert!(matches!(events[..], [_, Message::Close(_)]), "{events:?}");
+
+    // What cannot be is refused before anything is switched.
+    let admin = running.keys.sign("jane", &["system:masters"], &[]);
+    let stream = connect(&running, Some(&admin), "http/1.1").await;
+    let request = "wss://localhost/api/v1/namespaces/default/pods/none/log".into_client_request().unwrap();
+    match tokio_tungstenite::client_async(request, stream).await.unwrap_err() {
+        tokio_tungstenite::tungstenite::Error::Http(answer) => assert_eq!(answer.status(), 404),
+        other => panic!("{other}"),
+    }
     running.stop.cancel();
     running.task.await.unwrap();
 }
