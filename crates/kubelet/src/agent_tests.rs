@@ -145,15 +145,17 @@ async fn a_static_pod_runs_whatever_is_done_to_its_mirror() {
     std::fs::remove_dir_all(&world.dir).expect("removed");
 }
 
+/// A pod that takes more than half of the node.
+fn asking(priority: i32) -> Value {
+    let resources = json!({"requests": {"cpu": "3"}});
+    let containers = json!([{"name": "c", "image": "i:1", "resources": resources}]);
+    json!({"priority": priority, "containers": containers, "terminationGracePeriodSeconds": 7})
+}
+
 #[tokio::test]
 async fn a_critical_pod_waits_until_it_has_room() {
     let world = World::new("preempt");
     let stop = world.start_agent().await;
-    let asking = |priority: i32| {
-        let resources = json!({"requests": {"cpu": "3"}});
-        let containers = json!([{"name": "c", "image": "i:1", "resources": resources}]);
-        json!({"priority": priority, "containers": containers, "terminationGracePeriodSeconds": 7})
-    };
     world.api.put_pod("p", "u-1", asking(0));
     world.until("p", |pod| phase(pod) == "Running").await;
     world.api.put_pod("refused", "u-2", asking(1_000_000));
@@ -170,6 +172,8 @@ async fn a_critical_pod_waits_until_it_has_room() {
     let target = conditions.iter().find(|c| c["type"] == "DisruptionTarget").expect("the condition");
     assert_eq!(target["reason"], "TerminationByKubelet");
     assert_eq!(target["message"], "Pod was preempted by Kubelet to accommodate a critical pod.");
+    world.until_told("Preempting", "Preempted in order to admit critical pod").await;
+    assert_eq!(world.api.told("ExceededGracePeriod"), [""; 0]);
     let log = world.log();
     let at = |what: &str| log.iter().position(|line| line == what).expect(what);
     assert!(at("stop c") < at("run q"), "{log:?}");
@@ -179,6 +183,24 @@ async fn a_critical_pod_waits_until_it_has_room() {
     world.until("q", |pod| pod.is_none()).await;
     world.api.put_pod("r", "u-4", asking(0));
     world.until("r", |pod| phase(pod) == "Running").await;
+    stop.cancel();
+    std::fs::remove_dir_all(&world.dir).expect("removed");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_critical_pod_does_not_wait_for_ever() {
+    let world = World::new("stuck");
+    let stop = world.start_agent().await;
+    world.api.put_pod("p", "u-1", asking(0));
+    world.until("p", |pod| phase(pod) == "Running").await;
+    world.runtime.stuck.store(true, std::sync::atomic::Ordering::Relaxed);
+    let start = tokio::time::Instant::now();
+    world.api.put_pod("q", "u-3", asking(2_000_000_000));
+    world.until("q", |pod| phase(pod) == "Running").await;
+    // Half as long again as the pod had to end, and ten seconds at least.
+    assert_eq!(start.elapsed().as_secs(), 10);
+    let why = "Container runtime did not kill the pod within specified grace period.";
+    world.until_told("ExceededGracePeriod", why).await;
     stop.cancel();
     std::fs::remove_dir_all(&world.dir).expect("removed");
 }

@@ -9,6 +9,7 @@ use minke_api::Quantity;
 use minke_client::{Client, Informer};
 use minke_network::EndpointDrain;
 use minke_runtime::{Resources, Runtime};
+use tokio::sync::{mpsc, oneshot};
 
 use crate::container::Paths;
 use crate::env::Facts;
@@ -47,6 +48,8 @@ pub struct Context {
     /// Bytes.
     pub node_memory: u64,
     pub allocatable: BTreeMap<String, Quantity>,
+    /// What all pods together are held to.
+    pub for_pods: Resources,
     pub seccomp_default: bool,
     pub seccomp_dir: PathBuf,
     pub owners: Owners,
@@ -54,6 +57,8 @@ pub struct Context {
     pub prober: Prober,
     pub grants: resize::Grants,
     pub pressure: eviction::Pressure,
+    /// Asks for all images to be removed that nobody uses; the sender is dropped when that is done.
+    pub unused_images: mpsc::Sender<oneshot::Sender<()>>,
     /// What the cgroups of the classes of service have, by class.
     pub classes: tokio::sync::Mutex<BTreeMap<&'static str, Resources>>,
     pub settings: Settings,

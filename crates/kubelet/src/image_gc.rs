@@ -10,22 +10,23 @@ use std::time::Duration;
 
 use minke_client::Informer;
 use minke_runtime::Image;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::context::Context;
 use crate::pod::Pod;
+use crate::settings::ImageLimits;
 
-/// Upstream's defaults: how often is looked, from which percentage on, down to which one, and for how long what is
-/// new is left alone.
+/// How often it is looked; upstream's period.
 const PERIOD: Duration = Duration::from_secs(5 * 60);
-const HIGH_PERCENT: u64 = 85;
-const LOW_PERCENT: u64 = 80;
-const MIN_AGE: Duration = Duration::from_secs(2 * 60);
 
 pub struct ImageGc {
     context: Arc<Context>,
     pods: Arc<Informer>,
+    /// Somebody needs the room at once.
+    asked: mpsc::Receiver<oneshot::Sender<()>>,
+    began: Instant,
     seen: BTreeMap<String, Seen>,
     /// The last pass has failed; a single time may have reasons that pass.
     failed: bool,
@@ -47,18 +48,19 @@ struct Disk {
 
 impl Disk {
     /// What must go, when it is too full.
-    fn excess(self) -> Option<u64> {
+    fn excess(self, limits: &ImageLimits) -> Option<u64> {
         let (capacity, available) = (u128::from(self.capacity), u128::from(self.available));
         let used_percent = 100 - (available * 100).checked_div(capacity)?.min(100);
-        if used_percent < u128::from(HIGH_PERCENT) {
+        // At 100 percent there is nothing that could be too full.
+        if used_percent < u128::from(limits.high_percent) || limits.high_percent == 100 {
             return None;
         }
-        let wanted = capacity * u128::from(100 - LOW_PERCENT) / 100;
+        let wanted = capacity * u128::from(100 - limits.low_percent) / 100;
         u64::try_from(wanted.saturating_sub(available)).ok()
     }
 
-    fn is_relaxed(self) -> bool {
-        u128::from(self.available) * 100 >= u128::from(self.capacity) * u128::from(100 - LOW_PERCENT)
+    fn is_relaxed(self, limits: &ImageLimits) -> bool {
+        u128::from(self.available) * 100 >= u128::from(self.capacity) * u128::from(100 - limits.low_percent)
     }
 }
 
@@ -67,21 +69,46 @@ fn candidates(
     images: &[Image],
     in_use: &BTreeSet<String>,
     seen: &BTreeMap<String, Seen>,
+    age_min: Duration,
     now: Instant,
 ) -> Vec<Image> {
     let mut candidates: Vec<(Seen, &Image)> = images
         .iter()
         .filter(|image| !image.pinned && !in_use.contains(&image.id))
         .filter_map(|image| Some((*seen.get(&image.id)?, image)))
-        .filter(|(seen, _)| now.duration_since(seen.first) >= MIN_AGE)
+        .filter(|(seen, _)| now.duration_since(seen.first) >= age_min)
         .collect();
     candidates.sort_by_key(|(seen, _)| (seen.used, seen.first));
     candidates.into_iter().map(|(_, image)| image.clone()).collect()
 }
 
+/// Which of `images` were not used for longer than `age_max`, once it has been watched for so long.
+fn outlived(
+    images: Vec<Image>,
+    seen: &BTreeMap<String, Seen>,
+    age_max: Option<Duration>,
+    began: Instant,
+    now: Instant,
+) -> Vec<Image> {
+    let Some(most) = age_max.filter(|most| now.duration_since(began) > *most) else { return vec![] };
+    let unused = |image: &Image| {
+        let last = seen.get(&image.id).map(|seen| seen.used.unwrap_or(seen.first));
+        last.is_some_and(|last| now.duration_since(last) > most)
+    };
+    images.into_iter().filter(unused).collect()
+}
+
 impl ImageGc {
-    pub fn new(context: Arc<Context>, pods: Arc<Informer>) -> ImageGc {
-        ImageGc { context, pods, seen: BTreeMap::new(), failed: false }
+    pub fn new(
+        context: Arc<Context>,
+        pods: Arc<Informer>,
+        asked: mpsc::Receiver<oneshot::Sender<()>>,
+    ) -> ImageGc {
+        ImageGc { context, pods, asked, began: Instant::now(), seen: BTreeMap::new(), failed: false }
+    }
+
+    fn limits(&self) -> ImageLimits {
+        self.context.settings.images
     }
 
     pub async fn run(mut self, stop: CancellationToken) {
@@ -90,6 +117,12 @@ impl ImageGc {
         loop {
             tokio::select! {
                 _ = ticks.tick() => {}
+                Some(_done) = self.asked.recv() => {
+                    if let Err(why) = self.remove_unused().await {
+                        tracing::warn!(error = why, "Unused images not removed");
+                    }
+                    continue;
+                }
                 () = stop.cancelled() => return,
             }
             let failure = self.pass().await.err();
@@ -111,7 +144,8 @@ impl ImageGc {
             self.context.events.node(false, "InvalidDiskCapacity", why.clone());
             return Err(why);
         }
-        let excess = disk.excess();
+        self.remove_outlived(&images.0, &images.1).await;
+        let excess = disk.excess(&self.limits());
         // What pulls that were given up have left, and under pressure what builds have.
         let service = &self.context.images.service;
         service.clean_up(excess.is_some()).await.map_err(|e| e.to_string())?;
@@ -163,23 +197,50 @@ impl ImageGc {
         Ok((images, in_use))
     }
 
+    async fn remove(&mut self, image: &Image) -> Result<(), String> {
+        self.context.images.service.remove(&image.id).await.map_err(|error| error.to_string())?;
+        tracing::info!(image = image.id, tags = ?image.tags, bytes = image.size, "Removed an unused image");
+        self.seen.remove(&image.id);
+        Ok(())
+    }
+
+    /// Everything that may go, however much room there is.
+    async fn remove_unused(&mut self) -> Result<(), String> {
+        let (images, in_use) = self.look().await.map_err(|error| error.to_string())?;
+        self.context.images.service.clean_up(true).await.map_err(|error| error.to_string())?;
+        for image in candidates(&images, &in_use, &self.seen, self.limits().age_min, Instant::now()) {
+            if let Err(why) = self.remove(&image).await {
+                tracing::warn!(image = image.id, error = why, "Unused image not removed");
+            }
+        }
+        Ok(())
+    }
+
+    /// What was not used for too long.
+    async fn remove_outlived(&mut self, images: &[Image], in_use: &BTreeSet<String>) {
+        let (limits, now) = (self.limits(), Instant::now());
+        let unused = candidates(images, in_use, &self.seen, limits.age_min, now);
+        for image in outlived(unused, &self.seen, limits.age_max, self.began, now) {
+            if let Err(why) = self.remove(&image).await {
+                tracing::warn!(image = image.id, error = why, "Old image not removed");
+            }
+        }
+    }
+
     async fn free(&mut self, excess: u64, images: &[Image], in_use: &BTreeSet<String>) -> Result<(), String> {
         tracing::info!(bytes = excess, "The disk of the images is too full");
         let (mut freed, mut failures) = (0, Vec::new());
-        for image in candidates(images, in_use, &self.seen, Instant::now()) {
-            if freed >= excess || self.disk().is_ok_and(|disk| disk.is_relaxed()) {
+        let limits = self.limits();
+        for image in candidates(images, in_use, &self.seen, limits.age_min, Instant::now()) {
+            if freed >= excess || self.disk().is_ok_and(|disk| disk.is_relaxed(&limits)) {
                 return Ok(());
             }
-            match self.context.images.service.remove(&image.id).await {
-                Ok(()) => {
-                    tracing::info!(image = image.id, tags = ?image.tags, bytes = image.size, "Removed an unused image");
-                    self.seen.remove(&image.id);
-                    freed += image.size;
-                }
-                Err(error) => failures.push(error.to_string()),
+            match self.remove(&image).await {
+                Ok(()) => freed += image.size,
+                Err(why) => failures.push(why),
             }
         }
-        if freed >= excess || self.disk().is_ok_and(|disk| disk.is_relaxed()) {
+        if freed >= excess || self.disk().is_ok_and(|disk| disk.is_relaxed(&limits)) {
             return Ok(());
         }
         let why = format!(
@@ -198,7 +259,7 @@ mod tests {
 
     #[track_caller]
     fn check_excess(capacity: u64, available: u64, want: Option<u64>) {
-        assert_eq!(Disk { capacity, available }.excess(), want);
+        assert_eq!(Disk { capacity, available }.excess(&ImageLimits::default()), want);
     }
 
     #[test]
@@ -210,6 +271,10 @@ mod tests {
         check_excess(1000, 0, Some(200));
         check_excess(0, 0, None);
         check_excess(u64::MAX, u64::MAX / 10, Some(u64::MAX / 5 - u64::MAX / 10));
+        let limits =
+            |high_percent, low_percent| ImageLimits { high_percent, low_percent, ..ImageLimits::default() };
+        let disk = Disk { capacity: 1000, available: 0 };
+        assert_eq!((disk.excess(&limits(100, 80)), disk.excess(&limits(99, 50))), (None, Some(500)));
     }
 
     #[test]
@@ -236,8 +301,17 @@ mod tests {
         ]
         .map(|(id, seen)| (id.to_owned(), seen))
         .into();
-        let found = candidates(&images, &BTreeSet::from(["in-use".to_owned()]), &all, at(1000));
-        let ids: Vec<&str> = found.iter().map(|image| image.id.as_str()).collect();
-        assert_eq!(ids, ["never-used", "used-early", "used-late"]);
+        let in_use = BTreeSet::from(["in-use".to_owned()]);
+        let ids = |images: &[Image]| images.iter().map(|image| image.id.clone()).collect::<Vec<_>>();
+        let found = candidates(&images, &in_use, &all, Duration::from_secs(120), at(1000));
+        assert_eq!(ids(&found), ["never-used", "used-early", "used-late"]);
+        let old = |most: u64, began: u64| {
+            ids(&outlived(found.clone(), &all, Some(Duration::from_secs(most)), at(began), at(1000)))
+        };
+        assert_eq!(old(899, 0), ["never-used", "used-early"]);
+        assert_eq!(old(900, 0), ["never-used"]);
+        // Nobody has watched for so long.
+        assert_eq!(old(600, 500), [""; 0]);
+        assert_eq!(ids(&outlived(found.clone(), &all, None, at(0), at(1000))), [""; 0]);
     }
 }

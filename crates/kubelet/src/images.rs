@@ -1,7 +1,7 @@
 //! Has the image of a container ready: pull policy, credentials, and upstream's words for what goes
 //! wrong (pkg/kubelet/images/image_manager.go).
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use base64::Engine;
@@ -15,6 +15,7 @@ use crate::events::Recorder;
 use crate::image_access::ImageAccess;
 use crate::pod::{Pod, go_duration};
 use crate::references::{self, Held};
+use crate::settings::{PullRate, Settings};
 
 pub struct Images {
     pub service: Arc<dyn ImageService>,
@@ -22,6 +23,29 @@ pub struct Images {
     pub access: ImageAccess,
     /// One for each pull that may go on at the same time.
     turns: Semaphore,
+    /// Of pulls that may begin, when they are limited.
+    begins: Option<Mutex<Bucket>>,
+}
+
+/// As many tokens as there were at most, or as have come back since then.
+struct Bucket {
+    rate: PullRate,
+    tokens: f64,
+    at: Instant,
+}
+
+impl Bucket {
+    fn new(rate: PullRate, now: Instant) -> Bucket {
+        Bucket { rate, tokens: rate.burst.into(), at: now }
+    }
+
+    fn take(&mut self, now: Instant) -> bool {
+        let back = now.duration_since(self.at).as_secs_f64() * f64::from(self.rate.per_second);
+        (self.tokens, self.at) = ((self.tokens + back).min(self.rate.burst.into()), now);
+        let any = self.tokens >= 1.0;
+        self.tokens -= f64::from(u8::from(any));
+        any
+    }
 }
 
 /// Why there is no image: what the container's status shows.
@@ -38,10 +62,19 @@ impl Images {
         service: Arc<dyn ImageService>,
         events: Recorder,
         access: ImageAccess,
-        pulls_max: Option<usize>,
+        settings: &Settings,
     ) -> Images {
-        let turns = pulls_max.unwrap_or(Semaphore::MAX_PERMITS).min(Semaphore::MAX_PERMITS);
-        Images { service, events, access, turns: Semaphore::new(turns) }
+        let turns = settings.pulls_max.unwrap_or(Semaphore::MAX_PERMITS).min(Semaphore::MAX_PERMITS);
+        let begins = settings.pull_rate.map(|rate| Mutex::new(Bucket::new(rate, Instant::now())));
+        Images { service, events, access, turns: Semaphore::new(turns), begins }
+    }
+
+    /// Whether another pull may begin.
+    fn may_begin(&self) -> bool {
+        let take = |bucket: &Mutex<Bucket>| {
+            bucket.lock().expect("nothing panics while it is locked").take(Instant::now())
+        };
+        self.begins.as_ref().is_none_or(take)
     }
 
     pub async fn ensure(
@@ -150,6 +183,16 @@ impl Images {
         let _turn = self.turns.acquire().await.expect("turns are never closed");
         let started = Instant::now();
         let mut last = None;
+        if !self.may_begin() {
+            let message = "pull QPS exceeded".to_owned();
+            self.events.warning(
+                pod,
+                name,
+                "Failed",
+                format!("Failed to pull image \"{reference}\": {message}"),
+            );
+            return Err(ImageFailure { reason: "ErrImagePull", message, pulled: true });
+        }
         for auth in auths {
             match self.service.pull(reference, auth.clone(), None).await {
                 Ok(image) => {
@@ -312,6 +355,17 @@ mod tests {
         let secret: core::Secret = serde_json::from_value(secret).expect("a secret");
         let want = if fits { basic("u") } else { Auth::Anonymous };
         assert_eq!(credentials(reference, [Arc::new(secret)].into_iter()), [want], "{reference} {registry}");
+    }
+
+    #[test]
+    fn pulls_begin_as_often_as_they_may() {
+        let start = Instant::now();
+        let mut bucket = Bucket::new(PullRate { per_second: 2, burst: 3 }, start);
+        let mut begin = |millis: u64| bucket.take(start + Duration::from_millis(millis));
+        assert_eq!([begin(0), begin(0), begin(0), begin(0)], [true, true, true, false]);
+        assert_eq!([begin(400), begin(500), begin(900), begin(1000)], [false, true, false, true]);
+        // Those that were not used do not pile up.
+        assert_eq!([begin(60_000), begin(60_000), begin(60_000), begin(60_000)], [true, true, true, false]);
     }
 
     #[test]

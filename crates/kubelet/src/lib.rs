@@ -136,7 +136,6 @@ impl Kubelet {
         let server = server::Server::bind(config.listen, cert, key, &config.client_ca_pem).await?;
         let port = server.local_addr().map_or(config.listen.port(), |address| address.port());
         let informers = Informers::new(config.client.clone(), stop.clone());
-        let machine = machine::Machine::read(&config.data_dir, config.max_pods);
         let events = events::Recorder::start(config.client.clone(), &config.node_name);
         let paths = container::Paths { data: config.data_dir.clone() };
         let pods_dir = paths.pods();
@@ -145,28 +144,39 @@ impl Kubelet {
             source,
         })?;
         let settings = settings::Settings::read(&config.data_dir).map_err(Error::Invalid)?;
+        if !settings.idle.is_empty() {
+            tracing::warn!(fields = ?settings.idle, "What kubelet.yaml says in these fields changes nothing here");
+        }
+        let machine = machine::Machine::read(&config.data_dir, config.max_pods, &settings);
+        if let Some(pods) = settings.pods_max.filter(|pods| *pods > config.max_pods) {
+            let most = config.max_pods;
+            let why =
+                format!("kubelet.yaml: maxPods is {pods}, and the node has addresses for {most} pods only");
+            return Err(Error::Invalid(why));
+        }
         // There it is looked for changes from now on.
         if let Err(error) = std::fs::create_dir_all(&settings.manifests) {
             tracing::warn!(dir = %settings.manifests.display(), %error, "No directory for static pods");
         }
         let probe_counts = Arc::<probe_counts::ProbeCounts>::default();
         let prober = probes::Prober::start(config.runtime.clone(), events.clone(), probe_counts.clone());
+        let (unused_images, asked) = tokio::sync::mpsc::channel(1);
         let context = Arc::new(Context {
             node_ip: config.node_ip,
             version: config.version,
             ids: id_ranges::IdRanges::new(&config.cgroup_parent),
             cgroup_root: config.cgroup_parent,
             dns: etc::Dns {
-                servers: config.cluster_dns,
-                domain: config.cluster_domain,
-                host: std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
+                servers: settings.dns_servers.clone().unwrap_or(config.cluster_dns),
+                domain: settings.dns_domain.clone().unwrap_or(config.cluster_domain),
+                host: std::fs::read_to_string(&settings.resolv_conf).unwrap_or_default(),
             },
             runtime: config.runtime,
             images: images::Images::new(
                 config.images,
                 events.clone(),
                 image_access::ImageAccess::open(&config.data_dir.join("pulled-images.json")),
-                settings.pulls_max,
+                &settings,
             ),
             network: config.network,
             drain: config.drain,
@@ -180,15 +190,17 @@ impl Kubelet {
             events,
             services: informers.of_type::<core::Service>(),
             node_memory: machine.memory,
-            allocatable: machine.allocatable(),
-            seccomp_default: config.seccomp_default,
+            allocatable: machine.allocatable(&settings),
+            for_pods: machine.of_pods(&settings),
+            seccomp_default: settings.seccomp_default.unwrap_or(config.seccomp_default),
             seccomp_dir: config.data_dir.join("seccomp"),
             paths,
             owners: context::Owners::default(),
             prober,
             probe_counts,
             grants: resize::Grants::default(),
-            pressure: eviction::Pressure::default(),
+            pressure: eviction::Pressure::new(&settings.eviction),
+            unused_images,
             classes: Default::default(),
             settings,
             node_name: config.node_name,
@@ -199,9 +211,10 @@ impl Kubelet {
         let identity = node::Identity { labels: config.node_labels, pod_cidr: config.pod_cidr, port };
         let api = server::Api::new(context.clone(), pods.clone());
         let local_path = local_path::LocalPath::new(&context, &informers, &stop);
-        let image_gc = image_gc::ImageGc::new(context.clone(), pods.clone());
-        let agent = agent::Agent::adopt(context.clone(), pods, nodes).await.map_err(Error::Runtime)?;
-        let node = node::Node::new(context, machine, identity);
+        let image_gc = image_gc::ImageGc::new(context.clone(), pods.clone(), asked);
+        let agent =
+            agent::Agent::adopt(context.clone(), pods, nodes.clone()).await.map_err(Error::Runtime)?;
+        let node = node::Node::new(context, machine, identity, nodes);
         Ok(Kubelet { agent, node, server, api, local_path, image_gc, stop })
     }
 

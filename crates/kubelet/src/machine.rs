@@ -7,10 +7,12 @@ use std::path::Path;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity as ApiQuantity;
 use minke_api::Quantity;
+use minke_api::quantity::Format;
+use minke_runtime::Resources;
 
-/// Upstream's hard eviction thresholds, which are kept back from pods.
-const MEMORY_KEPT: u64 = 100 << 20;
-const STORAGE_KEPT_PERCENT: u64 = 10;
+use crate::eviction::Signal;
+use crate::resources;
+use crate::settings::Settings;
 
 #[derive(Debug, Clone, Default)]
 pub struct Machine {
@@ -23,6 +25,8 @@ pub struct Machine {
     pub huge_pages: BTreeMap<u64, u64>,
     /// Pods that it takes at most.
     pub pods: u32,
+    /// Processes and threads that there can be.
+    pub pids: u64,
     pub os_image: String,
     pub kernel: String,
     pub machine_id: String,
@@ -32,19 +36,25 @@ pub struct Machine {
 
 impl Machine {
     /// Reads what this machine is. Blocking, but only briefly.
-    pub fn read(data_dir: &Path, pods: u32) -> Machine {
+    pub fn read(data_dir: &Path, pods: u32, settings: &Settings) -> Machine {
         let text = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let machine_id = text("/etc/machine-id").trim().to_owned();
         let uuid = text("/sys/class/dmi/id/product_uuid").trim().to_owned();
         let storage = rustix::fs::statvfs(data_dir).map_or(0, |stat| stat.f_blocks * stat.f_frsize);
         let cpus = cpu_list(&text("/sys/devices/system/cpu/online"));
         let parallelism = || std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
+        let cpus = cpus.unwrap_or_else(parallelism);
+        let by_cpus = match settings.pods_per_core {
+            0 => u32::MAX,
+            each => each.saturating_mul(u32::try_from(cpus).unwrap_or(u32::MAX)),
+        };
         Machine {
-            cpus: cpus.unwrap_or_else(parallelism),
+            cpus,
             memory: meminfo(&text("/proc/meminfo"), "MemTotal"),
             storage,
             huge_pages: huge_pages(),
-            pods,
+            pods: pods.min(settings.pods_max.unwrap_or(u32::MAX)).min(by_cpus),
+            pids: pids_max(),
             os_image: os_image(&text("/etc/os-release")),
             kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
             system_uuid: if uuid.is_empty() { machine_id.clone() } else { uuid },
@@ -71,19 +81,48 @@ impl Machine {
         all
     }
 
-    /// What pods may use: the capacity without what is kept back, and without huge pages' memory.
-    pub fn allocatable(&self) -> BTreeMap<String, Quantity> {
+    /// What pods may use: the capacity without what is set aside, what must be left before pods are ended, and huge
+    /// pages' memory.
+    pub fn allocatable(&self, settings: &Settings) -> BTreeMap<String, Quantity> {
         let mut all = self.capacity();
+        let less = |total: u64, name: &str, kept: u64| {
+            let reserved = u64::try_from(settings.reserved(name)).unwrap_or(0);
+            i64::try_from(total.saturating_sub(reserved).saturating_sub(kept)).unwrap_or(i64::MAX)
+        };
+        let kept = |signal, total| settings.eviction.kept(signal, total);
+        let cpu = less(self.cpus.saturating_mul(1000), "cpu", 0);
+        all.insert("cpu".to_owned(), Quantity::from_milli(cpu, Format::DecimalSi));
         let huge: u64 = self.huge_pages.values().sum();
-        let memory = self.memory.saturating_sub(MEMORY_KEPT).saturating_sub(huge) / 1024 * 1024;
-        all.insert("memory".to_owned(), Quantity::bytes(i64::try_from(memory).unwrap_or(i64::MAX)));
-        let storage = self.storage - self.storage / 100 * STORAGE_KEPT_PERCENT;
-        let storage = i64::try_from(storage).unwrap_or(i64::MAX);
-        all.insert(
-            "ephemeral-storage".to_owned(),
-            Quantity::new(storage, minke_api::quantity::Format::DecimalSi),
-        );
+        let memory = less(self.memory, "memory", kept(Signal::Memory, self.memory).saturating_add(huge));
+        all.insert("memory".to_owned(), Quantity::bytes(memory / 1024 * 1024));
+        let storage = less(self.storage, "ephemeral-storage", kept(Signal::NodeFs, self.storage));
+        all.insert("ephemeral-storage".to_owned(), Quantity::new(storage, Format::DecimalSi));
         all
+    }
+
+    /// What all pods together are held to: the capacity without what is set aside. Nothing, when they are not held to
+    /// anything. In what can be lifted, nothing is said as such, so that it lifts an older limit.
+    pub fn of_pods(&self, settings: &Settings) -> Resources {
+        let share = |total: u64, name: &str| {
+            let total = i64::try_from(total).unwrap_or(i64::MAX);
+            total.saturating_sub(settings.reserved(name)).max(1)
+        };
+        let cpu = share(self.cpus.saturating_mul(1000), "cpu");
+        let cpu_shares = Some(resources::shares(cpu));
+        if !settings.hold_pods {
+            return Resources {
+                cpu_shares,
+                memory_limit: Some(-1),
+                pids_limit: Some(-1),
+                ..Resources::default()
+            };
+        }
+        Resources {
+            cpu_shares,
+            memory_limit: Some(share(self.memory / 1024 * 1024, "memory")),
+            pids_limit: Some(share(self.pids, "pid")),
+            ..Resources::default()
+        }
     }
 
     pub fn node_info(&self, version: &str, runtime: String) -> core::NodeSystemInfo {
@@ -135,6 +174,13 @@ pub fn meminfo(text: &str, name: &str) -> u64 {
     kib * 1024
 }
 
+/// Processes and threads that the kernel has room for.
+pub fn pids_max() -> u64 {
+    let number = |path: &str| fs::read_to_string(path).ok()?.trim().parse().ok();
+    let all = [number("/proc/sys/kernel/pid_max"), number("/proc/sys/kernel/threads-max")];
+    all.into_iter().flatten().min().unwrap_or(0)
+}
+
 fn os_image(release: &str) -> String {
     let line = release.lines().find_map(|line| line.strip_prefix("PRETTY_NAME="));
     line.unwrap_or_default().trim_matches('"').to_owned()
@@ -170,13 +216,47 @@ mod tests {
         assert_eq!(os_image("A=1\nPRETTY_NAME=\"Debian GNU/Linux 12\"\n"), "Debian GNU/Linux 12");
     }
 
+    const MACHINE: Machine = Machine {
+        cpus: 2,
+        memory: 4 << 30,
+        storage: 1000 << 30,
+        huge_pages: BTreeMap::new(),
+        pods: 110,
+        pids: 1000,
+        os_image: String::new(),
+        kernel: String::new(),
+        machine_id: String::new(),
+        boot_id: String::new(),
+        system_uuid: String::new(),
+    };
+
+    #[track_caller]
+    fn check(settings: &Settings, cpu: &str, memory: &str, storage: u64, held: (Option<u64>, i64, i64)) {
+        let allocatable = MACHINE.allocatable(settings);
+        let text = |name: &str| allocatable[name].to_string();
+        assert_eq!((text("cpu").as_str(), text("memory").as_str()), (cpu, memory));
+        assert_eq!(text("ephemeral-storage"), storage.to_string());
+        let limits = MACHINE.of_pods(settings);
+        let got = (limits.cpu_shares, limits.memory_limit.unwrap_or(0), limits.pids_limit.unwrap_or(0));
+        assert_eq!(got, held);
+    }
+
     #[test]
     fn something_is_kept_back_from_pods() {
-        let machine = Machine { cpus: 2, memory: 1 << 30, storage: 1000 << 20, ..Machine::default() };
-        let text = |all: BTreeMap<String, Quantity>, name: &str| all[name].to_string();
-        assert_eq!(text(machine.capacity(), "memory"), "1Gi");
-        assert_eq!(text(machine.allocatable(), "memory"), "924Mi");
-        assert_eq!(text(machine.allocatable(), "cpu"), "2");
-        assert_eq!(text(machine.allocatable(), "ephemeral-storage"), "943718400");
+        assert_eq!(MACHINE.capacity()["memory"].to_string(), "4Gi");
+        let mut settings = Settings::new(Path::new("/d"));
+        let left = (1000 << 30) - (1 << 30);
+        check(&settings, "2", "3996Mi", left, (Some(2048), 4 << 30, 1000));
+        let quantity = |text: &str| Quantity::parse(text).expect("a quantity");
+        settings.kube_reserved =
+            [("cpu".to_owned(), quantity("500m")), ("memory".to_owned(), quantity("1Gi"))].into();
+        settings.system_reserved = [("memory", "1Gi"), ("pid", "100"), ("ephemeral-storage", "9Gi")]
+            .map(|(name, text)| (name.to_owned(), quantity(text)))
+            .into();
+        check(&settings, "1500m", "1948Mi", left - (9 << 30), (Some(1536), 2 << 30, 900));
+        settings.hold_pods = false;
+        check(&settings, "1500m", "1948Mi", left - (9 << 30), (Some(1536), -1, -1));
+        settings.system_reserved.insert("memory".to_owned(), quantity("1Ti"));
+        assert_eq!(MACHINE.allocatable(&settings)["memory"].to_string(), "0", "never less than nothing");
     }
 }

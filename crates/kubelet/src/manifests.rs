@@ -24,7 +24,7 @@ pub const HASH_ANNOTATION: &str = "kubernetes.io/config.hash";
 pub const MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";
 
 /// The directory is looked through this often even when nothing tells of a change; upstream's file check.
-const LOOK_EVERY: Duration = Duration::from_secs(20);
+pub const LOOK_EVERY: Duration = Duration::from_secs(20);
 /// Most bytes of a file, and most files.
 const SIZE_MAX: u64 = 1 << 20;
 const FILES_MAX: usize = 500;

@@ -1,7 +1,7 @@
 //! The Node object of this machine: registered at the start, kept current, and its lease renewed.
 //!
-//! As upstream: every 10 s the status is worked out, and written when it differs or after 5 min; the lease
-//! is what says in between that the node lives.
+//! As upstream: every 10 s the status is worked out, and written when it differs or after 5 min, if nothing else is
+//! set; the lease is what says in between that the node lives.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use k8s_openapi::api::coordination::v1 as coordination;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta, OwnerReference, Time};
 use minke_api::{ApiType, Kind, Object, Status};
-use minke_client::{Patch, Target};
+use minke_client::{Informer, Patch, Target};
 use minke_runtime::ContainerState;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
@@ -20,14 +20,9 @@ use tokio_util::sync::CancellationToken;
 use crate::context::Context;
 use crate::machine::{self, Machine};
 use crate::oom;
+use crate::qos;
 
-const COMPARE_EVERY: Duration = Duration::from_secs(10);
-const REPORT_EVERY: SignedDuration = SignedDuration::from_secs(300);
-const LEASE_EVERY: Duration = Duration::from_secs(10);
-const LEASE_SECONDS: i32 = 40;
 const LEASE_NAMESPACE: &str = "kube-node-lease";
-/// Images in the status, the largest first; upstream's nodeStatusMaxImages.
-const IMAGES_MAX: usize = 50;
 
 /// Reason and message of a condition.
 type Words = (&'static str, &'static str);
@@ -65,11 +60,13 @@ pub struct Node {
     context: Arc<Context>,
     machine: Machine,
     identity: Identity,
+    /// This node, as the API server has it.
+    nodes: Arc<Informer>,
 }
 
 impl Node {
-    pub fn new(context: Arc<Context>, machine: Machine, identity: Identity) -> Node {
-        Node { context, machine, identity }
+    pub fn new(context: Arc<Context>, machine: Machine, identity: Identity, nodes: Arc<Informer>) -> Node {
+        Node { context, machine, identity, nodes }
     }
 
     fn target(&self) -> Target<'_> {
@@ -87,6 +84,7 @@ impl Node {
                 self.keep_lease(node),
                 self.keep_logs(),
                 oom::follow(&self.context.events),
+                qos::hold(&self.context),
             );
         };
         tokio::select! { () = work => {}, () = stop.cancelled() => {} }
@@ -146,8 +144,6 @@ impl Node {
         for reason in ["NodeHasSufficientMemory", "NodeHasNoDiskPressure", "NodeHasSufficientPID"] {
             self.context.events.node(true, reason, format!("Node {name} status is now: {reason}"));
         }
-        let message = "Updated Node Allocatable limit across pods";
-        self.context.events.node(true, "NodeAllocatableEnforced", message);
         self.context.events.node(true, "NodeReady", format!("Node {name} status is now: NodeReady"));
     }
 
@@ -176,6 +172,7 @@ impl Node {
             spec: Some(core::NodeSpec {
                 pod_cidr: self.identity.pod_cidr.clone(),
                 pod_cidrs: self.identity.pod_cidr.clone().map(|cidr| vec![cidr]),
+                taints: Some(self.context.settings.taints.clone()).filter(|taints| !taints.is_empty()),
                 ..core::NodeSpec::default()
             }),
             status: Some(self.status(&[], now).await),
@@ -249,7 +246,8 @@ impl Node {
             }
         };
         images.sort_by(|a, b| b.size.cmp(&a.size).then_with(|| a.id.cmp(&b.id)));
-        let shown = images.into_iter().take(IMAGES_MAX).map(|image| core::ContainerImage {
+        let most = self.context.settings.images_told.unwrap_or(usize::MAX);
+        let shown = images.into_iter().take(most).map(|image| core::ContainerImage {
             // At most five names of one image, as upstream.
             names: Some(image.digests.into_iter().chain(image.tags).take(5).collect()),
             size_bytes: i64::try_from(image.size).ok(),
@@ -260,15 +258,19 @@ impl Node {
     async fn keep_status(&self, node: Arc<Object>) {
         let mut node = node;
         let mut reported: Option<Timestamp> = None;
-        let mut ticks = tokio::time::interval(COMPARE_EVERY);
+        let report_every = SignedDuration::try_from(self.context.settings.report_every);
+        let report_every = report_every.unwrap_or(SignedDuration::MAX);
+        let mut schedulable = true;
+        let mut ticks = tokio::time::interval(self.context.settings.status_every);
         loop {
             ticks.tick().await;
             let now = Timestamp::now();
+            self.tell_schedulable(&mut schedulable);
             let typed: Option<Arc<core::Node>> = minke_client::typed(&node);
             let known = typed.as_ref().and_then(|node| node.status.clone()).unwrap_or_default();
             let conditions = known.conditions.clone().unwrap_or_default();
             let status = self.status(&conditions, now).await;
-            let due = reported.is_none_or(|at| now.duration_since(at) >= REPORT_EVERY);
+            let due = reported.is_none_or(|at| now.duration_since(at) >= report_every);
             if !due && without_heartbeats(&status) == without_heartbeats(&known) {
                 continue;
             }
@@ -294,6 +296,19 @@ impl Node {
                 Err(error) if error.is_not_found() => node = self.register().await,
                 Err(error) => tracing::warn!(%error, "Node status not written"),
             }
+        }
+    }
+
+    /// Tells when somebody has cordoned the node, and when it is open for pods again.
+    fn tell_schedulable(&self, was: &mut bool) {
+        let name = &self.context.node_name;
+        let node: Option<Arc<core::Node>> =
+            self.nodes.get("", name).and_then(|node| minke_client::typed(&node));
+        let Some(node) = node else { return };
+        let is = node.spec.as_ref().is_none_or(|spec| spec.unschedulable != Some(true));
+        if std::mem::replace(was, is) != is {
+            let reason = if is { "NodeSchedulable" } else { "NodeNotSchedulable" };
+            self.context.events.node(true, reason, format!("Node {name} status is now: {reason}"));
         }
     }
 
@@ -343,7 +358,9 @@ impl Node {
     }
 
     async fn keep_lease(&self, node: Arc<Object>) {
-        let mut ticks = tokio::time::interval(LEASE_EVERY);
+        // As upstream: four times as often as it takes for the lease to run out.
+        let seconds = f64::from(self.context.settings.lease_seconds);
+        let mut ticks = tokio::time::interval(Duration::from_secs_f64(seconds / 4.0));
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
@@ -359,7 +376,7 @@ impl Node {
         let now = MicroTime(Timestamp::now());
         let target = Target::object(kind, LEASE_NAMESPACE, name);
         let change = json!({"spec": {
-            "holderIdentity": name, "leaseDurationSeconds": LEASE_SECONDS, "renewTime": now,
+            "holderIdentity": name, "leaseDurationSeconds": self.context.settings.lease_seconds, "renewTime": now,
         }});
         match self.context.client.patch(target, Patch::Merge(change)).await {
             Err(error) if error.is_not_found() => {}
@@ -381,7 +398,7 @@ impl Node {
             },
             spec: Some(coordination::LeaseSpec {
                 holder_identity: Some(name.clone()),
-                lease_duration_seconds: Some(LEASE_SECONDS),
+                lease_duration_seconds: Some(self.context.settings.lease_seconds),
                 renew_time: Some(now),
                 ..coordination::LeaseSpec::default()
             }),

@@ -1,5 +1,8 @@
-//! The cgroups of the classes of service, above those of the pods: burstable pods share what they ask for together,
-//! and best-effort pods what the others leave. Upstream: pkg/kubelet/cm/qos_container_manager_linux.go.
+//! The cgroups above those of the pods. All pods together have what the node does not keep for itself; of the classes
+//! of service, burstable pods share what they ask for together, and best-effort pods what the others leave. Upstream:
+//! pkg/kubelet/cm/node_container_manager_linux.go and qos_container_manager_linux.go.
+
+use std::time::Duration;
 
 use minke_runtime::Resources;
 
@@ -7,18 +10,33 @@ use crate::context::Context;
 use crate::pod::Pod;
 use crate::resources;
 
+/// What pods use already may be more than a new limit: until some have gone, it is tried again.
+const HOLD_AGAIN: Duration = Duration::from_secs(60);
+
+/// Holds all pods to what is theirs, and tells of it.
+pub async fn hold(context: &Context) {
+    let path = resources::pods_cgroup(&context.cgroup_root);
+    while let Err(error) = context.runtime.set_cgroup(&path, context.for_pods.clone()).await {
+        let names = [context.cgroup_root.as_str(), "kubepods"];
+        let why = format!("Failed to update Node Allocatable Limits {names:?}: {error}");
+        context.events.node(false, "FailedNodeAllocatableEnforcement", why);
+        tokio::time::sleep(HOLD_AGAIN).await;
+    }
+    context.events.node(true, "NodeAllocatableEnforced", "Updated Node Allocatable limit across pods");
+}
+
 /// The class's cgroup below the cluster's own, and what it is to have.
 fn classes(pods: &[Pod]) -> [(&'static str, Resources); 2] {
     let burstable = pods.iter().filter(|pod| resources::qos_class(pod) == "Burstable");
     let asked = burstable.map(|pod| resources::pod_request(pod, "cpu")).fold(0i64, i64::saturating_add);
     let shares = |milli| Resources { cpu_shares: Some(resources::shares(milli)), ..Resources::default() };
-    [("kubepods/besteffort", shares(0)), ("kubepods/burstable", shares(asked))]
+    [("besteffort", shares(0)), ("burstable", shares(asked))]
 }
 
 /// Brings the classes in line with the pods that are active. Cheap when nothing has changed.
 pub async fn keep(context: &Context, pods: &[Pod]) {
     for (class, wanted) in classes(pods) {
-        let path = format!("{}/{class}", context.cgroup_root);
+        let path = format!("{}/{class}", resources::pods_cgroup(&context.cgroup_root));
         if context.classes.lock().await.get(class) == Some(&wanted) {
             continue;
         }

@@ -64,12 +64,17 @@ pub fn qos_class(pod: &Pod) -> &'static str {
     }
 }
 
-/// The pod's cgroup below the cluster's own, relative to the root of each hierarchy.
+/// The cgroup of all pods below the cluster's own, relative to the root of each hierarchy.
+pub fn pods_cgroup(root: &str) -> String {
+    format!("{root}/kubepods")
+}
+
+/// The pod's own.
 pub fn cgroup(root: &str, pod: &Pod) -> String {
-    let uid = pod.uid();
+    let (pods, uid) = (pods_cgroup(root), pod.uid());
     match qos_class(pod) {
-        "Guaranteed" => format!("{root}/kubepods/pod{uid}"),
-        class => format!("{root}/kubepods/{}/pod{uid}", class.to_ascii_lowercase()),
+        "Guaranteed" => format!("{pods}/pod{uid}"),
+        class => format!("{pods}/{}/pod{uid}", class.to_ascii_lowercase()),
     }
 }
 

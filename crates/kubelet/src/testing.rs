@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -64,6 +65,17 @@ impl World {
         tokio::time::timeout(Duration::from_secs(20), check).await.expect("it never happened");
     }
 
+    /// Waits until there is an event of this reason.
+    pub async fn until_told(&self, reason: &str, message: &str) {
+        let mut changes = self.api.changes.subscribe();
+        let told = async {
+            while !self.api.told(reason).iter().any(|told| told == message) {
+                let _ = changes.recv().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), told).await.expect("it is never told");
+    }
+
     /// Runs an agent until the token is cancelled.
     pub async fn start_agent(&self) -> CancellationToken {
         let stop = CancellationToken::new();
@@ -74,6 +86,8 @@ impl World {
         let network = Arc::new(FakeNetwork { log: self.runtime.log.clone(), taken: Mutex::default() });
         let probe_counts = Arc::<crate::probe_counts::ProbeCounts>::default();
         let prober = crate::probes::Prober::start(self.runtime.clone(), events.clone(), probe_counts.clone());
+        let mut settings = crate::settings::Settings::new(&self.dir);
+        settings.eviction.thresholds.clear();
         let context = Arc::new(Context {
             node_name: "n".into(),
             node_ip: "192.0.2.1".parse().expect("an address"),
@@ -86,7 +100,7 @@ impl World {
                 self.runtime.clone(),
                 events.clone(),
                 crate::image_access::ImageAccess::open(&self.dir.join("pulled-images.json")),
-                None,
+                &settings,
             ),
             drain: network.clone(),
             network,
@@ -110,10 +124,9 @@ impl World {
             grants: crate::resize::Grants::default(),
             classes: Default::default(),
             pressure: crate::eviction::Pressure::default(),
-            settings: crate::settings::Settings {
-                thresholds: vec![],
-                ..crate::settings::Settings::new(&self.dir)
-            },
+            unused_images: tokio::sync::mpsc::channel(1).0,
+            for_pods: Resources::default(),
+            settings,
         });
         let pods = informers.selected(crate::worker::pods(), FieldSelector::equal("spec.nodeName", "n"));
         let nodes = informers.of_type::<core::Node>();
@@ -170,6 +183,16 @@ impl FakeApi {
     pub fn read(&self, plural: &str, namespace: &str, name: &str) -> Option<Value> {
         let key = (plural.to_owned(), namespace.to_owned(), name.to_owned());
         self.objects.lock().expect("no panic").1.get(&key).cloned()
+    }
+
+    /// What the events of this reason say.
+    pub fn told(&self, reason: &str) -> Vec<String> {
+        let objects = self.objects.lock().expect("no panic");
+        let events = objects
+            .1
+            .iter()
+            .filter(|((plural, _, _), event)| plural == "events" && event["reason"] == reason);
+        events.map(|(_, event)| event["message"].as_str().unwrap_or_default().to_owned()).collect()
     }
 
     /// Stores an object, or removes it when it is `None`.
@@ -326,12 +349,14 @@ pub struct FakeRuntime {
     events: broadcast::Sender<Event>,
     /// What commands answer, and how many there were.
     execs: Mutex<(VecDeque<char>, usize)>,
+    /// Containers that are told to end do not.
+    pub stuck: AtomicBool,
 }
 
 impl FakeRuntime {
     fn new(log: Log, dir: PathBuf) -> FakeRuntime {
         let (sandboxes, events, execs) = (Mutex::default(), broadcast::Sender::new(64), Mutex::default());
-        FakeRuntime { log, dir, sandboxes, events, execs }
+        FakeRuntime { log, dir, sandboxes, events, execs, stuck: AtomicBool::new(false) }
     }
 
     /// The next commands succeed (`+`), fail (`-`), hang (`h`) or can't be run (`?`); all others succeed.
@@ -436,6 +461,9 @@ impl Runtime for FakeRuntime {
     async fn stop_container(&self, id: &str, _: Duration) -> Result<()> {
         let status = self.container_status(id).await?;
         self.note("stop", &status.name);
+        if self.stuck.load(Ordering::Relaxed) {
+            std::future::pending::<()>().await;
+        }
         if status.state == ContainerState::Running {
             self.exit(id, 143);
         }

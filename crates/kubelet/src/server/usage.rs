@@ -130,7 +130,7 @@ struct State {
 
 impl Meter {
     pub fn new(runtime: Arc<dyn Runtime>, cgroup_root: &str) -> Meter {
-        Meter { runtime, pods_cgroup: format!("{cgroup_root}/kubepods"), state: Mutex::default() }
+        Meter { runtime, pods_cgroup: crate::resources::pods_cgroup(cgroup_root), state: Mutex::default() }
     }
 
     /// What everything has used up to now; rates may be missing.
