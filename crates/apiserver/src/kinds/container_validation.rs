@@ -340,6 +340,23 @@ pub fn resource_field_ref(reference: &Value, in_volume: bool, path: &str, errors
     }
 }
 
+fn recursive_read_only(mount: &Value, path: &str, errors: &mut FieldErrors) {
+    let path = at(path, "recursiveReadOnly");
+    match mount.text("recursiveReadOnly") {
+        "" | "Disabled" => {}
+        "Enabled" | "IfPossible" => {
+            if !mount.flag("readOnly") {
+                errors.forbidden(&path, "may only be specified when readOnly is true");
+            }
+            if !matches!(mount.text("mountPropagation"), "" | "None") {
+                let why = "may only be specified when mountPropagation is None or not specified";
+                errors.forbidden(&path, why);
+            }
+        }
+        other => errors.not_supported(&path, other, &["Disabled", "Enabled", "IfPossible"]),
+    }
+}
+
 fn validate_mounts(container: &Value, path: &str, volumes: &HashSet<&str>, errors: &mut FieldErrors) {
     let mut seen = HashSet::new();
     for (n, mount) in container.items("volumeMounts").iter().enumerate() {
@@ -378,6 +395,7 @@ fn validate_mounts(container: &Value, path: &str, volumes: &HashSet<&str>, error
                 "Bidirectional mount propagation is available only to privileged containers",
             );
         }
+        recursive_read_only(mount, &path, errors);
     }
     for (n, device) in container.items("volumeDevices").iter().enumerate() {
         let path = format!("{path}.volumeDevices[{n}]");
@@ -638,6 +656,36 @@ mod tests {
         check_file_key(
             ("volumeName", "c"),
             "volumeName: Invalid value: \"c\": referenced volume must be of type emptyDir",
+        );
+    }
+
+    #[track_caller]
+    fn check_mount(more: Value, want: &str) {
+        let mut mount = json!({"name": "v", "mountPath": "/v"});
+        for (field, value) in more.as_object().unwrap() {
+            mount.set(field, value.clone());
+        }
+        let want = if want.is_empty() { String::new() } else { format!("volumeMounts[0].{want}") };
+        check(json!({ "volumeMounts": [mount] }), &want);
+    }
+
+    #[test]
+    fn mounts_are_read_only_all_through_if_at_all() {
+        check_mount(json!({"readOnly": true, "recursiveReadOnly": "Enabled"}), "");
+        check_mount(json!({"recursiveReadOnly": "Disabled"}), "");
+        let readonly = "recursiveReadOnly: Forbidden: may only be specified when readOnly is true";
+        check_mount(json!({"recursiveReadOnly": "IfPossible"}), readonly);
+        check_mount(
+            json!({"readOnly": true, "recursiveReadOnly": "Enabled", "mountPropagation": "HostToContainer"}),
+            "recursiveReadOnly: Forbidden: may only be specified when mountPropagation is None or not specified",
+        );
+        check_mount(
+            json!({"readOnly": true, "recursiveReadOnly": "Yes"}),
+            "recursiveReadOnly: Unsupported value: \"Yes\": supported values: \"Disabled\", \"Enabled\", \"IfPossible\"",
+        );
+        check_mount(
+            json!({"mountPropagation": "Bidirectional"}),
+            "mountPropagation: Forbidden: Bidirectional mount propagation is available only to privileged",
         );
     }
 

@@ -161,7 +161,7 @@ pub fn set_up(
     if let (Some(group), None) = (group, &backing.host_type) {
         ownership::give(path, group, !backing.readonly, policy).map_err(say)?;
     }
-    subpath::bind(path, "", target).map_err(|error| format!("mount {}: {error}", path.display()))
+    subpath::bind(path, "", target).map_err(|failure| format!("mount {}: {}", path.display(), failure.cause))
 }
 
 #[cfg(test)]

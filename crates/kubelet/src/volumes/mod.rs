@@ -12,7 +12,8 @@ mod mounts;
 mod ownership;
 mod subpath;
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -182,13 +183,7 @@ impl Volumes {
                 ));
             };
             let mut host_path = dir(&self.paths, pod, volume);
-            let lookup =
-                |name: &str| env.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone());
-            let sub = match (&mount.sub_path, &mount.sub_path_expr) {
-                (Some(sub), _) if !sub.is_empty() => Some(sub.clone()),
-                (_, Some(expr)) if !expr.is_empty() => Some(expand(expr, lookup)),
-                _ => None,
-            };
+            let sub = sub_path(mount, env)?;
             if let Some(image) = images.get(&volume.name) {
                 mounts.push(Mount {
                     image: Some(image.clone()),
@@ -209,13 +204,11 @@ impl Volumes {
                 let bind = tokio::task::spawn_blocking(move || {
                     subpath::bind(&host_path, &sub, &target).map(|()| target)
                 });
-                let failed = || {
-                    format!(
-                        "failed to prepare subPath for volumeMount \"{}\" of container \"{}\"",
-                        mount.name, container.name
-                    )
-                };
-                host_path = bind.await.ok().and_then(Result::ok).ok_or_else(failed)?;
+                // What is wrong tells of the node's files, and goes into no message.
+                host_path = bind.await.unwrap_or_else(|error| Err(error.into())).map_err(|failure| {
+                    let (volume, container) = (&mount.name, &container.name);
+                    format!("{failure} for volumeMount \"{volume}\" of container \"{container}\"")
+                })?;
             }
             let readonly = mount.read_only == Some(true) || always_readonly(volume);
             mounts.push(Mount {
@@ -232,6 +225,39 @@ impl Volumes {
             });
         }
         Ok(mounts)
+    }
+}
+
+/// The part of its volume that is mounted, if it is not all. The error is the message of `CreateContainerConfigError`.
+fn sub_path(mount: &core::VolumeMount, env: &[(String, String)]) -> Result<Option<String>, String> {
+    let given = mount.sub_path.clone().filter(|sub| !sub.is_empty());
+    let sub = match (given, mount.sub_path_expr.as_deref().unwrap_or_default()) {
+        (given, "") => given,
+        (_, expression) => {
+            let missing = RefCell::new(BTreeSet::new());
+            let value = |name: &str| {
+                let found = env.iter().find(|(known, value)| known == name && !value.is_empty());
+                if found.is_none() {
+                    missing.borrow_mut().insert(name.to_owned());
+                }
+                found.map(|(_, value)| value.clone())
+            };
+            let expanded = expand(expression, value);
+            let missing = Vec::from_iter(missing.into_inner());
+            if !missing.is_empty() {
+                return Err(format!("missing value for {}", missing.join(", ")));
+            }
+            Some(expanded)
+        }
+    };
+    match &sub {
+        Some(sub) if sub.starts_with('/') => {
+            Err(format!("error SubPath `{sub}` must not be an absolute path"))
+        }
+        Some(sub) if sub.split('/').any(|part| part == "..") => {
+            Err(format!("unable to provision SubPath `{sub}`: must not contain '..'"))
+        }
+        _ => Ok(sub),
     }
 }
 
@@ -369,6 +395,30 @@ mod tests {
         check_size([Some(100), Some(50)], Some(200), 900, 150);
         check_size([None, None], Some(0), 900, 900);
         check_size([Some(4000), None], None, 900, 900);
+    }
+
+    #[track_caller]
+    fn check_sub_path(mount: Value, want: Result<Option<&str>, &str>) {
+        let mut mount = mount;
+        (mount["name"], mount["mountPath"]) = (json!("v"), json!("/v"));
+        let mount: core::VolumeMount = serde_json::from_value(mount).expect("a mount");
+        let env = [("POD", "web-0"), ("EMPTY", ""), ("UP", ".."), ("ROOT", "/x")];
+        let env = env.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let got = sub_path(&mount, &env);
+        assert_eq!(got.as_ref().map(Option::as_deref).map_err(String::as_str), want);
+    }
+
+    #[test]
+    fn parts_of_volumes_are_named_by_variables() {
+        check_sub_path(json!({}), Ok(None));
+        check_sub_path(json!({"subPath": "a/$(POD)"}), Ok(Some("a/$(POD)")));
+        let expression = |text: &str, want| check_sub_path(json!({ "subPathExpr": text }), want);
+        expression("a/$(POD)/b", Ok(Some("a/web-0/b")));
+        expression("$$(POD)-$(POD)$", Ok(Some("$(POD)-web-0$")));
+        expression("$(NONE)/$(EMPTY)/$(ALL)", Err("missing value for ALL, EMPTY, NONE"));
+        expression("$(ROOT)", Err("error SubPath `/x` must not be an absolute path"));
+        expression("a/$(UP)", Err("unable to provision SubPath `a/..`: must not contain '..'"));
+        expression("a..b", Ok(Some("a..b")));
     }
 
     #[tokio::test]

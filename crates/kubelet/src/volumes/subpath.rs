@@ -11,8 +11,24 @@ use std::path::{Component, Path};
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
+/// Why a part could not be mounted. It prints as upstream tells it, which is not the cause.
+#[derive(Debug, thiserror::Error)]
+#[error("failed to {} subPath{}", if *.making { "create" } else { "prepare" }, if *.making { " directory" } else { "" })]
+pub struct Failure {
+    /// A directory that was missing could not be made.
+    making: bool,
+    #[source]
+    pub cause: io::Error,
+}
+
+impl<E: Into<io::Error>> From<E> for Failure {
+    fn from(cause: E) -> Failure {
+        Failure { making: false, cause: cause.into() }
+    }
+}
+
 /// Binds `sub` of the volume at `volume` to `target`; missing directories are made.
-pub fn bind(volume: &Path, sub: &str, target: &Path) -> io::Result<()> {
+pub fn bind(volume: &Path, sub: &str, target: &Path) -> Result<(), Failure> {
     let part = open(volume, sub)?;
     if fs::symlink_metadata(target).is_ok() && super::is_mounted(target)? {
         rustix::mount::unmount(target, rustix::mount::UnmountFlags::DETACH)?;
@@ -36,18 +52,22 @@ pub fn bind(volume: &Path, sub: &str, target: &Path) -> io::Result<()> {
     Ok(())
 }
 
-fn open(volume: &Path, sub: &str) -> io::Result<OwnedFd> {
+fn open(volume: &Path, sub: &str) -> Result<OwnedFd, Failure> {
     let mut at = rustix::fs::openat(CWD, volume, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
     let root = at.try_clone()?;
     let mut so_far = std::path::PathBuf::new();
     for part in Path::new(sub).components() {
         let Component::Normal(name) = part else {
-            return Err(io::Error::other("subPath must stay in its volume"));
+            return Err(io::Error::other("subPath must stay in its volume").into());
         };
         so_far.push(name);
         at = match resolve(&root, &so_far) {
             Err(Errno::NOENT) => {
-                rustix::fs::mkdirat(at.as_fd(), name, Mode::from_raw_mode(0o750))?;
+                match rustix::fs::mkdirat(at.as_fd(), name, Mode::from_raw_mode(0o750)) {
+                    // It is a link, and to nothing in here.
+                    Err(Errno::EXIST) => return Err(Errno::NOENT.into()),
+                    made => made.map_err(|cause| Failure { making: true, cause: cause.into() })?,
+                }
                 // With the group's bit: what is made in there is of the volume's group too.
                 let mode = rustix::fs::fstat(&root)?.st_mode & 0o2777;
                 let made = resolve(&root, &so_far)?;
@@ -91,7 +111,10 @@ mod tests {
         assert_eq!(path("new/deep"), Ok("new/deep".into()));
         assert!(path("../x").is_err() && path("/etc").is_err());
         // In the volume there is no /etc, and none is made through the link.
-        assert!(path("out/passwd").is_err());
+        let prepare = Err("failed to prepare subPath".to_owned());
+        assert_eq!((path("out/passwd"), path("a/f/x")), (prepare.clone(), prepare));
+        let made = open(Path::new("/proc"), "nosuch").map(drop).map_err(|failure| failure.to_string());
+        assert_eq!(made, Err("failed to create subPath directory".to_owned()));
         fs::remove_dir_all(&dir).expect("removed");
     }
 }
