@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use jiff::SignedDuration;
 use k8s_openapi::api::core::v1 as core;
+use minke_api::Quantity;
 use minke_runtime::{Capabilities, ContainerSpec, Image, Mount, Resources, SandboxSpec, Seccomp, User};
 
 use crate::env::expand;
@@ -116,6 +117,7 @@ pub struct Inputs<'a> {
     /// Of the volumes; the files in `/etc` are added.
     pub mounts: Vec<Mount>,
     pub node_memory: u64,
+    pub allocatable: &'a BTreeMap<String, Quantity>,
     pub cluster_domain: &'a str,
     /// Use the field's default seccomp profile where a pod names none.
     pub seccomp_default: bool,
@@ -164,6 +166,7 @@ pub fn container(
     if class == Class::Ephemeral {
         limits = minke_runtime::Resources::default();
     }
+    resources::deny_other_pages(&mut limits, inputs.allocatable);
     Ok(ContainerSpec {
         name: container.name.clone(),
         attempt: inputs.attempt,
@@ -309,6 +312,7 @@ mod tests {
             env: vec![("A".into(), "1".into())],
             mounts: vec![],
             node_memory: 1 << 30,
+            allocatable: &BTreeMap::from([("hugepages-2Mi".to_owned(), Quantity::bytes(0))]),
             cluster_domain: "cluster.local",
             seccomp_default: true,
             seccomp_dir: Path::new("/data/seccomp"),
@@ -331,6 +335,7 @@ mod tests {
         assert_eq!(spec.command, ["sh", "1"]);
         assert_eq!(spec.args, ["$(B)"]);
         assert_eq!(spec.user.user.as_deref(), Some("6"));
+        assert_eq!(spec.resources.hugepages["2MB"], 0);
         assert_eq!(spec.user.supplementary_groups, [8, 7]);
         assert!(spec.no_new_privs && !spec.privileged);
         assert_eq!(spec.capabilities.drop, ["ALL"]);

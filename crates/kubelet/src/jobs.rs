@@ -284,6 +284,7 @@ async fn try_start(context: &Context, pod: &Pod, held: &Held, start: &Start) -> 
         env,
         mounts,
         node_memory: context.node_memory,
+        allocatable: &context.allocatable,
         cluster_domain: &context.dns.domain,
         seccomp_default: context.seccomp_default,
         seccomp_dir: &context.seccomp_dir,

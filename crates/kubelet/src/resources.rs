@@ -97,15 +97,26 @@ pub fn of_container(container: &core::Container) -> Resources {
 fn hugepages(resources: Option<&core::ResourceRequirements>) -> BTreeMap<String, u64> {
     let limits = resources.and_then(|resources| resources.limits.as_ref()).into_iter().flatten();
     let pages = limits.filter_map(|(name, limit)| {
-        let size = Quantity::parse(name.strip_prefix("hugepages-")?).ok()?.value();
-        let name = match size {
-            size if size >= 1 << 30 => format!("{}GB", size >> 30),
-            size if size >= 1 << 20 => format!("{}MB", size >> 20),
-            size => format!("{}KB", size >> 10),
-        };
-        Some((name, u64::try_from(Quantity::try_from(limit).ok()?.value()).ok()?))
+        Some((page_size(name)?, u64::try_from(Quantity::try_from(limit).ok()?.value()).ok()?))
     });
     pages.collect()
+}
+
+/// The kernel's name of the page size of a resource.
+fn page_size(resource: &str) -> Option<String> {
+    let size = Quantity::parse(resource.strip_prefix("hugepages-")?).ok()?.value();
+    Some(match size {
+        size if size >= 1 << 30 => format!("{}GB", size >> 30),
+        size if size >= 1 << 20 => format!("{}MB", size >> 20),
+        size => format!("{}KB", size >> 10),
+    })
+}
+
+/// Denies the node's huge pages of the sizes that are not limited: who asks for none gets none.
+pub fn deny_other_pages(limits: &mut Resources, allocatable: &BTreeMap<String, Quantity>) {
+    for size in allocatable.keys().filter_map(|name| page_size(name)) {
+        limits.hugepages.entry(size).or_insert(0);
+    }
 }
 
 /// Whether two sets of values limit cpu and memory alike; -1 and nothing are the same.

@@ -4,7 +4,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use minke_api::{FieldErrors, names};
+use minke_api::{FieldErrors, Quantity, names};
 use serde_json::Value;
 
 use super::check::{self, at};
@@ -452,9 +452,30 @@ pub fn validate_resource_list(list: &Value, path: &str, errors: &mut FieldErrors
     }
 }
 
+/// Huge pages come by the page, and beside another resource.
+fn huge_pages(limits: &Value, requests: &Value, path: &str, errors: &mut FieldErrors) {
+    let (mut huge, mut other) = (false, false);
+    for (list, field) in [(limits, "limits"), (requests, "requests")] {
+        for (name, amount) in amounts(list) {
+            other |= matches!(&*name, "cpu" | "memory");
+            let Some(size) = name.strip_prefix("hugepages-") else { continue };
+            huge = true;
+            let size = Quantity::parse(size).map(Quantity::value).ok().filter(|size| *size > 0);
+            if size.is_none_or(|size| amount.value() % size != 0) {
+                let why = format!("{amount} is not positive integer multiple of {name}");
+                errors.invalid(&at(path, field), &amount.to_string(), &why);
+            }
+        }
+    }
+    if huge && !other {
+        errors.forbidden(path, "HugePages require cpu or memory");
+    }
+}
+
 fn validate_resources(resources: &Value, path: &str, errors: &mut FieldErrors) {
     validate_resource_list(resources.at("limits"), &at(path, "limits"), errors);
     validate_resource_list(resources.at("requests"), &at(path, "requests"), errors);
+    huge_pages(resources.at("limits"), resources.at("requests"), path, errors);
     let limits = amounts(resources.at("limits"));
     for (name, request) in amounts(resources.at("requests")) {
         let whole = name.contains('/') || name.starts_with("hugepages-");
@@ -711,6 +732,16 @@ mod tests {
         check(
             json!({"resources": {"requests": {"memory": "-1"}}}),
             "resources.requests[memory]: Invalid value: \"-1\": must be greater than or equal to 0",
+        );
+        let pages = |amount: &str| json!({"memory": "1Mi", "hugepages-2Mi": amount});
+        check(json!({"resources": {"limits": pages("4Mi")}}), "");
+        check(
+            json!({"resources": {"limits": pages("3Mi")}}),
+            "Pod \"web\" is invalid: [spec.containers[0].resources.limits: Invalid value: \"3Mi\": 3Mi is not positive integer multiple of hugepages-2Mi",
+        );
+        check(
+            json!({"resources": {"limits": {"hugepages-2Mi": "2Mi"}}}),
+            "resources: Forbidden: HugePages require cpu or memory",
         );
         check(
             json!({"resources": {"requests": {"gpu": "1"}}}),
