@@ -1,5 +1,6 @@
 //! Which device nodes a container may open: v1's `devices.*` files, or v2's eBPF program.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -61,6 +62,22 @@ pub fn host_nodes(dir: &Path, found: &mut Vec<PathBuf>) {
             host_nodes(&entry.path(), found);
         } else if kind.is_block_device() || kind.is_char_device() {
             found.push(entry.path());
+        }
+    }
+}
+
+/// Takes from others the right to write to the directories of device nodes, in the container that they are in:
+/// libcontainer makes them with all rights. What is mounted there is not ours.
+pub fn close_dirs<'a>(devices: impl Iterator<Item = &'a Path>) {
+    use rustix::fs::{Mode, OFlags, ResolveFlags};
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let inside = ResolveFlags::BENEATH | ResolveFlags::NO_XDEV | ResolveFlags::NO_SYMLINKS;
+    let Ok(dev) = rustix::fs::open("/dev", flags, Mode::empty()) else { return };
+    let below = devices.filter_map(|path| path.strip_prefix("/dev").ok());
+    let dirs: BTreeSet<&Path> = below.flat_map(|path| path.ancestors().skip(1)).collect();
+    for dir in dirs.into_iter().filter(|dir| !dir.as_os_str().is_empty()) {
+        if let Ok(dir) = rustix::fs::openat2(&dev, dir, flags, Mode::empty(), inside) {
+            let _ = rustix::fs::fchmod(&dir, Mode::from_raw_mode(0o755));
         }
     }
 }

@@ -26,7 +26,7 @@ use super::{log, propagation, wire};
 use crate::api::ImageAccess;
 use crate::filter::Filter;
 use crate::spec::Place;
-use crate::{spec, sys, users};
+use crate::{device, spec, sys, users};
 
 /// Arguments: the report socket's number, the data directory, the container's id, the shim's pid, and the
 /// numbers of the node's mount namespace and of the pod's user namespace, if it has one.
@@ -317,11 +317,7 @@ fn plain(error: &dyn std::error::Error) -> String {
         }
         cause = inner.source();
     }
-    // Ours, from `Program::validate`, is a sentence of its own.
-    match text.find("exec: \"") {
-        Some(at) => text[at..].to_owned(),
-        None => format!("error during container init: {text}"),
-    }
+    format!("error during container init: {text}")
 }
 
 /// What libcontainer leaves to us.
@@ -360,7 +356,9 @@ impl Executor for Program {
         Ok(())
     }
 
-    fn exec(&self, _: &Spec) -> Result<(), ExecutorError> {
+    fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
+        let devices = spec.linux().iter().filter_map(|linux| linux.devices().as_ref()).flatten();
+        device::close_dirs(devices.map(|device| device.path().as_path()));
         let failed = |error: String| {
             sys::write_raw(self.report, error.as_bytes());
             ExecutorError::Other(error)
