@@ -5,7 +5,7 @@
 mod thresholds;
 mod usage;
 
-pub use thresholds::{DEFAULT_HARD, Limits, Signal, Statements};
+pub use thresholds::{Limits, Signal, Statements};
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

@@ -203,7 +203,18 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Limits {
-        let hard = DEFAULT_HARD.map(|(signal, text)| (signal.to_owned(), text.to_owned())).into();
+        Limits::on(u64::MAX)
+    }
+}
+
+impl Limits {
+    /// The defaults on a file system of `capacity` bytes: of a small one a tenth stays free, as upstream has it.
+    pub fn on(capacity: u64) -> Limits {
+        let mut hard: Statements =
+            DEFAULT_HARD.map(|(signal, text)| (signal.to_owned(), text.to_owned())).into();
+        if capacity < SMALL_DISK {
+            hard.insert("nodefs.available".to_owned(), "10%".to_owned());
+        }
         let none = Statements::new;
         Limits {
             thresholds: read(&hard, &none(), &none(), &none()).expect("the defaults are well-formed"),
@@ -217,13 +228,16 @@ impl Default for Limits {
     }
 }
 
-/// Upstream keeps percentages of the disk free, which a workstation's disk rarely has.
-pub const DEFAULT_HARD: [(&str, &str); 4] = [
+/// Upstream keeps percentages of the disk free, which a large disk of a workstation rarely has.
+const DEFAULT_HARD: [(&str, &str); 4] = [
     ("memory.available", "100Mi"),
     ("nodefs.available", "1Gi"),
     ("nodefs.inodesFree", "1%"),
     ("pid.available", "1%"),
 ];
+
+/// Bytes of a disk of which a tenth is less than what is kept free of larger ones.
+const SMALL_DISK: u64 = 10 << 30;
 
 impl Limits {
     /// Works the thresholds out of the statements.
@@ -377,6 +391,8 @@ mod tests {
         // A share is worked out as upstream does it, in single precision and cut off.
         assert_eq!(default.kept(Signal::NodeFsInodes, 1000), 9);
         assert_eq!(default.kept(Signal::ImageFs, 1000), 0);
+        let kept = |capacity| Limits::on(capacity).kept(Signal::NodeFs, capacity);
+        assert_eq!([400 << 20, 10 << 30, 1 << 40].map(kept), [40 << 20, 1 << 30, 1 << 30]);
     }
 
     #[track_caller]

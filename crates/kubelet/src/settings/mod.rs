@@ -16,7 +16,7 @@ use minke_api::Quantity;
 use minke_api::time::parse_go_duration;
 use serde::Deserialize;
 
-use crate::eviction::{DEFAULT_HARD, Limits, Statements};
+use crate::eviction::{Limits, Statements};
 use file::File;
 
 /// Most bytes of the file.
@@ -110,7 +110,8 @@ struct CrashLoopBackOff {
 impl Settings {
     /// The defaults, for a node with this data directory.
     pub fn new(data: &Path) -> Settings {
-        let mut eviction = Limits::default();
+        let disk = rustix::fs::statvfs(data).map_or(u64::MAX, |stat| stat.f_blocks * stat.f_frsize);
+        let mut eviction = Limits::on(disk);
         eviction.watch_allocatable();
         Settings {
             eviction,
@@ -220,11 +221,11 @@ impl Settings {
     }
 
     fn take_eviction(&mut self, file: &mut File) {
-        let mut limits = Limits::default();
+        let mut limits = self.eviction.clone();
         let merged = file.take("mergeDefaultEvictionSettings").unwrap_or(false);
         if let Some(mut hard) = file.take::<Statements>("evictionHard") {
-            for (signal, text) in DEFAULT_HARD.into_iter().filter(|_| merged) {
-                hard.entry(signal.to_owned()).or_insert_with(|| text.to_owned());
+            for (signal, text) in limits.hard.into_iter().filter(|_| merged) {
+                hard.entry(signal).or_insert(text);
             }
             limits.hard = hard;
         }

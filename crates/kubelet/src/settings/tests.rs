@@ -91,7 +91,7 @@ fn evictions_are_set_as_upstream_sets_them() {
     assert_eq!(hard.hard, statements(&[("memory.available", "5%")]));
     assert_eq!(hard.thresholds.len(), 2, "the node's memory, and the pods'");
     let merged = limits("evictionHard: {memory.available: 5%}\nmergeDefaultEvictionSettings: true\n");
-    assert_eq!((merged.hard.len(), merged.hard["memory.available"].as_str()), (DEFAULT_HARD.len(), "5%"));
+    assert_eq!((merged.hard.len(), merged.hard["memory.available"].as_str()), (4, "5%"));
     let soft = limits(
         "evictionSoft: {nodefs.available: 3Gi}\nevictionSoftGracePeriod: {nodefs.available: 1m30s}\n\
          evictionMaxPodGracePeriod: 60\nevictionMinimumReclaim: {nodefs.available: 500Mi}\n\
