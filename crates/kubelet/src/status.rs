@@ -293,7 +293,8 @@ fn container_status(
         last_state: Some(last_state.unwrap_or_default()),
         ready,
         started: (class != Class::Ephemeral).then_some(started),
-        user: latest.filter(|_| running).map(|c| user(c)),
+        // Its first process had one, if it came to be; that stays so when it has ended.
+        user: started_once.filter(|c| c.pid.is_some()).map(|c| user(c)),
         volume_mounts: mounts(container),
         allocated_resources: container
             .resources
