@@ -29,7 +29,7 @@ pub struct ImageArgs {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Build(crate::build::BuildArgs),
+    Build(Box<crate::build::BuildArgs>),
     /// Load images from archives of `docker save` or OCI tools
     Load {
         /// The archives; `-` is standard input

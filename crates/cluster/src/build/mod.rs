@@ -9,6 +9,7 @@ mod copy;
 mod dockerfile;
 mod ignore;
 mod mounts;
+mod output;
 mod run;
 mod sandbox;
 mod sources;
@@ -27,6 +28,7 @@ use minke_runtime::{Auth, ImageService, ImageStore, Reference};
 use self::dockerfile::{Arguments, Dockerfile, Instruction};
 use self::ignore::Ignore;
 use self::mounts::Found;
+use self::output::Output;
 pub use self::sandbox::clear_leftovers;
 use self::sandbox::{Network, Sandbox};
 use self::sources::Sources;
@@ -83,6 +85,9 @@ pub struct BuildArgs {
     /// The network of RUN steps
     #[arg(long, value_enum, default_value_t, value_name = "NETWORK")]
     network: Network,
+    /// Write the files to a directory or an archive, or the image to an archive, instead of keeping an image
+    #[arg(short, long, value_name = "DIR|-|type=local|tar|docker|oci[,dest=PATH]")]
+    output: Option<String>,
     /// A file for the image's id
     #[arg(long, value_name = "FILE")]
     iidfile: Option<PathBuf>,
@@ -103,6 +108,8 @@ fn predefined() -> Variables {
         all.insert(format!("{side}PLATFORM"), format!("linux/{arch}"));
         all.insert(format!("{side}OS"), "linux".to_owned());
         all.insert(format!("{side}ARCH"), arch.to_owned());
+        // Images for all machines of the architecture.
+        all.insert(format!("{side}VARIANT"), String::new());
     }
     all
 }
@@ -186,12 +193,26 @@ impl BuildArgs {
         if let Some(platform) = self.platform.as_deref().filter(|platform| !is_own_platform(platform)) {
             bail!("--platform {platform}: {}", other_platform());
         }
+        let output = self.output.as_deref().map(Output::parse).transpose()?;
+        if output.as_ref().is_some_and(Output::is_for_a_terminal) {
+            bail!("an archive is nothing for a terminal: use --output with dest=FILE, or a pipe");
+        }
         clear_leftovers(data, images).await.context("clear what an earlier build left")?;
         let _hold = images.hold()?;
         let mut sandbox = Sandbox::new(data, images, self.network)?;
         let mut outcomes = Vec::new();
+        let work = async {
+            let draft = self.build(images, &mut sandbox, &mut outcomes, credentials, io).await?;
+            let keeps = output.as_ref().is_none_or(Output::wants_image);
+            let id = keeps.then(|| images.finish(&draft, &tags)).transpose()?;
+            if let Some(output) = &output {
+                let names = if tags.is_empty() { id.iter().cloned().collect() } else { tags.clone() };
+                output.write(images, &draft, &names, &sandbox).await?;
+            }
+            Ok(id)
+        };
         let built = tokio::select! {
-            built = self.build(images, &mut sandbox, &mut outcomes, credentials, &tags, io) => built,
+            built = work => built,
             _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
         };
         // Remembered together with the image: both keep the layers.
@@ -200,6 +221,8 @@ impl BuildArgs {
         let id = built?;
         remembered?;
         closed?;
+        // What is written elsewhere may be on its way through standard output.
+        let Some(id) = id.filter(|_| output.is_none()) else { return Ok(()) };
         if let Some(path) = &self.iidfile {
             std::fs::write(path, &id).with_context(|| format!("write {}", path.display()))?;
         }
@@ -210,16 +233,14 @@ impl BuildArgs {
         tags.iter().try_for_each(|tag| io.say(format!("Tagged {tag}")))
     }
 
-    /// Builds the image and names it; returns its id.
     async fn build(
         &self,
         images: &ImageStore,
         sandbox: &mut Sandbox,
         outcomes: &mut Vec<(String, Outcome)>,
         credentials: fn(&str) -> Result<Auth>,
-        tags: &[String],
         io: &mut Io,
-    ) -> Result<String> {
+    ) -> Result<Draft> {
         let Sources { context, ignore, shown, text } =
             Sources::find(&self.context, self.file.as_deref(), sandbox).await?;
         let file = dockerfile::parse(&text).with_context(|| shown.clone())?;
@@ -266,7 +287,7 @@ impl BuildArgs {
         if build.used_caches {
             images.prune_caches(CACHES_MAX)?;
         }
-        Ok(images.finish(&draft.with_context(|| shown)?, tags)?)
+        draft.with_context(|| shown)
     }
 }
 
@@ -316,7 +337,7 @@ impl Build<'_> {
         let args = self.file.instructions.iter().filter(|step| step.name == "ARG").chain(&self.inherited);
         // Values do not matter here, only names; what cannot be read is told when its turn comes.
         let declared: Vec<String> = args
-            .filter_map(|step| stage::declared(step, escape, &Variables::new()).ok())
+            .filter_map(|step| stage::declared(step, escape, Variables::new(), |_, default| default).ok())
             .flatten()
             .map(|(name, _)| name)
             .collect();
@@ -358,10 +379,10 @@ impl Build<'_> {
                 }
                 (_, Some(plan)) => plan.steps.push(instruction.clone()),
                 (_, None) => {
-                    for (name, value) in stage::declared(instruction, escape, &global).map_err(wrong)? {
-                        let value = self.build_args.get(&name).cloned().or(value);
-                        global.extend(value.map(|value| (name, value)));
-                    }
+                    let given = |name: &str, default| self.build_args.get(name).cloned().or(default);
+                    let declared = stage::declared(instruction, escape, with_predefined(&global), given);
+                    let declared = declared.map_err(wrong)?.into_iter();
+                    global.extend(declared.filter_map(|(name, value)| Some((name, value?))));
                 }
             }
         }

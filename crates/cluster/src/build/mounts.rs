@@ -206,7 +206,7 @@ impl Fields {
 }
 
 /// Values that commas set apart; quotes hold one with commas in it together.
-fn fields(text: &str) -> Result<Vec<String>, String> {
+pub fn fields(text: &str) -> Result<Vec<String>, String> {
     let (mut all, mut field, mut quoted) = (Vec::new(), String::new(), false);
     let mut chars = text.chars().peekable();
     while let Some(c) = chars.next() {

@@ -4,7 +4,7 @@ use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Result, anyhow, bail};
 use minke_api::time::parse_go_duration;
-use minke_runtime::build::{Draft, EntryMeta, LayerWriter, Outcome, hex_digest};
+use minke_runtime::build::{Draft, EntryMeta, LayerWriter, Outcome, hex_digest, owner_of};
 use serde_json::{Map, Value, json};
 
 use super::dockerfile::{self, Arguments, Instruction};
@@ -114,13 +114,13 @@ impl Stage {
             "COPY" | "ADD" => Some(self.copy(at, step).await?),
             "WORKDIR" => Some(self.workdir(at, step).await?),
             "ARG" => {
-                for (name, value) in declared(step, escape, &self.variables()).map_err(anyhow::Error::msg)? {
-                    let given = at.build.build_args.get(&name).cloned().or(value);
-                    let given = given.or_else(|| at.global.get(&name).cloned());
-                    if let Some(value) = given.or_else(|| predefined().remove(&name)) {
-                        self.args.insert(name, value);
-                    }
-                }
+                let (known, given) = (predefined(), &at.build.build_args);
+                let value = |name: &str, default: Option<String>| {
+                    let value = given.get(name).cloned().or(default);
+                    value.or_else(|| at.global.get(name).or_else(|| known.get(name)).cloned())
+                };
+                let declared = declared(step, escape, self.variables(), value).map_err(anyhow::Error::msg)?;
+                self.args.extend(declared.into_iter().filter_map(|(name, value)| Some((name, value?))));
                 None
             }
             _ => {
@@ -194,11 +194,21 @@ impl Stage {
         at.say(step, false);
         let view = self.view(at.build).await?;
         let inside = relative(&path);
-        let missing = !inside.as_os_str().is_empty() && !view.is_dir(&inside);
+        let mut missing: Vec<PathBuf> = inside.ancestors().map(Path::to_owned).collect();
+        missing.retain(|path| !path.as_os_str().is_empty() && !view.is_dir(path));
+        // They are the user's.
+        let user = self.text("User");
+        let (uid, gid) = match user.is_empty() || missing.is_empty() {
+            true => (0, 0),
+            false => {
+                let (passwd, group) = (view.text(Path::new("etc/passwd")), view.text(Path::new("etc/group")));
+                owner_of(&user, &passwd, &group).map_err(anyhow::Error::msg)?
+            }
+        };
         let outcome = self
-            .add(at.build, move |writer| match missing {
-                true => Ok(writer.directory(&inside, &EntryMeta { mode: 0o755, ..now() })?),
-                false => Ok(()),
+            .add(at.build, move |writer| {
+                let meta = EntryMeta { mode: 0o755, uid, gid, ..now() };
+                missing.iter().rev().try_for_each(|path| Ok(writer.directory(path, &meta)?))
             })
             .await?;
         Ok(self.done(at.build, key, outcome))
@@ -426,20 +436,27 @@ pub(super) fn digest(tree: &Tree, found: &[PathBuf], except: &dyn Fn(&Path) -> b
     Ok(all)
 }
 
-/// The names that an ARG declares, with their defaults.
+/// The names that an ARG declares, with what `value` says of each and its default. Each can be made of those before it.
 pub fn declared(
     step: &Instruction,
     escape: char,
-    variables: &Variables,
+    mut variables: Variables,
+    value: impl Fn(&str, Option<String>) -> Option<String>,
 ) -> Result<Vec<(String, Option<String>)>, String> {
     let Arguments::Text(text) = &step.arguments else { return Err("ARG takes no list".to_owned()) };
-    let words = words::words(text, escape, variables)?;
-    let pairs = words.into_iter().map(|word| match word.split_once('=') {
-        Some(("", _)) => Err("ARG names can not be blank".to_owned()),
-        Some((name, value)) => Ok((name.to_owned(), Some(value.to_owned()))),
-        None => Ok((word, None)),
-    });
-    pairs.collect()
+    let mut declared = Vec::new();
+    for word in words::raw(text, escape) {
+        let word = words::words(word, escape, &variables)?.concat();
+        let (name, default) = match word.split_once('=') {
+            Some(("", _)) => return Err("ARG names can not be blank".to_owned()),
+            Some((name, default)) => (name.to_owned(), Some(default.to_owned())),
+            None => (word, None),
+        };
+        let value = value(&name, default);
+        variables.extend(value.clone().map(|value| (name.clone(), value)));
+        declared.push((name, value));
+    }
+    Ok(declared)
 }
 
 /// `80`, `53/udp`, `8000-8010`, as the configuration names them.
