@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use futures_util::future::join_all;
+use k8s_openapi::api::core::v1 as core;
 use minke_api::Object;
 use minke_client::{Change, Informer};
 use minke_runtime::{Event, SandboxStatus};
@@ -21,6 +22,7 @@ use crate::manifests;
 use crate::observed::ADDRESS_ANNOTATION;
 use crate::pod::Pod;
 use crate::qos;
+use crate::resize;
 use crate::worker::{Message, Worker};
 
 pub struct Agent {
@@ -136,10 +138,28 @@ impl Agent {
                 }
                 Some(Ok(victims)) = self.survey.join_next() => self.evict(victims),
                 _ = looks.tick() => self.look(),
-                // Only so that the channel does not fill: admission reads the cache.
-                Some(_) = nodes.recv() => {}
+                Some(change) = nodes.recv() => self.take_node(&change),
             }
         }
+    }
+
+    /// Tells when the node is closed to new pods, or opened again.
+    fn take_node(&self, change: &Change) {
+        let is_closed = |object: &Option<Arc<Object>>| -> Option<bool> {
+            let node: Arc<core::Node> = minke_client::typed(object.as_ref()?)?;
+            Some(node.spec.as_ref().is_some_and(|spec| spec.unschedulable == Some(true)))
+        };
+        let (was, is) = (is_closed(&change.old), is_closed(&change.new));
+        if was == is || was.is_none() {
+            return;
+        }
+        let reason = match is {
+            Some(true) => "NodeNotSchedulable",
+            Some(false) => "NodeSchedulable",
+            None => return,
+        };
+        let message = format!("Node {} status is now: {reason}", self.context.node_name);
+        self.context.events.node(true, reason, message);
     }
 
     /// The clock was set: waits that were worked out by the old one, and tokens that it kept, are looked at anew.
@@ -305,11 +325,13 @@ impl Agent {
             return Decision::Refuse(reason.into(), message);
         }
         let others = self.workers.values().filter(|handle| handle.admitted && !handle.pod.is_terminal());
+        // Of those that wait for more, what they have.
+        let others: Vec<Pod> = others.map(|handle| resize::resumed(handle.pod.clone())).collect();
         let node = self.nodes.get("", &self.context.node_name);
         let node = node.and_then(|node| minke_client::typed(&node));
         admission::decide(
             pod,
-            others.map(|handle| &handle.pod),
+            others.iter(),
             node.as_deref(),
             &self.context.allocatable,
             &self.context.settings,

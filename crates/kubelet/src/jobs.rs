@@ -14,7 +14,9 @@ use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1 as core;
 use minke_api::{Kind, Object};
 use minke_client::{DeleteOptions, Target};
-use minke_runtime::{ContainerStatus, Propagation, Resources, SandboxSpec, SandboxState, SandboxStatus};
+use minke_runtime::{
+    ContainerStatus, Propagation, Resources, SandboxSpec, SandboxState, SandboxStatus, Stats,
+};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -485,7 +487,8 @@ pub async fn kill(context: Arc<Context>, pod: Pod, kill: Kill) -> Done {
             plan::Kill::Resize => format!("Container {} resize requires restart", kill.name),
             plan::Kill::Over => format!("Stopping container {}, all containers will be restarted", kill.name),
         };
-        let message = if kill.restart { format!("{message}, will be restarted") } else { message };
+        let told = kill.restart && kill.why != plan::Kill::Resize;
+        let message = if told { format!("{message}, will be restarted") } else { message };
         context.events.normal(&pod, name, "Killing", message);
         if let Some((_, container)) = pod.container(&kill.name)
             && kill.why != plan::Kill::Over
@@ -536,6 +539,10 @@ pub async fn resize(
     containers: Vec<(String, Resources)>,
 ) -> Done {
     let whole = sandbox.zip(pod);
+    let refused = shrinks_too_far(&context, whole.as_ref(), &containers).await;
+    if !refused.is_empty() {
+        return Done::Failed { why: refused.join(", "), on_change: true };
+    }
     let mut failure = None;
     let mut done = vec![];
     // Whether it grows is the kernel's to say: what it does not take now it takes when the parts are smaller.
@@ -558,6 +565,40 @@ pub async fn resize(
         None => Done::Resized { containers: done, pod: whole.map(|(_, limits)| limits) },
         Some(why) => Done::Failed { why, on_change: true },
     }
+}
+
+/// Why limits of memory cannot be set that are lower than before: the kernel would kill what is over them.
+async fn shrinks_too_far(
+    context: &Context,
+    whole: Option<&(String, Resources)>,
+    containers: &[(String, Resources)],
+) -> Vec<String> {
+    let mut why = vec![];
+    let limit = |resources: &Resources| resources.memory_limit.and_then(|bytes| u64::try_from(bytes).ok());
+    let refused = |stats: Stats, wanted: u64| {
+        let lower = stats.memory_limit == 0 || wanted < stats.memory_limit;
+        (lower && stats.memory_working_set > wanted).then_some(stats.memory_working_set)
+    };
+    if let Some((id, resources)) = whole
+        && let Some(wanted) = limit(resources)
+        && let Ok(stats) = context.runtime.sandbox_stats(id).await
+        && let Some(usage) = refused(stats, wanted)
+    {
+        why.push(format!("attempting to set pod memory limit ({wanted}) below current usage ({usage})"));
+    }
+    for (id, resources) in containers {
+        if let Some(wanted) = limit(resources)
+            && let Ok(stats) = context.runtime.container_stats(id).await
+            && let Some(usage) = refused(stats, wanted)
+        {
+            let name =
+                context.runtime.container_status(id).await.map(|status| status.name).unwrap_or_default();
+            why.push(format!(
+                "attempting to set container {name:?} memory limit ({wanted}) below current usage ({usage})"
+            ));
+        }
+    }
+    why
 }
 
 pub async fn remove_container(context: Arc<Context>, pod: Pod, name: String, id: String) -> Done {

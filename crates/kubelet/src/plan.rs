@@ -332,11 +332,11 @@ fn plan_changes(pod: &Pod, o: &Observed, now: Timestamp, plan: &mut Plan) {
     let mut resized = vec![];
     for running in o.all_containers().filter(|c| c.state == ContainerState::Running) {
         let Some((class, container)) = pod.container(&running.name) else { continue };
-        if !matches!(class, Class::Main | Class::Sidecar) || is_dying(o, &running.id, now, plan) {
+        if class == Class::Ephemeral || is_dying(o, &running.id, now, plan) {
             continue;
         }
         let wanted = resources::of_container(container);
-        let why = if is_changed(container, running) {
+        let why = if class != Class::Init && is_changed(container, running) {
             Kill::Changed
         } else if resources::same(&wanted, &running.resources) {
             continue;

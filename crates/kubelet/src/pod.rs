@@ -54,10 +54,15 @@ impl Pod {
         Some(Pod { object, typed, ephemeral })
     }
 
-    /// The same pod with other resources for the containers that `of` knows by name.
-    pub fn with_resources(&self, of: impl Fn(&str) -> Option<core::ResourceRequirements>) -> Pod {
+    /// The same pod with other resources, for itself and for the containers that `of` knows by name.
+    pub fn with_resources(
+        &self,
+        whole: Option<core::ResourceRequirements>,
+        of: impl Fn(&str) -> Option<core::ResourceRequirements>,
+    ) -> Pod {
         let mut typed = (*self.typed).clone();
         if let Some(spec) = &mut typed.spec {
+            spec.resources = whole;
             for container in spec.containers.iter_mut().chain(spec.init_containers.iter_mut().flatten()) {
                 if let Some(resources) = of(&container.name) {
                     container.resources = Some(resources);

@@ -1,6 +1,7 @@
 //! In-place resize: whether the node has room for what a running pod asks for now, and what it goes on
 //! with until then. Upstream: pkg/kubelet/allocation.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Mutex;
 
@@ -18,15 +19,37 @@ pub const IN_PROGRESS: &str = "PodResizeInProgress";
 
 const RESOURCES: [&str; 2] = ["cpu", "memory"];
 
-/// What the pods of this node were granted, by uid: thousandths of a CPU and bytes.
+/// Thousandths of a CPU, and bytes.
+type Amounts = [i64; 2];
+
+/// What the pods of this node were granted, and which of them wait for more.
 pub struct Grants {
-    granted: Mutex<HashMap<String, [i64; 2]>>,
+    room: Mutex<Room>,
     freed: watch::Sender<()>,
 }
 
+#[derive(Default)]
+struct Room {
+    /// By uid.
+    granted: HashMap<String, Amounts>,
+    /// Those for whom there is no room now.
+    waiting: Vec<Waiter>,
+    /// How many have ever waited.
+    count: u64,
+}
+
+struct Waiter {
+    uid: String,
+    rank: Rank,
+    wanted: Amounts,
+}
+
+/// Who gets room first: by priority, by class, and who has waited longer.
+type Rank = (Reverse<i32>, u8, u64);
+
 impl Default for Grants {
     fn default() -> Grants {
-        Grants { granted: Mutex::default(), freed: watch::Sender::new(()) }
+        Grants { room: Mutex::default(), freed: watch::Sender::new(()) }
     }
 }
 
@@ -37,9 +60,34 @@ pub struct Pending {
     pub message: String,
 }
 
+impl Room {
+    /// What others have, of whom those that wait in front of `rank` have got what fits by then.
+    fn used(&self, uid: &str, rank: Rank, capacity: [Option<i64>; 2]) -> Amounts {
+        let mut granted = self.granted.clone();
+        granted.remove(uid);
+        let mut ahead: Vec<&Waiter> = self.waiting.iter().filter(|w| w.uid != uid && w.rank < rank).collect();
+        ahead.sort_by_key(|waiter| waiter.rank);
+        let own = self.granted.get(uid).copied().unwrap_or_default();
+        let sum = |granted: &HashMap<String, Amounts>| {
+            granted.values().fold([0, 0], |sum: Amounts, one| [sum[0] + one[0], sum[1] + one[1]])
+        };
+        for waiter in ahead {
+            let had = granted.remove(&waiter.uid).unwrap_or_default();
+            let beside = sum(&granted);
+            let fits = (0..2).all(|at| {
+                let used = beside[at] + own[at];
+                waiter.wanted[at] <= had[at]
+                    || capacity[at].is_none_or(|most| used + waiter.wanted[at] <= most)
+            });
+            granted.insert(waiter.uid.clone(), if fits { waiter.wanted } else { had });
+        }
+        sum(&granted)
+    }
+}
+
 impl Grants {
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, [i64; 2]>> {
-        self.granted.lock().expect("nothing panics while the map is locked")
+    fn lock(&self) -> std::sync::MutexGuard<'_, Room> {
+        self.room.lock().expect("nothing panics while the map is locked")
     }
 
     /// Tells when room may have become free.
@@ -49,29 +97,57 @@ impl Grants {
 
     /// Grants what the pod asks for, whatever there is.
     pub fn grant(&self, pod: &Pod) {
-        let old = self.lock().insert(pod.uid().to_owned(), wanted(pod));
+        let old = self.lock().granted.insert(pod.uid().to_owned(), wanted(pod));
         if old.is_some_and(|old| old != wanted(pod)) {
             self.freed.send_replace(());
         }
     }
 
     pub fn release(&self, uid: &str) {
-        if self.lock().remove(uid).is_some() {
+        let mut room = self.lock();
+        room.waiting.retain(|waiter| waiter.uid != uid);
+        let had = room.granted.remove(uid);
+        drop(room);
+        if had.is_some() {
             self.freed.send_replace(());
         }
     }
 
-    /// Grants what the pod asks for when there is room beside the others.
+    /// The pod wants no more than it has.
+    pub fn withdraw(&self, uid: &str) {
+        let mut room = self.lock();
+        let count = room.waiting.len();
+        room.waiting.retain(|waiter| waiter.uid != uid);
+        let withdrew = room.waiting.len() < count;
+        drop(room);
+        if withdrew {
+            self.freed.send_replace(());
+        }
+    }
+
+    /// Grants what the pod asks for when there is room beside the others; else it waits, behind those that come first.
     pub fn try_grant(&self, pod: &Pod, allocatable: &BTreeMap<String, Quantity>) -> Result<(), Pending> {
-        let wanted = wanted(pod);
-        let mut granted = self.lock();
-        let had = granted.get(pod.uid()).copied().unwrap_or_default();
+        let (wanted, uid) = (wanted(pod), pod.uid());
+        let capacity = RESOURCES.map(|name| {
+            allocatable.get(name).map(|q| if name == "cpu" { q.milli_value() } else { q.value() })
+        });
+        let mut room = self.lock();
+        let since =
+            room.waiting.iter().position(|waiter| waiter.uid == uid).map(|at| room.waiting.remove(at).rank.2);
+        let since = since.unwrap_or_else(|| {
+            room.count += 1;
+            room.count
+        });
+        let class = match resources::qos_class(pod) {
+            "Guaranteed" => 0,
+            "Burstable" => 1,
+            _ => 2,
+        };
+        let rank = (Reverse(pod.spec().priority.unwrap_or(0)), class, since);
+        let had = room.granted.get(uid).copied().unwrap_or_default();
+        let used = room.used(uid, rank, capacity);
         for (at, name) in RESOURCES.into_iter().enumerate() {
-            let units = |q: &Quantity| if name == "cpu" { q.milli_value() } else { q.value() };
-            let Some(capacity) = allocatable.get(name).map(units) else { continue };
-            let used: i64 =
-                granted.iter().filter(|(uid, _)| *uid != pod.uid()).map(|(_, granted)| granted[at]).sum();
-            let asked = wanted[at];
+            let (Some(capacity), asked, used) = (capacity[at], wanted[at], used[at]) else { continue };
             if asked > capacity {
                 let message = format!(
                     "Node didn't have enough capacity: {name}, requested: {asked}, capacity: {capacity}"
@@ -82,19 +158,20 @@ impl Grants {
                 let message = format!(
                     "Node didn't have enough resource: {name}, requested: {asked}, used: {used}, capacity: {capacity}"
                 );
+                room.waiting.push(Waiter { uid: uid.to_owned(), rank, wanted });
                 return Err(Pending { reason: "Deferred", message });
             }
         }
-        granted.insert(pod.uid().to_owned(), wanted);
-        drop(granted);
-        if RESOURCES.iter().enumerate().any(|(at, _)| wanted[at] < had[at]) {
+        room.granted.insert(uid.to_owned(), wanted);
+        drop(room);
+        if (0..2).any(|at| wanted[at] < had[at]) {
             self.freed.send_replace(());
         }
         Ok(())
     }
 }
 
-fn wanted(pod: &Pod) -> [i64; 2] {
+fn wanted(pod: &Pod) -> Amounts {
     RESOURCES.map(|name| resources::pod_request(pod, name))
 }
 
@@ -131,7 +208,8 @@ pub fn resumed(pod: Pod) -> Pod {
         .flatten()
         .filter_map(|c| Some((c.name.clone(), c.resources.clone()?)))
         .collect();
-    pod.with_resources(|name| known.get(name).cloned())
+    let whole = pod.spec().resources.as_ref().map(|asked| status.resources.clone().unwrap_or(asked.clone()));
+    pod.with_resources(whole, |name| known.get(name).cloned())
 }
 
 #[cfg(test)]
@@ -170,6 +248,41 @@ mod tests {
         grants.release("a");
         assert!(freed.has_changed().expect("it lives"));
         check("b", "2", "");
+    }
+
+    #[test]
+    fn room_goes_to_those_that_come_first() {
+        let grants = Grants::default();
+        let allocatable = [("cpu".to_owned(), Quantity::parse("10").expect("a quantity"))].into();
+        let pod = |uid: &str, cpu: i64, priority: i64| {
+            pod(json!({"metadata": {"uid": uid}, "spec": {"priority": priority,
+                "containers": [{"name": "c", "resources": {"requests": {"cpu": cpu}}}]}}))
+        };
+        let used = |uid: &str, cpu, priority| match grants.try_grant(&pod(uid, cpu, priority), &allocatable) {
+            Ok(()) => 0,
+            Err(pending) => {
+                let used = pending.message.split("used: ").nth(1).and_then(|text| text.split(',').next());
+                used.and_then(|text| text.parse().ok()).expect("a number")
+            }
+        };
+        for (uid, cpu) in [("full", 6), ("low", 1), ("high", 1), ("late", 1)] {
+            grants.grant(&pod(uid, cpu, 0));
+        }
+        assert_eq!(used("low", 3, 0), 8000);
+        assert_eq!(used("late", 4, 0), 8000);
+        assert_eq!(used("high", 4, 5), 8000);
+        // One unit is free, and one more: not enough for the first, and so the others may have it.
+        grants.grant(&pod("full", 5, 0));
+        assert_eq!(used("late", 4, 0), 9000, "who waits longer gets it first");
+        assert_eq!(used("low", 3, 0), 0);
+        assert_eq!(used("low", 1, 0), 0, "what is given back is free again");
+        // Now it is enough for the first, who need not be the first to ask.
+        grants.grant(&pod("full", 4, 0));
+        assert_eq!(used("low", 3, 0), 9000);
+        assert_eq!(used("late", 4, 0), 9000);
+        grants.withdraw("high");
+        assert_eq!(used("low", 3, 0), 9000, "now the one who has waited longer is first");
+        assert_eq!(used("late", 4, 0), 0);
     }
 
     #[test]

@@ -31,7 +31,7 @@ const STARTING_OVER: (&str, &str) =
 const WORDS_MAX: usize = 12 << 10;
 
 /// The keys of `status` that the agent writes; the rest is others'.
-const KEYS: [&str; 12] = [
+const KEYS: [&str; 14] = [
     "phase",
     "conditions",
     "message",
@@ -44,6 +44,8 @@ const KEYS: [&str; 12] = [
     "containerStatuses",
     "initContainerStatuses",
     "ephemeralContainerStatuses",
+    "allocatedResources",
+    "resources",
 ];
 
 /// The status that `o` amounts to. `previous` is the last one that was written or read.
@@ -115,6 +117,11 @@ pub fn status(
         container_statuses: (!rejected).then_some(containers),
         init_container_statuses: (!rejected && !inits.is_empty()).then_some(inits),
         ephemeral_container_statuses: ephemeral,
+        allocated_resources: pod.spec().resources.as_ref().and_then(|whole| whole.requests.clone()),
+        resources: match is_resizing_whole(pod, o) {
+            true => previous.resources.clone(),
+            false => pod.spec().resources.clone().filter(|_| o.ready_sandbox().is_some()),
+        },
         observed_generation: Some(pod.object().generation()).filter(|generation| *generation > 0),
         ..core::PodStatus::default()
     }
@@ -326,16 +333,21 @@ fn started_over() -> core::ContainerStateTerminated {
     }
 }
 
-/// Whether a container runs, or last ran and will again, under other limits than it was granted.
+/// Whether the pod's own limits are others than it was granted.
+fn is_resizing_whole(pod: &Pod, o: &Observed) -> bool {
+    o.ready_sandbox()
+        .is_some_and(|sandbox| !resources::same(&resources::of_pod(pod), &sandbox.spec.resources))
+}
+
+/// Whether the pod has other limits than it was granted, or a container that runs, or last ran and will again.
 pub fn is_resizing(pod: &Pod, o: &Observed) -> bool {
-    pod.containers().filter(|(class, _)| matches!(class, Class::Main | Class::Sidecar)).any(
-        |(_, container)| {
+    is_resizing_whole(pod, o)
+        || pod.containers().filter(|(class, _)| *class != Class::Ephemeral).any(|(_, container)| {
             let latest = o.latest(&container.name);
             let latest =
                 latest.filter(|c| c.state == ContainerState::Running || o.restarting.contains_key(&c.id));
             latest.is_some_and(|c| !resources::same(&resources::of_container(container), &c.resources))
-        },
-    )
+        })
 }
 
 fn known_status<'a>(status: &'a core::PodStatus, name: &str) -> Option<&'a core::ContainerStatus> {

@@ -320,6 +320,7 @@ impl Worker {
     /// The pod with the resources it gets: those it asks for if there is room, else those it has.
     fn grant(&mut self, pod: Pod) -> Pod {
         if resize::same(&pod, &self.pod) {
+            self.context.grants.withdraw(pod.uid());
             self.o.resize_pending = None;
             return pod;
         }
@@ -341,7 +342,8 @@ impl Worker {
                     events.warning(&pod, None, reason, message);
                 }
                 self.o.resize_pending = Some(pending);
-                pod.with_resources(|name| self.pod.container(name)?.1.resources.clone())
+                let whole = self.pod.spec().resources.clone();
+                pod.with_resources(whole, |name| self.pod.container(name)?.1.resources.clone())
             }
         }
     }

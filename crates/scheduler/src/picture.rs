@@ -94,6 +94,12 @@ impl PodInfo {
         self.object.generation() == other.generation() && self.counts_same(other)
     }
 
+    /// Whether another revision, of the same specification, has or waits for other resources. Only a pod that was
+    /// changed once it was made can.
+    fn resizes(&self, other: &Arc<Object>) -> bool {
+        other.generation() > 1 && typed::<Pod>(other).is_some_and(|pod| pod_requests(&pod) != self.requests)
+    }
+
     /// As [`PodInfo::says_same`], when the specification is known to differ by the node at most.
     fn counts_same(&self, other: &Object) -> bool {
         let old = &self.object;
@@ -543,7 +549,7 @@ impl Picture {
         let Some(placed) = node.pods.get_mut(object.key()) else { return false };
         let here = object.field("spec.nodeName") == Some(&*node.name);
         let same_spec = assumed || placed.object.generation() == object.generation();
-        if !here || !same_spec || !placed.info.counts_same(object) {
+        if !here || !same_spec || !placed.info.counts_same(object) || placed.info.resizes(object) {
             return false;
         }
         placed.object = object.clone();
@@ -662,6 +668,30 @@ pub(crate) mod tests {
         assert_eq!(picture.node(0).used.cpu_milli, 1000, "what it takes is not forgotten");
         picture.remove_pod(bound.key());
         assert!(known(&picture).is_empty());
+    }
+
+    #[test]
+    fn a_resize_frees_room_when_it_is_through() {
+        let mut picture = Picture::default();
+        let revision = |has: &str| {
+            let requests = |cpu: &str| json!({"requests": {"cpu": cpu}});
+            let value = json!({
+                "metadata": {"name": "a", "namespace": "default", "uid": "u", "generation": 2},
+                "spec": {"nodeName": "n1", "containers": [{"name": "c", "resources": requests("1")}]},
+                "status": {"containerStatuses": [{"name": "c", "image": "", "imageID": "", "ready": true,
+                    "restartCount": 0, "resources": requests(has)}]},
+            });
+            Arc::new(Object::from_value(Kind::of::<Pod>(), &value).unwrap())
+        };
+        let put = |picture: &mut Picture, object: &Arc<Object>| {
+            picture.put_pod(Arc::new(PodInfo::new(object).unwrap()), "n1");
+            picture.node(0).used.cpu_milli
+        };
+        let (before, after) = (revision("3"), revision("1"));
+        assert_eq!(put(&mut picture, &before), 3000);
+        assert!(picture.refresh(&before, false));
+        assert!(!picture.refresh(&after, false), "it says something new");
+        assert_eq!(put(&mut picture, &after), 1000);
     }
 
     #[test]

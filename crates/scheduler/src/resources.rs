@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::api::core::v1::{Container, Pod};
+use k8s_openapi::api::core::v1::{Container, ContainerStatus, Pod};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity as Text;
 use minke_api::Quantity;
 
@@ -82,11 +82,46 @@ impl Resources {
 }
 
 /// What a pod needs at its most demanding moment: its containers together with its sidecars, or one of its
-/// init containers with the sidecars started before it; plus overhead (KEP-753, KEP-688).
+/// init containers with the sidecars started before it; plus overhead (KEP-753, KEP-688). Of one that runs, what it
+/// has counts as long as that is more than what it asks for now (KEP-1287).
 pub fn pod_requests(pod: &Pod) -> Resources {
     requests_by(pod, |container| {
-        Resources::read(container.resources.as_ref().and_then(|resources| resources.requests.as_ref()))
+        let asked = Resources::read(container.resources.as_ref().and_then(|r| r.requests.as_ref()));
+        match status_of(pod, &container.name) {
+            None => asked,
+            Some(status) => {
+                let has = status.resources.as_ref().and_then(|resources| resources.requests.as_ref());
+                in_between(pod, asked, has, status.allocated_resources.as_ref())
+            }
+        }
     })
+}
+
+fn status_of<'a>(pod: &'a Pod, name: &str) -> Option<&'a ContainerStatus> {
+    let status = pod.status.as_ref()?;
+    let lists = [&status.container_statuses, &status.init_container_statuses];
+    lists.into_iter().flatten().flatten().find(|status| status.name == name)
+}
+
+/// While a resize is under way both sides of it are needed; of one that is more than the node has, only what there is.
+fn in_between(
+    pod: &Pod,
+    asked: Resources,
+    has: Option<&BTreeMap<String, Text>>,
+    granted: Option<&BTreeMap<String, Text>>,
+) -> Resources {
+    if has.is_none() && granted.is_none() {
+        return asked;
+    }
+    let mut conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
+    let infeasible = conditions.any(|c| {
+        c.type_ == "PodResizePending" && c.status == "True" && c.reason.as_deref() == Some("Infeasible")
+    });
+    let mut most = if infeasible { Resources::default() } else { asked };
+    for known in [has, granted].into_iter().flatten() {
+        most.raise_to(&Resources::read(Some(known)));
+    }
+    most
 }
 
 /// As [`pod_requests`], with the defaults that scoring assumes for containers that ask for nothing:
@@ -127,7 +162,10 @@ fn requests_by(pod: &Pod, of: impl Fn(&Container) -> Resources) -> Resources {
     total.raise_to(&peak);
     // Requests of the pod as a whole take the place of the sum (KEP-2837).
     if let Some(whole) = spec.resources.as_ref().and_then(|resources| resources.requests.as_ref()) {
-        let given = Resources::read(Some(whole));
+        let status = pod.status.as_ref();
+        let has = status.and_then(|status| status.resources.as_ref()?.requests.as_ref());
+        let granted = status.and_then(|status| status.allocated_resources.as_ref());
+        let given = in_between(pod, Resources::read(Some(whole)), has, granted);
         if whole.contains_key("cpu") {
             total.cpu_milli = given.cpu_milli;
         }
@@ -173,6 +211,24 @@ mod tests {
         check(json!({"containers": [container("1")], "overhead": {"cpu": "250m"}}), 1250);
         check(json!({"containers": [container("1")], "resources": {"requests": {"cpu": "5"}}}), 5000);
         check(json!({"containers": [{"name": "c"}]}), 0);
+    }
+
+    #[test]
+    fn a_resize_counts_with_both_its_sides() {
+        let check = |asked: &str, has: Option<&str>, reason: &str, want: i64| {
+            let resources = has.map(|cpu| json!({"requests": {"cpu": cpu}}));
+            let status = json!({"conditions": [{"type": "PodResizePending", "status": "True", "reason": reason}],
+                "containerStatuses": [{"name": "c", "image": "", "imageID": "", "ready": true, "restartCount": 0,
+                    "resources": resources, "allocatedResources": has.map(|cpu| json!({"cpu": cpu}))}]});
+            let pod: Pod =
+                serde_json::from_value(json!({"spec": {"containers": [container(asked)]}, "status": status}))
+                    .unwrap();
+            assert_eq!(pod_requests(&pod).cpu_milli, want, "{asked} {has:?} {reason}");
+        };
+        check("2", None, "", 2000);
+        check("2", Some("1"), "Deferred", 2000);
+        check("1", Some("2"), "", 2000);
+        check("1000", Some("1"), "Infeasible", 1000);
     }
 
     #[test]

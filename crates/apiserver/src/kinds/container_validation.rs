@@ -472,7 +472,7 @@ fn huge_pages(limits: &Value, requests: &Value, path: &str, errors: &mut FieldEr
     }
 }
 
-fn validate_resources(resources: &Value, path: &str, errors: &mut FieldErrors) {
+pub fn validate_resources(resources: &Value, path: &str, errors: &mut FieldErrors) {
     validate_resource_list(resources.at("limits"), &at(path, "limits"), errors);
     validate_resource_list(resources.at("requests"), &at(path, "requests"), errors);
     huge_pages(resources.at("limits"), resources.at("requests"), path, errors);

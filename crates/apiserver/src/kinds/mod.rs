@@ -9,6 +9,7 @@ mod core;
 mod defaults_tests;
 mod networking;
 pub mod pod;
+mod pod_resources;
 mod pod_spec;
 mod pod_validation;
 mod pod_warnings;

@@ -100,6 +100,7 @@ fn validate_spec(spec: &Value, path: &str, claims: &[&str], errors: &mut FieldEr
         let path = format!("{path}.readinessGates[{n}].conditionType");
         check::name(gate.text("conditionType"), &path, names::qualified_name, errors);
     }
+    super::pod_resources::validate(spec, &at(path, "resources"), errors);
     containers::validate_resource_list(spec.at("overhead"), &at(path, "overhead"), errors);
     if spec.has("os") {
         check::one_of(spec.at("os"), &at(path, "os"), "name", &["linux", "windows"], errors);

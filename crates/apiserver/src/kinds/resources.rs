@@ -70,6 +70,11 @@ pub fn container_requests(spec: &Value) -> Amounts {
     over_containers(spec, "requests")
 }
 
+/// What the containers are limited to together, as far as they are.
+pub fn container_limits(spec: &Value) -> Amounts {
+    over_containers(spec, "limits")
+}
+
 /// What the pod as a whole requests or is limited to, pod-level values and overhead included.
 pub fn pod_amounts(spec: &Value, field: &str) -> Amounts {
     let mut sum = over_containers(spec, field);

@@ -13,6 +13,7 @@ mod meta;
 mod options;
 mod patch;
 mod read;
+mod resize;
 mod reviews;
 mod scale;
 mod subresource;

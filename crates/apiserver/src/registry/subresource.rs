@@ -27,7 +27,7 @@ pub fn merge(call: &Call<'_>, old: &Object, new: &mut Value) -> Result<Part, Sta
             merged
         }
         "ephemeralcontainers" => ephemeral_containers(old, new)?,
-        "resize" => resize(old, new)?,
+        "resize" => super::resize::resize(old, new)?,
         other => return Err(Status::internal(format!("{other} cannot be written like an object"))),
     };
     let revision = new.at("metadata").text("resourceVersion").to_owned();
@@ -79,38 +79,6 @@ fn same_but_for_defaults(stored: &Value, given: &Value) -> bool {
         }
         _ => stored == given,
     }
-}
-
-/// Only cpu and memory of containers may change.
-fn resize(old: &Object, new: &Value) -> Result<Value, Status> {
-    let mut merged = old.value();
-    let mut errors = FieldErrors::default();
-    for list in ["containers", "initContainers"] {
-        for (n, container) in merged.object("spec").each(list).enumerate() {
-            let name = container.text("name").to_owned();
-            let wanted = new.at("spec").items(list).iter().find(|c| c.text("name") == name);
-            let Some(wanted) = wanted else {
-                errors.forbidden(&format!("spec.{list}"), "containers may not be added or removed on resize");
-                continue;
-            };
-            for part in ["requests", "limits"] {
-                let (was, is) = (container.at("resources").at(part), wanted.at("resources").at(part));
-                let fixed = |map: &Value| -> Vec<(String, Value)> {
-                    let members = map.as_object().into_iter().flatten();
-                    let other = members.filter(|(name, _)| !matches!(name.as_str(), "cpu" | "memory"));
-                    other.map(|(name, value)| (name.clone(), value.clone())).collect()
-                };
-                if fixed(was) != fixed(is) {
-                    let path = format!("spec.{list}[{n}].resources.{part}");
-                    errors.forbidden(&path, "only cpu and memory resources are mutable");
-                }
-            }
-            meta::copy("resources", wanted, container);
-            meta::copy("resizePolicy", wanted, container);
-        }
-    }
-    errors.into_result(old.kind(), old.name())?;
-    Ok(merged)
 }
 
 impl Registry {

@@ -322,6 +322,12 @@ fn a_resize_is_told_of_until_it_is_done() {
     assert_eq!(kinds(&o), ["PodResizeInProgress Error"]);
     o.resize_pending = Some(crate::resize::Pending { reason: "Deferred", message: "m".into() });
     o.sandboxes[0].containers[0].resources.memory_limit = Some(9 << 20);
+    assert_eq!(
+        kinds(&o),
+        ["PodResizePending Deferred", "PodResizeInProgress Error"],
+        "the pod's own is left"
+    );
+    o.sandboxes[0].spec.resources.memory_limit = Some(9 << 20);
     assert_eq!(kinds(&o), ["PodResizePending Deferred"]);
     o.resize_pending = None;
     assert_eq!(kinds(&o), [""; 0]);
@@ -329,6 +335,35 @@ fn a_resize_is_told_of_until_it_is_done() {
     let before = json!({"conditions": [{"type": "PodResizePending", "status": "True"}]});
     let change = patch("u", &before, &json!({"conditions": []})).expect("a change");
     assert_eq!(change["status"]["conditions"], json!([{"type": "PodResizePending", "$patch": "delete"}]));
+}
+
+#[test]
+fn a_pod_tells_what_it_has_as_a_whole() {
+    let spec = |cpu: i64| {
+        json!({"spec": {"resources": {"requests": {"cpu": cpu.to_string()}}, "containers": [{"name": "c"}]},
+            "status": {"resources": {"requests": {"cpu": "1"}}}})
+    };
+    let told = |o: &Observed, cpu: i64| {
+        let status = work_out(spec(cpu), o, 100);
+        let asked =
+            |resources: Option<core::ResourceRequirements>| resources?.requests?.remove("cpu").map(|q| q.0);
+        let mut allocated = status.allocated_resources.unwrap_or_default();
+        let resizes = status.conditions.iter().flatten().any(|c| c.type_ == "PodResizeInProgress");
+        (allocated.remove("cpu").map(|q| q.0), asked(status.resources), resizes)
+    };
+    let text = |text: &str| Some(text.to_owned());
+    let mut o = observed(vec![container("c", 0, Running)]);
+    o.sandboxes[0].spec.resources.cpu_shares = Some(1024);
+    assert_eq!(told(&o, 1), (text("1"), text("1"), false));
+    assert_eq!(
+        told(&o, 2),
+        (text("2"), text("1"), true),
+        "until the new ones hold, the old ones are what there is"
+    );
+    o.sandboxes[0].spec.resources.cpu_shares = Some(2048);
+    assert_eq!(told(&o, 2), (text("2"), text("2"), false));
+    let plain = work_out(json!({}), &observed(vec![container("c", 0, Running)]), 100);
+    assert_eq!((plain.allocated_resources, plain.resources), (None, None));
 }
 
 #[test]
