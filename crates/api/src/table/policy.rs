@@ -83,6 +83,30 @@ pub static VIEWS: &[View] = &[
         cells: |o| cells![o.name(), or(o.str("spec.signerName"), NONE)],
     },
     View {
+        group: "certificates.k8s.io",
+        kind: "PodCertificateRequest",
+        columns: &[
+            NAME,
+            text("PodName"),
+            text("ServiceAccountName"),
+            text("NodeName"),
+            text("SignerName"),
+            text("State"),
+        ],
+        cells: |o| {
+            let states = o.list("status.conditions");
+            let state = states.iter().map(|c| str_at(c, "type")).find(|c| !c.is_empty());
+            cells![
+                o.name(),
+                o.str("spec.podName"),
+                o.str("spec.serviceAccountName"),
+                o.str("spec.nodeName"),
+                o.str("spec.signerName"),
+                state.unwrap_or("Pending"),
+            ]
+        },
+    },
+    View {
         group: "scheduling.k8s.io",
         kind: "PriorityClass",
         columns: &[NAME, integer("Value"), boolean("Global-Default"), AGE, text("PreemptionPolicy")],

@@ -3,20 +3,23 @@
 //! Upstream: pkg/registry/certificates/certificates/strategy.go and plugin/pkg/admission/certificates.
 
 use jiff::Timestamp;
-use minke_api::{FieldErrors, Status, time};
+use k8s_openapi::api::core::v1 as core;
+use minke_api::{FieldErrors, Kind, Object, Status, time};
 use serde_json::{Value, json};
 use x509_parser::certification_request::X509CertificationRequest;
 use x509_parser::prelude::FromDer;
 
 use super::{Context, Operation, Request};
 use crate::Attributes;
-use crate::authz::MASTERS;
+use crate::authz::{MASTERS, node_of};
 use crate::kinds::certificates::{LASTING, LEGACY_UNKNOWN, request_der};
+use crate::kinds::pod_certificate;
 use crate::kinds::tree::Tree;
 
 const GROUP: &str = "certificates.k8s.io";
 const KIND: &str = "CertificateSigningRequest";
 const BUNDLE: &str = "ClusterTrustBundle";
+const POD_REQUEST: &str = "PodCertificateRequest";
 const API_CLIENT: &str = "kubernetes.io/kube-apiserver-client";
 
 fn is_request(request: &Request<'_>) -> bool {
@@ -142,6 +145,57 @@ pub fn attest(context: &Context<'_>, request: &Request<'_>, object: &Value) -> R
     Err(request.forbid(format!("user not permitted to attest for signerName {signer:?}")))
 }
 
+/// Lets only signers say what becomes of a pod's request, and nodes ask for their own pods alone.
+pub fn of_pods(context: &Context<'_>, request: &Request<'_>, object: &Value) -> Result<(), Status> {
+    if request.kind.group != GROUP || request.kind.kind != POD_REQUEST {
+        return Ok(());
+    }
+    let spec = object.at("spec");
+    match (request.operation, request.subresource) {
+        (Operation::Update, "status") => {
+            require(context, request, "sign", spec.text("signerName"))?;
+            let mut errors = FieldErrors::default();
+            if let Some(old) = request.old.filter(|old| old.at("status") != object.at("status")) {
+                pod_certificate::validate_status(object, old.at("status"), &mut errors);
+            }
+            errors.into_result(request.kind, request.name)
+        }
+        (Operation::Create, _) => match node_of(request.user) {
+            Some(node) => {
+                asks_for_own(context, request.namespace, node, spec).map_err(|why| request.forbid(why))
+            }
+            None => Ok(()),
+        },
+        _ => Ok(()),
+    }
+}
+
+fn asks_for_own(context: &Context<'_>, namespace: &str, node: &str, spec: &Value) -> Result<(), String> {
+    let (named, pod) = (spec.text("nodeName"), spec.text("podName"));
+    if named != node {
+        return Err(format!(
+            "PodCertificateRequest.Spec.NodeName={named:?}, which is not the requesting node {node:?}"
+        ));
+    }
+    let here =
+        |found: &Object| found.field("spec.nodeName") == Some(node) && found.uid() == spec.text("podUID");
+    let found = context.snapshots.get(Kind::of::<core::Pod>(), namespace, pod).filter(|found| here(found));
+    let Some(found) = found else {
+        return Err(format!("PodCertificateRequest for pod {pod:?}, which does not run on node {node:?}"));
+    };
+    let uid_of =
+        |kind, namespace, name| context.snapshots.get(kind, namespace, name).map(|o| o.uid().to_owned());
+    let account = spec.text("serviceAccountName");
+    let same_account = found.value().at("spec").text("serviceAccountName") == account
+        && uid_of(Kind::of::<core::ServiceAccount>(), namespace, account).as_deref()
+            == Some(spec.text("serviceAccountUID"));
+    let same_node = uid_of(Kind::of::<core::Node>(), "", node).as_deref() == Some(spec.text("nodeUID"));
+    match same_account && same_node {
+        true => Ok(()),
+        false => Err(format!("PodCertificateRequest for pod {pod:?} names another service account or node")),
+    }
+}
+
 /// What is not the garbage collector's to change.
 fn of_substance(object: &Value) -> Value {
     let mut object = object.clone();
@@ -180,6 +234,10 @@ fn may(context: &Context<'_>, request: &Request<'_>, verb: &str, signer: &str) -
 
 #[cfg(test)]
 mod tests {
+    use base64::Engine;
+    use base64::engine::general_purpose::STANDARD as BASE64;
+    use jiff::Timestamp;
+    use minke_api::time;
     use serde_json::{Value, json};
 
     use crate::UserInfo;
@@ -297,5 +355,83 @@ mod tests {
         let of = |signer: &str| format!("GET {BUNDLES}?fieldSelector=spec.signerName={signer}");
         let found = api.json(&of("example.com/ca"), Value::Null).await.ok();
         assert_eq!(found["items"].as_array().map(Vec::len), Some(1), "{found}");
+    }
+
+    #[tokio::test]
+    async fn a_node_asks_for_its_pods_and_a_signer_answers() {
+        const REQUESTS: &str = "/apis/certificates.k8s.io/v1/namespaces/default/podcertificaterequests";
+        let api = Api::new().await;
+        let made = async |path: &str, body: Value| {
+            api.json(&format!("POST {path}"), body).await.ok()["metadata"]["uid"].as_str().map(str::to_owned)
+        };
+        let namespace = "/api/v1/namespaces/default";
+        let node = made("/api/v1/nodes", json!({"metadata": {"name": "n1"}})).await;
+        let account =
+            made(&format!("{namespace}/serviceaccounts"), json!({"metadata": {"name": "bot"}})).await;
+        let pod = json!({"metadata": {"name": "web"}, "spec": {"nodeName": "n1", "serviceAccountName": "bot",
+            "containers": [{"name": "c", "image": "i"}]}});
+        let pod = made(&format!("{namespace}/pods"), pod).await;
+        let key = rcgen::KeyPair::generate().expect("a key");
+        let mut params = rcgen::CertificateParams::default();
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        let stub = params.serialize_request(&key).expect("a request");
+        let request = |change: (&str, &str)| {
+            let mut spec = json!({"signerName": "example.com/ca", "podName": "web", "podUID": pod,
+                "serviceAccountName": "bot", "serviceAccountUID": account, "nodeName": "n1", "nodeUID": node,
+                "stubPKCS10Request": BASE64.encode(stub.der())});
+            if !change.0.is_empty() {
+                spec[change.0] = change.1.into();
+            }
+            json!({"metadata": {"generateName": "req-"}, "spec": spec})
+        };
+        let n1 = api.as_user(UserInfo::new("system:node:n1", &["system:nodes"]));
+        let n2 = api.as_user(UserInfo::new("system:node:n2", &["system:nodes"]));
+        let ask = async |api: &Api, change| api.json(&format!("POST {REQUESTS}"), request(change)).await;
+        let refused = ask(&n2, ("", "")).await.error();
+        assert!(refused.0 == 403 && refused.2.contains("not the requesting node \"n2\""), "{refused:?}");
+        for change in [("podUID", "x"), ("podName", "other"), ("serviceAccountUID", "x"), ("nodeUID", "x")] {
+            assert_eq!(ask(&n1, change).await.error().0, 403, "{change:?}");
+        }
+        let spoiled = ask(&n1, ("stubPKCS10Request", "AAAA")).await.error();
+        assert!(spoiled.0 == 422 && spoiled.2.contains("must be a valid PKCS#10 CSR"), "{spoiled:?}");
+        let asked = ask(&n1, ("", "")).await.ok();
+        assert_eq!(asked["spec"]["maxExpirationSeconds"], 86_400);
+        let name = asked["metadata"]["name"].as_str().expect("a name");
+        let found =
+            n1.json(&format!("GET {REQUESTS}?fieldSelector=spec.podName=web"), Value::Null).await.ok();
+        assert_eq!(found["items"].as_array().map(Vec::len), Some(1), "{found}");
+
+        // What the signer says must fit what was asked.
+        let path = format!("PATCH {REQUESTS}/{name}/status");
+        let issue = async |api: &Api, chain: String, hours: i64| {
+            let from = Timestamp::from_second(1_800_000_000).expect("a time");
+            let at = |minutes: i64| time::format_seconds(from + jiff::SignedDuration::from_mins(minutes));
+            let status = json!({"conditions": [{"type": "Issued", "status": "True", "reason": "r",
+                    "message": "", "lastTransitionTime": at(0)}], "certificateChain": chain,
+                "notBefore": at(0), "beginRefreshAt": at(60), "notAfter": at(hours * 60)});
+            api.json(&path, json!({ "status": status })).await
+        };
+        let certificate = |key: &rcgen::KeyPair, hours: i64| {
+            let mut params = rcgen::CertificateParams::default();
+            let from = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_800_000_000);
+            params.not_before = from.into();
+            params.not_after = (from + std::time::Duration::from_secs(hours as u64 * 3600)).into();
+            params.self_signed(key).expect("a certificate").pem()
+        };
+        let other = rcgen::KeyPair::generate().expect("a key");
+        let told = issue(&n1, certificate(&key, 12), 12).await.error();
+        assert_eq!(told.0, 403, "{told:?}");
+        for (chain, hours, why) in [
+            (String::new(), 12, "at least one certificate"),
+            (certificate(&other, 12), 12, "not issued to the requested public key"),
+            (certificate(&key, 12), 13, "same value as in the leaf"),
+            (certificate(&key, 48), 48, "lifetime must be in the range [3600, 86400]"),
+        ] {
+            let told = issue(&api, chain, hours).await.error();
+            assert!(told.0 == 422 && told.2.contains(why), "{told:?}");
+        }
+        issue(&api, certificate(&key, 12), 12).await.ok();
+        let again = issue(&api, certificate(&key, 13), 13).await.error();
+        assert!(again.2.contains("immutable after PodCertificateRequest is issued"), "{again:?}");
     }
 }

@@ -101,6 +101,7 @@ const VALIDATING: &[Validate] = &[
     roles_do_not_escalate,
     certificates::check,
     certificates::attest,
+    certificates::of_pods,
 ];
 
 /// Lets every plugin change the object. Returns warnings for the user.

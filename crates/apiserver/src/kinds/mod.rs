@@ -9,6 +9,7 @@ mod core;
 mod defaults_tests;
 mod networking;
 pub mod pod;
+pub mod pod_certificate;
 mod pod_resources;
 mod pod_spec;
 mod pod_validation;
@@ -63,6 +64,7 @@ pub fn strategy(kind: &'static Kind) -> &'static Strategy {
         ("batch", "Job") => &batch::JOB,
         ("certificates.k8s.io", "CertificateSigningRequest") => &certificates::REQUEST,
         ("certificates.k8s.io", "ClusterTrustBundle") => &trust_bundle::TRUST_BUNDLE,
+        ("certificates.k8s.io", "PodCertificateRequest") => &pod_certificate::REQUEST,
         ("coordination.k8s.io", "Lease") => &policy::LEASE,
         ("discovery.k8s.io", "EndpointSlice") => &networking::ENDPOINT_SLICE,
         ("networking.k8s.io", "Ingress") => &networking::INGRESS,

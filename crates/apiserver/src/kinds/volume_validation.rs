@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::certificates::signer as signer_name;
 use super::check::{self, at};
 use super::container_validation::{field_ref, relative_path, resource_field_ref};
+use super::pod_certificate;
 use super::tree::Tree;
 use super::trust_bundle;
 
@@ -208,11 +209,12 @@ fn projected(source: &Value, path: &str, errors: &mut FieldErrors) {
                 file_path(part.text("path"), &at(&path, "path"), errors);
             }
             "clusterTrustBundle" => trust_bundles(part, &path, errors),
+            "podCertificate" => pod_certificate(part, &path, errors),
             _ => {}
         }
         let items = part.items("items").iter().map(|item| item.text("path"));
-        let alone = std::iter::once(part.text("path"));
-        for target in items.chain(alone).filter(|target| !target.is_empty()) {
+        let alone = ["path", "credentialBundlePath", "keyPath", "certificateChainPath"];
+        for target in items.chain(alone.map(|field| part.text(field))).filter(|target| !target.is_empty()) {
             if !paths.insert(target.to_owned()) {
                 errors.invalid(&path, target, "conflicting duplicate paths");
             }
@@ -254,6 +256,24 @@ fn trust_bundles(source: &Value, path: &str, errors: &mut FieldErrors) {
     }
     check::required(source, path, "path", errors);
     file_path(source.text("path"), &at(path, "path"), errors);
+}
+
+/// A certificate of the pod's own.
+fn pod_certificate(source: &Value, path: &str, errors: &mut FieldErrors) {
+    signer_name(source.text("signerName"), &at(path, "signerName"), errors);
+    check::one_of(source, path, "keyType", &pod_certificate::KEY_TYPES, errors);
+    if let Some(seconds) = source.int("maxExpirationSeconds") {
+        let path = at(path, "maxExpirationSeconds");
+        pod_certificate::lifetime(seconds, source.text("signerName"), &path, errors);
+    }
+    let paths = ["credentialBundlePath", "keyPath", "certificateChainPath"];
+    if !paths.iter().any(|field| source.has(field)) {
+        let why = "specify at least one of credentialBundlePath, keyPath, and certificateChainPath";
+        errors.required(path, why);
+    }
+    for field in paths {
+        file_path(source.text(field), &at(path, field), errors);
+    }
 }
 
 /// A PersistentVolumeClaimSpec.
@@ -351,6 +371,35 @@ mod tests {
             json!({"name": "a", "path": "../a"}),
             ".path: Invalid value: \"../a\": must not contain",
         );
+    }
+
+    #[track_caller]
+    fn check_certificate(change: (&str, Value), want: &str) {
+        let mut source = json!({"signerName": "example.com/ca", "keyType": "ED25519", "keyPath": "k"});
+        source.set(change.0, change.1);
+        let want = if want.is_empty() {
+            String::new()
+        } else {
+            format!("v[0].projected.sources[0].podCertificate{want}")
+        };
+        check(json!({"name": "a", "projected": {"sources": [{"podCertificate": source}]}}), &want);
+    }
+
+    #[test]
+    fn certificates_of_pods_say_whose_and_where() {
+        check_certificate(("credentialBundlePath", json!("b")), "");
+        check_certificate(("signerName", json!("ca")), ".signerName: Invalid value: \"ca\": must be");
+        check_certificate(
+            ("keyType", json!("DSA")),
+            ".keyType: Unsupported value: \"DSA\": supported values:",
+        );
+        check_certificate(("keyPath", json!("")), ": Required value: specify at least one of");
+        check_certificate(("keyPath", json!("../k")), ".keyPath: Invalid value: \"../k\": must not contain");
+        check_certificate(
+            ("maxExpirationSeconds", json!(60)),
+            ".maxExpirationSeconds: Invalid value: 60: must be in the range [3600, 7862400]",
+        );
+        check_certificate(("certificateChainPath", json!("k")), ": Invalid value: \"k\": conflicting");
     }
 
     #[test]
