@@ -432,7 +432,11 @@ async fn a_pod_can_have_users_of_its_own() {
 
 async fn pods_with_users_of_their_own_are_like_others() {
     let node = Node::new().await;
-    let spec = SandboxSpec { user_namespace: Some(IDS), share_pid: true, ..node.sandbox_spec("pod") };
+    let mut spec = SandboxSpec { user_namespace: Some(IDS), share_pid: true, ..node.sandbox_spec("pod") };
+    // One goes by who owns the namespace, one by rights in it.
+    for (name, value) in [("kernel.shm_rmid_forced", "1"), ("net.ipv4.ip_unprivileged_port_start", "77")] {
+        spec.sysctls.insert(name.into(), value.into());
+    }
     node.runtime.run_sandbox(spec).await.unwrap();
     let user = |name: &str| User { user: Some(name.into()), ..User::default() };
     // Another user of the pod, a terminal, a root that is read-only.
@@ -440,13 +444,18 @@ async fn pods_with_users_of_their_own_are_like_others() {
         user: user("web"),
         tty: true,
         readonly_rootfs: true,
-        ..node.spec("web", "id; tty; echo x > /x || echo no; echo told > /dev/stderr; sleep 1000")
+        ..node.spec(
+            "web",
+            "id; tty; cat /proc/sys/kernel/shm_rmid_forced /proc/sys/net/ipv4/ip_unprivileged_port_start; \
+             echo x > /x || echo no; echo told > /dev/stderr; sleep 1000",
+        )
     };
     node.runtime.create_container("pod", spec).await.unwrap();
     node.runtime.start_container("web").await.unwrap();
     node.wait_log("web", "told").await;
     let text = node.text("web");
     assert!(text.contains("uid=101(web) gid=102(www)") && text.contains("/dev/pts/0"), "{text}");
+    assert!(text.contains("/dev/pts/0\r\n1\r\n77\r\n") || text.contains("/dev/pts/0\n1\n77\n"), "{text}");
     assert!(text.contains("no\r") || text.contains("no\n"), "{text}");
     let pid = node.runtime.container_status("web").await.unwrap().pid.unwrap();
     assert_eq!(ids_of(pid), (IDS.first + 101, IDS.first + 102));

@@ -156,12 +156,11 @@ impl Shim {
             }
             sys::loopback_up().map_err(io_at("bring up lo"))?;
         }
-        for (name, value) in &spec.sysctls {
-            let file = Path::new("/proc/sys").join(name.replace('.', "/"));
-            if name.contains('/') {
-                return Err(format!("sysctl {name:?} is not allowed"));
+        match &users {
+            Some(users) if !spec.sysctls.is_empty() => {
+                userns::as_root(users, || set_sysctls(&spec.sysctls))?;
             }
-            fs::write(&file, value).map_err(|e| format!("set sysctl {name}={value}: {e}"))?;
+            _ => set_sysctls(&spec.sysctls)?,
         }
         let (pause, _pause_life) = match spec.share_pid {
             true => start_pause(users.as_ref()).map(|(pid, life)| (Some(pid), life))?,
@@ -628,6 +627,18 @@ impl Shim {
             self.clients.retain(|c| c.id != id);
         }
     }
+}
+
+/// Those of the namespaces that we are in.
+fn set_sysctls(sysctls: &BTreeMap<String, String>) -> Result<(), String> {
+    for (name, value) in sysctls {
+        if name.contains('/') {
+            return Err(format!("sysctl {name:?} is not allowed"));
+        }
+        let file = Path::new("/proc/sys").join(name.replace('.', "/"));
+        fs::write(&file, value).map_err(|e| format!("set sysctl {name}={value}: {e}"))?;
+    }
+    Ok(())
 }
 
 fn readable(socket: &OwnedFd) -> bool {

@@ -73,6 +73,32 @@ fn take_over(pid: i32, ids: IdRange) -> Result<OwnedFd, String> {
     Ok(open("user")?.into())
 }
 
+/// Does something as root of a user namespace, which root of the node is not: some of what belongs to the namespace goes
+/// by its owner, not by rights.
+pub fn as_root(namespace: &OwnedFd, what: impl FnOnce() -> Result<(), String>) -> Result<(), String> {
+    let (outcome, report) =
+        rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|e| format!("pipe: {e}"))?;
+    match sys::fork(false).map_err(|e| format!("fork: {e}"))? {
+        sys::Forked::Child => {
+            let joined = join(namespace).map_err(|e| format!("join the user namespace: {e}"));
+            let error = joined.and_then(|()| what()).err().unwrap_or_else(|| "done".to_owned());
+            let _ = rustix::io::write(&report, error.as_bytes());
+            sys::exit_now(0)
+        }
+        sys::Forked::Parent(pid) => {
+            drop(report);
+            let mut said = String::new();
+            let read = fs::File::from(outcome).read_to_string(&mut said);
+            let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None);
+            match (read, said.as_str()) {
+                (Ok(_), "done") => Ok(()),
+                (Ok(_), why) => Err(why.to_owned()),
+                (Err(e), _) => Err(e.to_string()),
+            }
+        }
+    }
+}
+
 /// Becomes root of a user namespace.
 pub fn join(namespace: &OwnedFd) -> nix::Result<()> {
     nix::sched::setns(namespace, CloneFlags::CLONE_NEWUSER)?;
