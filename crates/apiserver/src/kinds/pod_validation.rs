@@ -295,15 +295,7 @@ fn validate_tolerations(spec: &Value, path: &str, errors: &mut FieldErrors) {
                 );
             }
             "Exists" => {}
-            "Lt" | "Gt" => {
-                if value.parse::<i64>().is_err() {
-                    errors.invalid(
-                        &at(&path, "value"),
-                        value,
-                        "value must be a valid integer when `operator` is 'Lt' or 'Gt'",
-                    );
-                }
-            }
+            // Lt and Gt (KEP-5471) are alpha in v1.37, which is off.
             other => errors.not_supported(&at(&path, "operator"), other, &["Equal", "Exists"]),
         }
         check::one_of_if_set(toleration, &path, "effect", &EFFECTS, errors);
@@ -510,6 +502,10 @@ mod tests {
         check(
             |s| s["containers"][0]["securityContext"] = json!({"procMount": "Unmasked"}),
             "spec.containers[0].securityContext.procMount: Invalid value: \"Unmasked\": `hostUsers` must be false to use `Unmasked`",
+        );
+        check(
+            |s| s["tolerations"] = json!([{"key": "a", "operator": "Gt", "value": "4"}]),
+            "spec.tolerations[0].operator: Unsupported value: \"Gt\": supported values: \"Equal\", \"Exists\"",
         );
         check(
             |s| s["tolerations"] = json!([{"operator": "Equal"}]),
