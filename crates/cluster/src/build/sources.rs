@@ -116,3 +116,27 @@ fn read(file: impl Read) -> io::Result<String> {
     file.take(FILE_MAX as u64 + 1).read_to_string(&mut text)?;
     Ok(text)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_out_may_stand_beside_the_dockerfile() {
+        let tmp = tempfile::tempdir().unwrap();
+        let at = |name: &str| tmp.path().join(name);
+        fs::write(at("Dockerfile"), "FROM scratch\n").unwrap();
+        fs::write(at("Other"), "FROM scratch\n").unwrap();
+        let found = |file: Option<&str>| {
+            let file = file.map_or(at("Dockerfile"), at);
+            Sources::of(tmp.path(), &file, "x".to_owned()).map(|sources| sources.ignore)
+        };
+        assert_eq!(found(None).unwrap(), "");
+        fs::write(at(".dockerignore"), "all").unwrap();
+        fs::write(at("Other.dockerignore"), "other").unwrap();
+        assert_eq!(found(None).unwrap(), "all");
+        assert_eq!(found(Some("Other")).unwrap(), "other");
+        let error = format!("{:#}", found(Some("nosuch")).unwrap_err());
+        assert_eq!(error, "failed to read dockerfile: open x: No such file or directory (os error 2)");
+    }
+}
