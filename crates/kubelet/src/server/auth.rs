@@ -204,6 +204,7 @@ fn subresources(path: &str) -> &'static [&'static str] {
         "stats" => &["stats"],
         "metrics" => &["metrics"],
         "logs" => &["log"],
+        "checkpoint" => &["checkpoint"],
         "pods" | "runningpods" => &["pods", "proxy"],
         "healthz" => &["healthz", "proxy"],
         "configz" => &["configz", "proxy"],
@@ -228,6 +229,8 @@ mod tests {
             ("/healthz/ping", "healthz proxy"),
             ("/configz", "configz proxy"),
             ("/exec/ns/p/c", "proxy"),
+            ("/logs/syslog", "log"),
+            ("/checkpoint/ns/p/c", "checkpoint"),
             ("//stats", "stats"),
             ("/", "proxy"),
         ] {

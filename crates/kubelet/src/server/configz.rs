@@ -23,6 +23,8 @@ pub fn answer(context: &Context) -> Value {
     let longest_wait = longest_wait.unwrap_or(Duration::from_secs(300));
     let server = json!({
         "enableServer": true,
+        "enableSystemLogHandler": true,
+        "enableSystemLogQuery": false,
         "staticPodPath": settings.manifests,
         "fileCheckFrequency": go_duration(crate::manifests::LOOK_EVERY),
         "authentication": {

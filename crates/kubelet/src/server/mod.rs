@@ -3,9 +3,11 @@
 //! Who calls shows a client certificate of the cluster or a token, and the API server says what it may.
 
 mod auth;
+mod commands;
 mod configz;
 pub mod follow;
 mod metrics;
+mod node_logs;
 mod port_forward;
 mod remote;
 pub mod routes;

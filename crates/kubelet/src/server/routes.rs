@@ -18,7 +18,7 @@ use super::metrics::{self, CONTENT_TYPE as TEXT};
 use super::remote::{self, Protocol, Wanted};
 use super::upgrade::{Upgrade, handed_over};
 use super::websocket::{Channels, Spelling, Tunnel};
-use super::{Api, configz, follow, port_forward, spdy, stats};
+use super::{Api, commands, configz, follow, node_logs, port_forward, spdy, stats};
 use crate::pod::Pod;
 
 pub type Body = BoxBody<Bytes, io::Error>;
@@ -61,7 +61,7 @@ fn text_body(bytes: impl Into<Bytes>) -> Body {
     Full::new(bytes.into()).map_err(|never| match never {}).boxed()
 }
 
-fn answer_with(status: StatusCode, kind: &'static str, bytes: impl Into<Bytes>) -> Response<Body> {
+pub fn answer_with(status: StatusCode, kind: &'static str, bytes: impl Into<Bytes>) -> Response<Body> {
     let mut response = Response::new(text_body(bytes));
     *response.status_mut() = status;
     response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(kind));
@@ -98,11 +98,11 @@ impl Query {
         ports(&Query::parse(query)).ok()
     }
 
-    fn get(&self, name: &str) -> Option<&str> {
+    pub fn get(&self, name: &str) -> Option<&str> {
         self.0.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
     }
 
-    fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a str> {
+    pub fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a str> {
         self.0.iter().filter(move |(known, _)| known == name).map(|(_, value)| value.as_str())
     }
 
@@ -141,7 +141,7 @@ pub async fn answer(api: &Arc<Api>, request: Request<Incoming>) -> Response<Body
     let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
     let query = Query::parse(request.uri().query().unwrap_or_default());
     let streams = matches!(*request.method(), Method::GET | Method::POST);
-    let reads = *request.method() == Method::GET;
+    let (reads, posts) = (*request.method() == Method::GET, *request.method() == Method::POST);
     match parts.as_slice() {
         ["healthz"] | ["healthz", "ping" | "log" | "syncloop"] if reads => {
             text(StatusCode::OK, "ok".to_owned())
@@ -179,7 +179,34 @@ pub async fn answer(api: &Arc<Api>, request: Request<Incoming>) -> Response<Body
                 Err(refusal) => refusal,
             }
         }
+        ["run", namespace, pod, rest @ ..] if posts && (1..=2).contains(&rest.len()) => {
+            match Found::new(api, namespace, pod, (rest.len() == 2).then(|| rest[0])) {
+                Ok(found) => commands::run(api, &found, rest[rest.len() - 1], &query).await,
+                Err(refusal) => refusal,
+            }
+        }
+        ["checkpoint", namespace, pod, container] if posts => {
+            let found = Found::new(api, namespace, pod, None).ok();
+            commands::checkpoint(found.as_ref(), namespace, pod, container, &query)
+        }
+        ["logs", path @ ..] if reads => node_logs::answer(node_logs::ROOT, path.join("/")).await,
+        _ if is_known(&parts) => text(StatusCode::METHOD_NOT_ALLOWED, "405: Method Not Allowed".to_owned()),
         _ => missing("404 page not found\n"),
+    }
+}
+
+/// Whether there is something at that path, for those who ask by the right method.
+fn is_known(parts: &[&str]) -> bool {
+    match parts {
+        ["healthz"] | ["healthz", "ping" | "log" | "syncloop"] | ["pods" | "runningpods" | "configz"] => true,
+        ["metrics"] | ["metrics", "resource" | "cadvisor" | "probes"] | ["stats", "summary"] => true,
+        ["logs", ..] => true,
+        [what, _, _, _] => {
+            matches!(*what, "containerLogs" | "exec" | "attach" | "run" | "checkpoint" | "portForward")
+        }
+        [what, _, _, _, _] => matches!(*what, "exec" | "attach" | "run"),
+        ["portForward", _, _] => true,
+        _ => false,
     }
 }
 
@@ -213,8 +240,8 @@ async fn running_pods(api: &Api) -> Response<Body> {
 }
 
 /// The pod that a request is about.
-struct Found {
-    pod: Pod,
+pub struct Found {
+    pub pod: Pod,
 }
 
 impl Found {
@@ -226,7 +253,7 @@ impl Found {
     }
 
     /// The runtime's containers of that name, newest first.
-    async fn containers(&self, api: &Api, name: &str) -> Vec<ContainerStatus> {
+    pub async fn containers(&self, api: &Api, name: &str) -> Vec<ContainerStatus> {
         let sandboxes = api.context.runtime.list().await.unwrap_or_default();
         let own = sandboxes.into_iter().filter(|sandbox| sandbox.spec.uid == self.pod.uid_here());
         let mut all: Vec<_> = own.flat_map(|sandbox| sandbox.containers).filter(|c| c.name == name).collect();
