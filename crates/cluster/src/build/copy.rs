@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail};
 use minke_runtime::build::{EntryMeta, LayerWriter, Outcome, hex_digest, is_archive, owner_of, unpack_files};
 
-use super::Place;
 use super::chmod::Chmod;
 use super::dockerfile::{Arguments, Instruction};
 use super::ignore::Ignore;
 use super::stage::{Stage, digest, now, relative};
 use super::tree::{Item, Tree};
 use super::words;
+use super::{Files, Place};
 
 /// Bytes of a file that tell what it is.
 const HEAD: u64 = 16 << 10;
@@ -82,16 +82,18 @@ impl Stage {
         };
 
         // From where: another stage, another image, or the context.
-        let mut from_key = String::new();
+        let mut from_key = None;
         let other = match flag("from")? {
             None => None,
-            Some(name) => {
-                let (draft, key) = at.files_of(&name).await?;
-                from_key = key;
-                let (images, scratch) = (at.build.images.clone(), at.build.sandbox.scratch()?);
-                let view = tokio::task::spawn_blocking(move || images.view(&draft, &scratch)).await??;
-                Some(Tree::of(view))
-            }
+            Some(name) => match at.files_of(&name).await? {
+                Files::Dir(tree) => Some(tree),
+                Files::Draft(draft, key) => {
+                    from_key = Some(key);
+                    let (images, scratch) = (at.build.images.clone(), at.build.sandbox.scratch()?);
+                    let view = tokio::task::spawn_blocking(move || images.view(&draft, &scratch)).await??;
+                    Some(Tree::of(view))
+                }
+            },
         };
         let (mut found, mut written) = (Vec::new(), step.heredocs.iter());
         let (mut documents, mut fetched) = (Vec::new(), Vec::new());
@@ -113,10 +115,10 @@ impl Stage {
             }
         }
         let paths: Vec<PathBuf> = found.iter().map(|source| source.path.clone()).collect();
-        let content = match &other {
+        let content = match from_key {
             // What the other image is made of is known.
-            Some(_) => from_key,
-            None => digest(&at.build.context, &paths, &excluded)?,
+            Some(key) => key,
+            None => digest(other.as_ref().unwrap_or(&at.build.context), &paths, &excluded)?,
         };
         if checksum.is_some() && fetched.is_empty() {
             bail!("checksum can't be specified for local files");

@@ -18,7 +18,7 @@ mod tree;
 mod words;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -70,6 +70,9 @@ pub struct BuildArgs {
     /// The agent of `RUN --mount=type=ssh`; without a socket, that of SSH_AUTH_SOCK
     #[arg(long = "ssh", value_name = "default|ID[=SOCKET]")]
     agents: Vec<String>,
+    /// Another directory or image that FROM and --from can name
+    #[arg(long = "build-context", value_name = "NAME=DIR|NAME=docker-image://REFERENCE")]
+    contexts: Vec<String>,
     /// The stage to build, when it is not the last one
     #[arg(long, value_name = "STAGE")]
     target: Option<String>,
@@ -119,6 +122,8 @@ struct Build<'a> {
     images: &'a ImageStore,
     file: Dockerfile,
     context: Tree,
+    /// Others, by their names.
+    contexts: BTreeMap<String, Named>,
     build_args: Variables,
     labels: Vec<(String, String)>,
     secrets: BTreeMap<String, Found>,
@@ -162,18 +167,50 @@ impl Place<'_, '_> {
         self.build.say(self.io, self.done, self.total, &step.shown(), cached);
     }
 
-    /// The files of a stage or an image, and a name for all that they depend on.
-    async fn files_of(&mut self, from: &str) -> Result<(Draft, String)> {
+    /// What `--from` names.
+    async fn files_of(&mut self, from: &str) -> Result<Files> {
         match find(self.plans, from).map(|n| self.stages.get(&n)) {
-            Some(Some(stage)) => Ok((stage.draft.clone(), stage.key.clone())),
+            Some(Some(stage)) => Ok(Files::Draft(stage.draft.clone(), stage.key.clone())),
             // Only ONBUILD can ask for one that was not seen to be needed.
             Some(None) => bail!("the stage {from:?} is not built before this one"),
             None => {
+                if let Some(Named::Dir(dir)) = self.build.contexts.get(&from.to_ascii_lowercase()) {
+                    return Ok(Files::Dir(Tree::open(dir, Ignore::parse(&sources::ignore(dir, None)))?));
+                }
                 let draft = self.build.image(from, self.io).await?;
                 let chain = draft.chain().to_owned();
-                Ok((draft, chain))
+                Ok(Files::Draft(draft, chain))
             }
         }
+    }
+}
+
+/// Files that are not those of the context.
+enum Files {
+    /// Of a stage or an image, with a name for all that they depend on.
+    Draft(Draft, String),
+    Dir(Tree),
+}
+
+/// What a name stands for that the command line gives.
+#[derive(Debug, Clone)]
+enum Named {
+    Dir(PathBuf),
+    Image(String),
+}
+
+impl Named {
+    fn parse(text: &str) -> Result<(String, Named)> {
+        let Some((name, what)) = text.split_once('=').filter(|(name, _)| !name.is_empty()) else {
+            bail!("invalid build context {text:?}, expected name=value");
+        };
+        let named = match what.strip_prefix("docker-image://") {
+            Some(image) => Named::Image(image.to_owned()),
+            None if Path::new(what).is_dir() => Named::Dir(what.into()),
+            None if what.contains("://") => bail!("build context {name}: {what} is not fetched"),
+            None => bail!("build context {name}: path {what:?} not found"),
+        };
+        Ok((name.to_ascii_lowercase(), named))
     }
 }
 
@@ -267,6 +304,7 @@ impl BuildArgs {
             images,
             file,
             context: Tree::open(&context, Ignore::parse(&ignore))?,
+            contexts: self.contexts.iter().map(|text| Named::parse(text)).collect::<Result<_>>()?,
             build_args,
             labels: self.labels.iter().map(pair).collect::<Result<_>>()?,
             secrets: collect(&self.secrets, mounts::secret)?,
@@ -398,17 +436,30 @@ impl Build<'_> {
         stages: &BTreeMap<usize, Stage>,
         io: &mut Io,
     ) -> Result<Stage> {
-        if plan.base == "scratch" {
+        // A name of the command line stands before all others.
+        let base = match self.contexts.get(&plan.base.to_ascii_lowercase()) {
+            Some(Named::Image(image)) => image.clone(),
+            Some(Named::Dir(dir)) => {
+                bail!("{} is a directory, on which no image can be built", dir.display())
+            }
+            None => plan.base.clone(),
+        };
+        if base == "scratch" {
             return Ok(Stage::scratch());
         }
-        if let Some(stage) = find(&plans[..number], &plan.base).and_then(|n| stages.get(&n)) {
+        if let Some(stage) = find(&plans[..number], &base).and_then(|n| stages.get(&n)) {
             return Ok(stage.again());
         }
-        self.image(&plan.base, io).await.map(Stage::upon)
+        self.image(&base, io).await.map(Stage::upon)
     }
 
     /// An image, fetched when it is not here.
-    async fn image(&mut self, reference: &str, io: &mut Io) -> Result<minke_runtime::build::Draft> {
+    async fn image(&mut self, reference: &str, io: &mut Io) -> Result<Draft> {
+        let named = self.contexts.get(&reference.to_ascii_lowercase()).cloned();
+        let reference = match &named {
+            Some(Named::Image(image)) => image.as_str(),
+            _ => reference,
+        };
         let known = self.images.resolve(reference).await?.is_some();
         if !known || self.pull {
             if !self.quiet {

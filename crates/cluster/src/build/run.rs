@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
-use minke_runtime::build::{Draft, EntryMeta, Outcome, hex_digest};
+use minke_runtime::build::{EntryMeta, Outcome, hex_digest};
 use minke_runtime::{ImageAccess, Mount, caches};
 
 use super::dockerfile::Instruction;
@@ -15,7 +15,7 @@ use super::mounts::{self, Found, Kind, Owner, SECRET_MAX};
 use super::sandbox::{Command, Network};
 use super::stage::{Stage, digest, relative};
 use super::tree::{Item, Tree};
-use super::{Place, is_proxy, words};
+use super::{Files, Place, is_proxy, words};
 
 /// Where a script lies that stands in the Dockerfile and names its interpreter.
 const SCRIPTS: &str = "/dev/pipes";
@@ -26,9 +26,8 @@ const CACHE_PAUSE: Duration = Duration::from_millis(200);
 struct Wanted {
     mount: mounts::Mount,
     target: PathBuf,
-    /// Another stage's or image's files.
-    draft: Option<Draft>,
-    /// The files of the context.
+    /// Whose files, when they are not those of the context.
+    files: Option<Files>,
     source: PathBuf,
 }
 
@@ -110,24 +109,32 @@ impl Stage {
         if target == Path::new("/") {
             bail!("invalid mount target {:?}", mount.target);
         }
-        let (mut draft, mut path, mut key) = (None, PathBuf::new(), String::new());
-        match &mount.kind {
-            Kind::Bind { from: Some(from), source } => {
-                let (found, found_key) = at.files_of(from).await?;
+        let Kind::Bind { from, source } = &mount.kind else {
+            return Ok((Wanted { mount, target, files: None, source: PathBuf::new() }, String::new()));
+        };
+        let files = match from {
+            Some(from) => Some(at.files_of(from).await?),
+            None => None,
+        };
+        let (path, key) = match &files {
+            Some(Files::Draft(draft, key)) => {
                 let (images, scratch) = (at.build.images.clone(), at.build.sandbox.scratch()?);
-                let (seen, source) = (found.clone(), source.clone());
-                let files = tokio::task::spawn_blocking(move || images.view(&seen, &scratch)).await??;
-                path = Tree::of(files).one(&source)?;
-                (draft, key) = (Some(found), found_key);
+                let draft = draft.clone();
+                let view = tokio::task::spawn_blocking(move || images.view(&draft, &scratch)).await??;
+                (Tree::of(view).one(source)?, key.clone())
             }
-            Kind::Bind { from: None, source } => {
-                path = at.build.context.one(source)?;
-                key = digest(&at.build.context, std::slice::from_ref(&path), &|_| false)?;
-            }
-            _ => {}
-        }
-        Ok((Wanted { mount, target, draft, source: path }, key))
+            Some(Files::Dir(tree)) => found_in(tree, source)?,
+            None => found_in(&at.build.context, source)?,
+        };
+        Ok((Wanted { mount, target, files, source: path }, key))
     }
+}
+
+/// A path of a directory, and the digest of what is there.
+fn found_in(tree: &Tree, source: &str) -> Result<(PathBuf, String)> {
+    let path = tree.one(source)?;
+    let key = digest(tree, std::slice::from_ref(&path), &|_| false)?;
+    Ok((path, key))
 }
 
 /// The network that a step asks for, when it is another than the build's.
@@ -166,22 +173,25 @@ async fn mount(
     command: &mut Command,
     held: &mut Vec<caches::Cache>,
 ) -> Result<()> {
-    let Wanted { mount, target, draft, source } = wanted;
+    let Wanted { mount, target, files, source } = wanted;
     let readonly = mount.readonly;
     let mut made = Mount { container_path: target, readonly, ..Mount::default() };
     match mount.kind {
-        Kind::Bind { .. } => match draft {
-            Some(draft) => {
-                made.image = Some(at.build.images.lend(&draft)?);
-                made.image_sub_path = source.display().to_string();
-                made.image_access = if readonly { ImageAccess::Programs } else { ImageAccess::Scratch };
-            }
-            None => {
-                let to = at.build.sandbox.scratch()?.join("files");
-                write_files(&at.build.context, &source, &to)?;
-                made.host_path = to;
-            }
-        },
+        Kind::Bind { .. } => {
+            let tree = match &files {
+                Some(Files::Draft(draft, _)) => {
+                    made.image = Some(at.build.images.lend(draft)?);
+                    made.image_sub_path = source.display().to_string();
+                    made.image_access = if readonly { ImageAccess::Programs } else { ImageAccess::Scratch };
+                    command.mounts.push(made);
+                    return Ok(());
+                }
+                Some(Files::Dir(tree)) => tree,
+                None => &at.build.context,
+            };
+            made.host_path = at.build.sandbox.scratch()?.join("files");
+            write_files(tree, &source, &made.host_path)?;
+        }
         Kind::Cache { id, sharing, owner } => {
             let cache = cache(at, &id, sharing, owner).await?;
             made.host_path = cache.path.clone();

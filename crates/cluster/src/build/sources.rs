@@ -100,7 +100,7 @@ fn usual() -> String {
 }
 
 /// Docker looks for one beside the Dockerfile first.
-fn ignore(context: &Path, file: Option<&Path>) -> String {
+pub fn ignore(context: &Path, file: Option<&Path>) -> String {
     let beside = file.map(|file| {
         let mut name = file.as_os_str().to_owned();
         name.push(".dockerignore");
