@@ -49,6 +49,7 @@ api_types! {
     batch::Job, batch::JobSpec, batch::JobStatus,
     certificates::CertificateSigningRequest, certificates::CertificateSigningRequestStatus,
     certificates::ClusterTrustBundle,
+    certificates::PodCertificateRequest,
     coordination::Lease,
     core::ConfigMap,
     core::Container, core::EphemeralContainer,

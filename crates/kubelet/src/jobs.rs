@@ -32,7 +32,7 @@ use crate::plan;
 use crate::pod::Pod;
 use crate::references::{self, Held};
 use crate::runtime_class;
-use crate::volumes::{self, Tokens};
+use crate::volumes::{self, Credentials};
 use crate::worker::{Message, final_delete};
 
 /// A container's last words: at most this many bytes, or of its log this many bytes and lines.
@@ -45,7 +45,6 @@ const LEAST_GRACE: Duration = Duration::from_secs(2);
 /// How a job ended.
 pub enum Done {
     Mounted {
-        tokens: Tokens,
         renew_at: Option<Timestamp>,
     },
     Sandbox(Box<SandboxStatus>),
@@ -82,17 +81,20 @@ pub async fn mount(
     context: Arc<Context>,
     pod: Pod,
     held: Held,
-    mut tokens: Tokens,
+    credentials: Credentials,
     facts: Facts,
     cancel: CancellationToken,
 ) -> Done {
-    let mounting = context.volumes.mount(&pod, &held, &mut tokens, &facts);
+    let mut known = credentials.lock().await;
     let mounted = tokio::select! {
-        mounted = mounting => mounted,
+        mounted = context.volumes.mount(&pod, &held, &mut known, &facts) => mounted,
         () = cancel.cancelled() => return Done::Ok,
     };
+    for (reason, message) in known.notes.drain(..) {
+        context.events.warning(&pod, None, reason, message);
+    }
     match mounted {
-        Ok(renew_at) => Done::Mounted { tokens, renew_at },
+        Ok(renew_at) => Done::Mounted { renew_at },
         Err(failures) => {
             for why in &failures {
                 context.events.warning(&pod, None, "FailedMount", why);

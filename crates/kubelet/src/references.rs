@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use k8s_openapi::Resource;
-use k8s_openapi::api::certificates::v1::ClusterTrustBundle;
+use k8s_openapi::api::certificates::v1::{ClusterTrustBundle, PodCertificateRequest};
 use k8s_openapi::api::core::v1 as core;
 use minke_api::{ApiType, FieldSelector, Kind, Object, Status};
 use minke_client::{Client, ListOptions, WatchEvent, WatchOptions, backoff};
@@ -22,6 +22,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Reference {
+    /// What was asked of signers for the pod of that name.
+    CertificateRequests(String),
     Claim(String),
     ConfigMap(String),
     Secret(String),
@@ -33,6 +35,7 @@ pub enum Reference {
 impl Reference {
     fn kind(&self) -> &'static Kind {
         match self {
+            Reference::CertificateRequests(_) => Kind::of::<PodCertificateRequest>(),
             Reference::Claim(_) => Kind::of::<core::PersistentVolumeClaim>(),
             Reference::ConfigMap(_) => Kind::of::<core::ConfigMap>(),
             Reference::Secret(_) => Kind::of::<core::Secret>(),
@@ -47,6 +50,7 @@ impl Reference {
             | Reference::ConfigMap(name)
             | Reference::Secret(name)
             | Reference::TrustBundle(name) => FieldSelector::name(name),
+            Reference::CertificateRequests(pod) => FieldSelector::equal("spec.podName", pod),
             Reference::TrustBundlesOf(signer) => FieldSelector::equal("spec.signerName", signer),
         }
     }
@@ -206,6 +210,7 @@ pub struct Referenced {
     pub config_maps: BTreeMap<String, Result<Option<Arc<core::ConfigMap>>, String>>,
     pub secrets: BTreeMap<String, Result<Option<Arc<core::Secret>>, String>>,
     pub trust_bundles: BTreeMap<Reference, Result<Vec<Arc<ClusterTrustBundle>>, String>>,
+    pub certificate_requests: Option<Result<Vec<Arc<PodCertificateRequest>>, String>>,
 }
 
 impl Referenced {
@@ -274,11 +279,9 @@ impl Held {
                     referenced.secrets.insert(name.clone(), state.map(one));
                 }
                 Reference::TrustBundle(_) | Reference::TrustBundlesOf(_) => {
-                    let all = |objects: Objects| {
-                        objects.values().filter_map(|object| minke_client::typed(object)).collect()
-                    };
                     referenced.trust_bundles.insert(reference, state.map(all));
                 }
+                Reference::CertificateRequests(_) => referenced.certificate_requests = Some(state.map(all)),
             }
         }
         referenced
@@ -293,6 +296,10 @@ impl Held {
 /// The one object that a name means.
 fn one<T: Resource + ApiType>(objects: Objects) -> Option<Arc<T>> {
     objects.values().next().and_then(|object| minke_client::typed(object))
+}
+
+fn all<T: Resource + ApiType>(objects: Objects) -> Vec<Arc<T>> {
+    objects.values().filter_map(|object| minke_client::typed(object)).collect()
 }
 
 async fn known(mut state: watch::Receiver<State>, reference: &Reference) -> Result<Objects, String> {
@@ -348,6 +355,8 @@ pub fn of_volumes(pod: &Pod) -> BTreeSet<Reference> {
             wanted.extend(source.config_map.iter().map(|from| Reference::ConfigMap(from.name.clone())));
             wanted.extend(source.secret.iter().map(|from| Reference::Secret(from.name.clone())));
             wanted.extend(source.cluster_trust_bundle.iter().filter_map(of_trust_bundle));
+            let certificate = source.pod_certificate.iter();
+            wanted.extend(certificate.map(|_| Reference::CertificateRequests(pod.name().to_owned())));
         }
     }
     wanted

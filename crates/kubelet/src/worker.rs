@@ -30,7 +30,7 @@ use crate::references::Held;
 use crate::resize;
 use crate::status;
 use crate::told::Told;
-use crate::volumes::{self, Tokens};
+use crate::volumes::{self, Credentials};
 
 /// News for a worker.
 pub enum Message {
@@ -69,7 +69,7 @@ pub struct Worker {
     freed: watch::Receiver<()>,
     o: Observed,
     held: Held,
-    tokens: Tokens,
+    credentials: Credentials,
     /// When the contents of volumes must be looked at again.
     volumes_due: Option<Timestamp>,
     image_failures: HashMap<String, u32>,
@@ -112,7 +112,7 @@ impl Worker {
             freed,
             o: Observed { rejected, longest_wait, ..Observed::default() },
             held: Held::default(),
-            tokens: Tokens::default(),
+            credentials: Credentials::default(),
             volumes_due: None,
             image_failures: HashMap::new(),
             jobs: JoinSet::new(),
@@ -472,7 +472,7 @@ impl Worker {
                     context,
                     pod,
                     self.held.share(),
-                    self.tokens.clone(),
+                    self.credentials.clone(),
                     facts,
                     self.cancel.clone(),
                 );
@@ -667,9 +667,8 @@ impl Worker {
         }
         self.o.retries.remove(&job);
         match (job, done) {
-            (_, Done::Mounted { tokens, renew_at }) => {
+            (_, Done::Mounted { renew_at }) => {
                 self.o.volumes = true;
-                self.tokens = tokens;
                 self.volumes_due = [self.volumes_due, renew_at].into_iter().flatten().min();
             }
             (_, Done::Sandbox(sandbox)) => self.o.sandboxes.push(*sandbox),

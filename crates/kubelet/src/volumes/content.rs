@@ -6,7 +6,8 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1 as core;
 use minke_api::{LabelSelector, pem};
 
-use super::Tokens;
+use super::Known;
+use super::pod_certificates::Credential;
 use crate::env::{self, Facts};
 use crate::pod::Pod;
 use crate::references::{self, Reference, Referenced};
@@ -35,7 +36,7 @@ pub fn of(
     pod: &Pod,
     volume: &core::Volume,
     referenced: &Referenced,
-    tokens: &Tokens,
+    known: &Known,
     facts: &Facts,
 ) -> Result<Option<Content>, String> {
     let mut files = Content::new();
@@ -52,8 +53,9 @@ pub fn of(
     } else if let Some(from) = &volume.projected {
         let defaults = Defaults::new(from.default_mode, from.default_user);
         let mut wrong = vec![];
-        for source in from.sources.iter().flatten() {
-            let done = projection(&mut files, pod, &volume.name, source, defaults, referenced, tokens, facts);
+        for (index, source) in from.sources.iter().flatten().enumerate() {
+            let place = (volume.name.as_str(), index);
+            let done = projection(&mut files, pod, place, source, defaults, referenced, known, facts);
             wrong.extend(done.err());
         }
         match wrong.len() {
@@ -114,11 +116,11 @@ fn user_of(user: Option<i64>) -> Option<u32> {
 fn projection(
     files: &mut Content,
     pod: &Pod,
-    volume: &str,
+    (volume, index): (&str, usize),
     source: &core::VolumeProjection,
     defaults: Defaults,
     referenced: &Referenced,
-    tokens: &Tokens,
+    known: &Known,
     facts: &Facts,
 ) -> Result<(), String> {
     if let Some(from) = &source.config_map {
@@ -131,7 +133,8 @@ fn projection(
         return downward(files, pod, from.items.as_deref(), defaults, facts);
     }
     if let Some(from) = &source.service_account_token {
-        let token = tokens.get(&(volume.to_owned(), from.path.clone())).ok_or("failed to fetch token")?;
+        let token =
+            known.tokens.get(&(volume.to_owned(), from.path.clone())).ok_or("failed to fetch token")?;
         let file = defaults.own(pod, token.text.clone().into_bytes(), from.user);
         files.insert(from.path.clone(), file);
         return Ok(());
@@ -139,6 +142,21 @@ fn projection(
     if let Some(from) = &source.cluster_trust_bundle {
         let anchors = trust_anchors(from, referenced)?;
         files.insert(from.path.clone(), defaults.own(pod, anchors.into_bytes(), from.user));
+        return Ok(());
+    }
+    if let Some(from) = &source.pod_certificate {
+        let certificate = known.certificates.get(&(volume.to_owned(), index)).cloned().unwrap_or_default();
+        let Credential { key, chain } = certificate.credential()?;
+        for (path, text) in [
+            (&from.credential_bundle_path, format!("{key}{chain}")),
+            (&from.key_path, key.clone()),
+            (&from.certificate_chain_path, chain.clone()),
+        ] {
+            let path = path.iter().filter(|path| !path.is_empty());
+            let file =
+                |path: &String| (path.clone(), defaults.own(pod, text.clone().into_bytes(), from.user));
+            files.extend(path.map(file));
+        }
         return Ok(());
     }
     Err("the projected source is not supported".to_owned())
@@ -299,9 +317,10 @@ mod tests {
             (Reference::TrustBundlesOf("example.com/ca".into()), Ok(of_signer)),
         ]);
         let token = Token { text: "t".into(), renew_at: Timestamp::MAX };
-        let tokens = Tokens::from([(("v".into(), "token".into()), token)]);
+        let mut known = Known::default();
+        known.tokens.insert(("v".into(), "token".into()), token);
         let volume = &pod.spec().volumes.as_ref().expect("volumes")[0];
-        let got = of(&pod, volume, &referenced, &tokens, &Facts::default());
+        let got = of(&pod, volume, &referenced, &known, &Facts::default());
         let got = got.map(|content| content.expect("ours"));
         let want = want.map_err(str::to_owned).map(|files| {
             let files = files.iter().map(|(path, text, mode)| {

@@ -10,6 +10,7 @@ mod host_path;
 mod huge_pages;
 mod mounts;
 mod ownership;
+mod pod_certificates;
 mod subpath;
 
 use std::cell::RefCell;
@@ -35,9 +36,21 @@ use crate::resources;
 use content::{Content, Token};
 use mounts::is_mounted;
 pub use mounts::{check_propagation, clean_up, make_shared};
+use pod_certificates::{Certificate, Note};
 
-/// Tokens that were asked for, by volume and path; kept so that an update of a volume needs no new one.
-pub type Tokens = BTreeMap<(String, String), Token>;
+/// What was made for one pod alone; kept so that an update of a volume needs no new one.
+#[derive(Debug, Default)]
+pub struct Known {
+    /// By volume and path.
+    tokens: BTreeMap<(String, String), Token>,
+    /// By volume and index of the source.
+    certificates: BTreeMap<(String, usize), Certificate>,
+    /// Warnings about the pod that are to be told: reason and message.
+    pub notes: Vec<Note>,
+}
+
+/// That of a pod, for the one job that works on its volumes.
+pub type Credentials = Arc<tokio::sync::Mutex<Known>>;
 
 /// What is needed to set volumes up.
 #[derive(Clone)]
@@ -61,14 +74,14 @@ impl Volumes {
         &self,
         pod: &Pod,
         held: &Held,
-        tokens: &mut Tokens,
+        known: &mut Known,
         facts: &Facts,
     ) -> Result<Option<Timestamp>, Vec<String>> {
         let referenced = held.fetch(references::of_volumes(pod)).await;
         let mut renewal: Option<Timestamp> = None;
         let mut failures = vec![];
         for volume in pod.spec().volumes.iter().flatten() {
-            match self.mount_one(pod, volume, &referenced, tokens, facts).await {
+            match self.mount_one(pod, volume, &referenced, known, facts).await {
                 Ok(at) => renewal = [renewal, at].into_iter().flatten().min(),
                 Err(why) => failures.push(why),
             }
@@ -81,7 +94,7 @@ impl Volumes {
         pod: &Pod,
         volume: &core::Volume,
         referenced: &Referenced,
-        tokens: &mut Tokens,
+        known: &mut Known,
         facts: &Facts,
     ) -> Result<Option<Timestamp>, String> {
         let claim = claims::resolve(&*self.client, &self.node_name, pod, volume, referenced).await;
@@ -90,11 +103,14 @@ impl Volumes {
         let failed = |why: String| format!("MountVolume.SetUp failed for volume \"{name}\" : {why}");
         let renewal = match &volume.projected {
             Some(projected) => {
-                self.renew_tokens(pod, &volume.name, projected, tokens).await.map_err(failed)?
+                let tokens = self.renew_tokens(pod, &volume.name, projected, known).await.map_err(failed)?;
+                let certificates =
+                    self.keep_certificates(pod, &volume.name, projected, referenced, known).await;
+                [tokens, certificates.map_err(failed)?].into_iter().flatten().min()
             }
             None => None,
         };
-        let content = content::of(pod, volume, referenced, tokens, facts).map_err(failed)?;
+        let content = content::of(pod, volume, referenced, known, facts).map_err(failed)?;
         let memory = facts.allocatable.get("memory").map(|quantity| quantity.value());
         let (paths, pod, volume) = (self.paths.clone(), pod.clone(), volume.clone());
         let setup =
@@ -108,25 +124,50 @@ impl Volumes {
         pod: &Pod,
         volume: &str,
         projected: &core::ProjectedVolumeSource,
-        tokens: &mut Tokens,
+        known: &mut Known,
     ) -> Result<Option<Timestamp>, String> {
         let mut renewal: Option<Timestamp> = None;
         let sources = projected.sources.iter().flatten();
         for source in sources.filter_map(|source| source.service_account_token.as_ref()) {
             let key = (volume.to_owned(), source.path.clone());
             let now = Timestamp::now();
-            let at = match tokens.get(&key) {
+            let at = match known.tokens.get(&key) {
                 Some(token) if token.renew_at > now => token.renew_at,
                 _ => {
                     let token = self.request_token(pod, source, now).await?;
                     let at = token.renew_at;
-                    tokens.insert(key, token);
+                    known.tokens.insert(key, token);
                     at
                 }
             };
             renewal = Some(renewal.map_or(at, |known| known.min(at)));
         }
         Ok(renewal)
+    }
+
+    /// Returns when to look again.
+    async fn keep_certificates(
+        &self,
+        pod: &Pod,
+        volume: &str,
+        projected: &core::ProjectedVolumeSource,
+        referenced: &Referenced,
+        known: &mut Known,
+    ) -> Result<Option<Timestamp>, String> {
+        let mut due: Option<Timestamp> = None;
+        for (index, source) in projected.sources.iter().flatten().enumerate() {
+            let Some(source) = &source.pod_certificate else { continue };
+            let certificate = known.certificates.entry((volume.to_owned(), index)).or_default();
+            let found = match referenced.certificate_requests.clone().unwrap_or(Ok(vec![])) {
+                // It is good for a while yet, and the watch tells when there is more to know.
+                Err(_) if certificate.credential().is_ok() => continue,
+                found => found?,
+            };
+            let (client, node, notes) = (&*self.client, &self.node_name, &mut known.notes);
+            let at = pod_certificates::keep(client, node, pod, source, &found, certificate, notes).await?;
+            due = [due, at].into_iter().flatten().min();
+        }
+        Ok(due)
     }
 
     async fn request_token(
@@ -428,19 +469,19 @@ mod tests {
         let volumes = Volumes { paths, client, node_name: "n".to_owned() };
         let source = json!({"sources": [{"serviceAccountToken": {"path": "t", "expirationSeconds": 600}}]});
         let source: core::ProjectedVolumeSource = serde_json::from_value(source).expect("a volume");
-        let (pod, mut tokens, began) = (pod(json!({})), Tokens::new(), Timestamp::now());
-        let renewal = volumes.renew_tokens(&pod, "v", &source, &mut tokens).await.expect("a token");
+        let (pod, mut known, began) = (pod(json!({})), Known::default(), Timestamp::now());
+        let renewal = volumes.renew_tokens(&pod, "v", &source, &mut known).await.expect("a token");
         // The server said that it is good for years: it is replaced after a day all the same.
         let wait = renewal.expect("a time").duration_since(began);
         let day = SignedDuration::from_hours(24);
         assert!(wait <= day + SignedDuration::from_secs(60) && wait >= day - SignedDuration::from_secs(1));
         let key = ("v".to_owned(), "t".to_owned());
-        tokens.get_mut(&key).expect("a token").text = "the first".to_owned();
-        let again = volumes.renew_tokens(&pod, "v", &source, &mut tokens).await.expect("a token");
-        assert_eq!((again, tokens[&key].text.as_str()), (renewal, "the first"));
-        tokens.get_mut(&key).expect("a token").renew_at = began;
-        let later = volumes.renew_tokens(&pod, "v", &source, &mut tokens).await.expect("a token");
-        assert!(later >= renewal && tokens[&key].text == "t", "another one");
+        known.tokens.get_mut(&key).expect("a token").text = "the first".to_owned();
+        let again = volumes.renew_tokens(&pod, "v", &source, &mut known).await.expect("a token");
+        assert_eq!((again, known.tokens[&key].text.as_str()), (renewal, "the first"));
+        known.tokens.get_mut(&key).expect("a token").renew_at = began;
+        let later = volumes.renew_tokens(&pod, "v", &source, &mut known).await.expect("a token");
+        assert!(later >= renewal && known.tokens[&key].text == "t", "another one");
         std::fs::remove_dir_all(&world.dir).expect("removed");
     }
 }
