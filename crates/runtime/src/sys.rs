@@ -66,6 +66,42 @@ pub fn fork(sibling: bool) -> io::Result<Forked> {
     }
 }
 
+/// Forks a process that has one thread, and has the child begin in a v2 cgroup.
+pub fn fork_into(cgroup: &OwnedFd) -> io::Result<Forked> {
+    /// `CLONE_INTO_CGROUP` of <linux/sched.h>, which does not fit libc's type for it.
+    const INTO_CGROUP: u64 = 0x2_0000_0000;
+
+    /// `struct clone_args`
+    #[repr(C)]
+    #[derive(Default)]
+    struct Arguments {
+        flags: u64,
+        pidfd: u64,
+        child_tid: u64,
+        parent_tid: u64,
+        exit_signal: u64,
+        stack: u64,
+        stack_size: u64,
+        tls: u64,
+        set_tid: u64,
+        set_tid_size: u64,
+        cgroup: u64,
+    }
+    let arguments = Arguments {
+        flags: INTO_CGROUP,
+        exit_signal: libc::SIGCHLD as u64,
+        cgroup: cgroup.as_raw_fd() as u64,
+        ..Default::default()
+    };
+    // SAFETY: as in `fork`; the struct lives until the call returns, and the size is its own.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &arguments, size_of::<Arguments>()) };
+    match pid {
+        -1 => Err(io::Error::last_os_error()),
+        0 => Ok(Forked::Child),
+        pid => Ok(Forked::Parent(pid as i32)),
+    }
+}
+
 /// Ends the process at once, without the clean-up that belongs to the parent's copy of memory.
 pub fn exit_now(code: i32) -> ! {
     // SAFETY: _exit never returns and touches no memory of ours.

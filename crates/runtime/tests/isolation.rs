@@ -199,6 +199,10 @@ async fn nothing_of_the_node_is_inherited() {
     };
     check(&node.text("c"));
     check(&run_script(&node, "c", "ls -l /proc/self/fd").await);
+    // What is executed counts where the container does, in every hierarchy.
+    let cgroups = run_script(&node, "c", "cat /proc/self/cgroup; echo; cat /proc/1/cgroup").await;
+    let (own, first) = cgroups.split_once("\n\n").unwrap();
+    assert!(own.lines().count() > 0 && own.trim() == first.trim(), "{cgroups}");
     let (root, dir) = (node.root().display().to_string(), std::env::current_dir().unwrap());
     let seen =
         run_script(&node, "c", "cat /proc/1/environ /proc/self/environ /proc/1/cmdline; ls /proc/1/cwd/")

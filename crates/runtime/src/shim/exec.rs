@@ -11,7 +11,6 @@ use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use libcontainer::oci_spec::runtime::Process;
 use nix::sched::CloneFlags;
 use rustix::process::{Pid, PidfdFlags};
 use rustix::thread::{Gid, Uid};
@@ -60,29 +59,26 @@ fn run(socket: &OwnedFd, dir: &Path, init: i32) -> Result<(i32, Option<OwnedFd>)
     let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())
         .map_err(|_| "the container is not running".to_owned())?;
     adjust_oom_score(record.spec.oom_score_adj);
-    join_cgroups(&record.cgroup_dirs, std::process::id() as i32)?;
-    let all = CloneFlags::CLONE_NEWNS
+    let unified = join_v1(&record.cgroup_dirs)?;
+    let namespaces = CloneFlags::CLONE_NEWNS
         | CloneFlags::CLONE_NEWPID
         | CloneFlags::CLONE_NEWNET
         | CloneFlags::CLONE_NEWIPC
-        | CloneFlags::CLONE_NEWUTS
-        | CloneFlags::CLONE_NEWCGROUP;
-    let all = if how.first_id.is_some() { all | CloneFlags::CLONE_NEWUSER } else { all };
-    own_streams(how.first_id.unwrap_or(0).saturating_add(process.user().uid()));
-    nix::sched::setns(&pidfd, all).map_err(|e| format!("join the container's namespaces: {e}"))?;
-    if how.first_id.is_some() {
-        userns::become_root().map_err(|e| format!("become root of the user namespace: {e}"))?;
-    }
+        | CloneFlags::CLONE_NEWUTS;
+    // The node's id of the user.
+    let owner = how.first_id.unwrap_or(0).saturating_add(process.user().uid());
+    own_streams(owner);
+    join_namespaces(&pidfd, namespaces)?;
     // Made here, in the container's own devpts; the child only opens it as its terminal.
-    let pty = exec.tty.then(|| open_pty(process)).transpose().map_err(what("open a terminal"))?;
+    let pty = exec.tty.then(|| open_pty(owner)).transpose().map_err(what("open a terminal"))?;
     let (master, slave) = pty.map_or((None, None), |(m, s)| (Some(m), Some(s)));
 
     let (outcome, child_end) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
         .map_err(io::Error::from)
         .map_err(what("pipe"))?;
-    match sys::fork(false).map_err(what("fork"))? {
+    match fork_into(unified.as_ref()).map_err(what("fork"))? {
         sys::Forked::Child => {
-            let error = become_process(&how, filter.as_ref(), &exec, slave);
+            let error = become_process(&pidfd, &how, filter.as_ref(), &exec, slave);
             let _ = fs::File::from(child_end).write_all(error.as_bytes());
             sys::exit_now(127);
         }
@@ -99,20 +95,69 @@ fn run(socket: &OwnedFd, dir: &Path, init: i32) -> Result<(i32, Option<OwnedFd>)
     }
 }
 
+fn join_namespaces(init: &OwnedFd, which: CloneFlags) -> Result<(), String> {
+    nix::sched::setns(init, which).map_err(|e| format!("join the container's namespaces: {e}"))
+}
+
+/// A cgroup of v2.
+struct Unified {
+    dir: OwnedFd,
+    procs: fs::File,
+}
+
+/// Moves this process, which is one thread, into those cgroups that are of v1, and returns the one of v2, which a child
+/// can begin in. To move a process by its number instead makes the kernel wait until all processors have been seen to
+/// do something else, 10 ms and more.
+fn join_v1(dirs: &[PathBuf]) -> Result<Option<Unified>, String> {
+    let mut unified = None;
+    for dir in dirs {
+        let open = |name: &str| fs::OpenOptions::new().write(true).open(dir.join(name));
+        let at = |e: io::Error| format!("join {}: {e}", dir.display());
+        match open("tasks") {
+            Ok(mut tasks) => tasks.write_all(b"0").map_err(at)?,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                let procs = open("cgroup.procs").map_err(at)?;
+                unified = Some(Unified { dir: fs::File::open(dir).map_err(at)?.into(), procs });
+            }
+            Err(e) => return Err(at(e)),
+        }
+    }
+    Ok(unified)
+}
+
+fn fork_into(unified: Option<&Unified>) -> io::Result<sys::Forked> {
+    let Some(cgroup) = unified else { return sys::fork(false) };
+    sys::fork_into(&cgroup.dir).or_else(|_| {
+        // An older kernel, say.
+        (&cgroup.procs).write_all(b"0")?;
+        sys::fork(false)
+    })
+}
+
 /// Ends in the program, or returns why not.
 fn become_process(
+    init: &OwnedFd,
     how: &ProcessRecord,
     filter: Option<&Filter>,
     exec: &ExecSpec,
     slave: Option<OwnedFd>,
 ) -> String {
-    match prepare(how, filter, exec, slave) {
+    match enter_rest(init, how).and_then(|()| prepare(how, filter, exec, slave)) {
         Ok((program, argv, env)) => match nix::unistd::execve(&program, &argv, &env) {
             Ok(never) => match never {},
             Err(e) => exec_error(&exec.argv[0], e),
         },
         Err(e) => e,
     }
+}
+
+/// Joins what is left of the container's namespaces. Last, because from there the child could not begin in a cgroup.
+fn enter_rest(init: &OwnedFd, how: &ProcessRecord) -> Result<(), String> {
+    if how.first_id.is_none() {
+        return join_namespaces(init, CloneFlags::CLONE_NEWCGROUP);
+    }
+    join_namespaces(init, CloneFlags::CLONE_NEWCGROUP | CloneFlags::CLONE_NEWUSER)?;
+    userns::become_root().map_err(|e| format!("become root of the user namespace: {e}"))
 }
 
 type Program = (CString, Vec<CString>, Vec<CString>);
@@ -248,8 +293,8 @@ pub fn adjust_oom_score(score: Option<i32>) {
     }
 }
 
-/// A terminal of the mount namespace we are in, owned by the user of `process`.
-fn open_pty(process: &Process) -> io::Result<(OwnedFd, OwnedFd)> {
+/// A terminal of the mount namespace we are in, owned by a user.
+fn open_pty(owner: u32) -> io::Result<(OwnedFd, OwnedFd)> {
     use rustix::pty::OpenptFlags;
     let master = rustix::pty::openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
     rustix::pty::unlockpt(&master)?;
@@ -257,7 +302,7 @@ fn open_pty(process: &Process) -> io::Result<(OwnedFd, OwnedFd)> {
         &master,
         OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC,
     )?;
-    let _ = rustix::fs::fchown(&slave, Some(rustix::fs::Uid::from_raw(process.user().uid())), None);
+    let _ = rustix::fs::fchown(&slave, Some(rustix::fs::Uid::from_raw(owner)), None);
     Ok((master, slave))
 }
 
