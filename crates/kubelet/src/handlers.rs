@@ -164,11 +164,16 @@ fn http(action: &core::HTTPGetAction, place: &Place<'_>) -> Result<Handler, Stri
         let value = HeaderValue::try_from(extra.value.as_str()).map_err(|error| error.to_string())?;
         headers.append(name, value);
     }
-    if !headers.contains_key(header::USER_AGENT) {
-        let agent = HeaderValue::try_from(place.user_agent).map_err(|error| error.to_string())?;
-        headers.insert(header::USER_AGENT, agent);
+    // One that is given as empty is not sent.
+    for (name, default) in [(header::USER_AGENT, place.user_agent), (header::ACCEPT, "*/*")] {
+        match headers.get(&name).map(HeaderValue::is_empty) {
+            None => {
+                _ = headers.insert(name, HeaderValue::try_from(default).map_err(|error| error.to_string())?)
+            }
+            Some(true) => _ = headers.remove(&name),
+            Some(false) => {}
+        }
     }
-    headers.entry(header::ACCEPT).or_insert(HeaderValue::from_static("*/*"));
     headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     Ok(Handler::Http { url, headers })
 }
@@ -222,20 +227,21 @@ async fn get(first: &str, headers: &HeaderMap) -> Outcome {
         };
         let status = response.status();
         let location = response.headers().get(header::LOCATION).and_then(|value| value.to_str().ok());
-        if let (true, Some(location)) = (status.is_redirection(), location) {
-            let next = redirect(&uri, location).filter(|next| next.host() == uri.host());
-            match next {
-                Some(next) => url = next.to_string(),
-                None => {
-                    return Outcome::Warning(format!(
-                        "Probe terminated redirects, Response body: {}",
-                        String::from_utf8_lossy(&read(response).await)
-                    ));
-                }
-            }
+        let next = match (status.as_u16(), location) {
+            (301 | 302 | 303 | 307 | 308, Some(location)) => redirect(&uri, location),
+            _ => None,
+        };
+        if let Some(next) = next.filter(|next| next.host() == uri.host()) {
+            url = next.to_string();
             continue;
         }
-        if status.as_u16() >= 200 && status.as_u16() < 400 {
+        if status.is_redirection() {
+            return Outcome::Warning(format!(
+                "Probe terminated redirects, Response body: {}",
+                String::from_utf8_lossy(&read(response).await)
+            ));
+        }
+        if status.is_success() {
             return Outcome::Success;
         }
         return Outcome::Failure(format!("HTTP probe failed with statuscode: {}", status.as_u16()));
@@ -264,14 +270,25 @@ async fn get_once(uri: &Uri, headers: &HeaderMap) -> Result<http::Response<hyper
     send(stream, request).await
 }
 
+/// What a `Location` means that the answer of `from` has (RFC 3986, 5.2).
 fn redirect(from: &Uri, location: &str) -> Option<Uri> {
-    let to: Uri = location.parse().ok()?;
-    // Without a scheme, a bare word would be taken for a host.
-    if to.scheme().is_some() {
+    let scheme = from.scheme_str()?;
+    if let Some(rest) = location.strip_prefix("//") {
+        return format!("{scheme}://{rest}").parse().ok();
+    }
+    // A bare word would be taken for a host.
+    if let Ok(to) = location.parse::<Uri>()
+        && to.scheme().is_some()
+    {
         return Some(to);
     }
-    let path = if location.starts_with('/') { location.to_owned() } else { format!("/{location}") };
-    format!("{}://{}{path}", from.scheme_str()?, from.authority()?).parse().ok()
+    let path = match (location, from.path().rfind('/')) {
+        (absolute, _) if absolute.starts_with('/') => absolute.to_owned(),
+        (query, _) if query.starts_with('?') => format!("{}{query}", from.path()),
+        (beside, Some(end)) => format!("{}{beside}", &from.path()[..=end]),
+        (beside, None) => format!("/{beside}"),
+    };
+    format!("{scheme}://{}{path}", from.authority()?).parse().ok()
 }
 
 async fn connect(address: &str) -> Result<TcpStream, String> {

@@ -22,7 +22,11 @@ fn redirects_are_followed_on_the_same_host() {
     let to = |location: &str| redirect(&from, location).map(|uri| uri.to_string());
     assert_eq!(to("/b").as_deref(), Some("http://h:80/b"));
     assert_eq!(to("b").as_deref(), Some("http://h:80/b"));
+    assert_eq!(to("?q").as_deref(), Some("http://h:80/a?q"));
+    assert_eq!(to("//o/x").as_deref(), Some("http://o/x"));
     assert_eq!(to("https://o/x").as_deref(), Some("https://o/x"));
+    let deep: Uri = "http://h:80/a/b?c".parse().expect("a URL");
+    assert_eq!(redirect(&deep, "d/e").map(|uri| uri.to_string()).as_deref(), Some("http://h:80/a/d/e"));
 }
 
 fn place<'a>(container: &'a core::Container, address: Option<IpAddr>) -> Place<'a> {
@@ -136,6 +140,15 @@ async fn pages_are_asked_for_and_judged_by_their_status() {
     let away = "HTTP/1.1 302 Found\r\nlocation: http://elsewhere.example/\r\ncontent-length: 4\r\n\r\ngone";
     let (outcome, _) = ask(false, json!({}), away).await;
     assert_eq!(outcome, Outcome::Warning("Probe terminated redirects, Response body: gone".into()));
+    for unmoved in ["304 Not Modified", "300 Multiple Choices\r\nlocation: /b", "302 Found"] {
+        let answer = format!("HTTP/1.1 {unmoved}\r\ncontent-length: 0\r\n\r\n");
+        let (outcome, _) = ask(false, json!({}), &answer).await;
+        assert_eq!(
+            outcome,
+            Outcome::Warning("Probe terminated redirects, Response body: ".into()),
+            "{unmoved}"
+        );
+    }
     let (outcome, _) = ask(false, json!({}), "").await;
     assert!(matches!(&outcome, Outcome::Failure(why) if why.ends_with(": EOF")), "{outcome:?}");
 }
