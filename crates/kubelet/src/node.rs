@@ -262,8 +262,13 @@ impl Node {
         let report_every = report_every.unwrap_or(SignedDuration::MAX);
         let mut schedulable = true;
         let mut ticks = tokio::time::interval(self.context.settings.status_every);
+        let mut pressure = self.context.pressure.changes();
         loop {
-            ticks.tick().await;
+            tokio::select! {
+                _ = ticks.tick() => {}
+                // At once, so that no more pods are sent here.
+                Ok(()) = pressure.changed() => {}
+            }
             let now = Timestamp::now();
             self.tell_schedulable(&mut schedulable);
             let typed: Option<Arc<core::Node>> = minke_client::typed(&node);

@@ -13,6 +13,7 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1 as core;
 use minke_api::placement;
 use tokio::sync::oneshot;
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::context::Context;
@@ -32,11 +33,12 @@ const GRACE_SECONDS: i64 = 1;
 pub struct Pressure {
     transition: Duration,
     history: Mutex<History>,
+    told: watch::Sender<Vec<&'static str>>,
 }
 
 impl Pressure {
     pub fn new(limits: &Limits) -> Pressure {
-        Pressure { transition: limits.transition, history: Mutex::default() }
+        Pressure { transition: limits.transition, ..Pressure::default() }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, History> {
@@ -45,6 +47,19 @@ impl Pressure {
 
     pub fn has(&self, condition: &str) -> bool {
         self.lock().has(condition, self.transition, Instant::now())
+    }
+
+    /// Takes down what is left; the thresholds to act for.
+    fn note(&self, limits: &Limits, observed: &Observed) -> Vec<Threshold> {
+        let due = self.lock().note(limits, observed, Instant::now());
+        let all = self.all();
+        self.told.send_if_modified(|told| std::mem::replace(told, all.clone()) != all);
+        due
+    }
+
+    /// Changes as soon as a look has found other conditions than the one before.
+    pub fn changes(&self) -> watch::Receiver<Vec<&'static str>> {
+        self.told.subscribe()
     }
 
     /// The conditions there are.
@@ -117,7 +132,7 @@ impl Eviction {
 pub async fn survey(context: Arc<Context>, pods: Vec<Pod>) -> Vec<(String, Eviction)> {
     let limits = &context.settings.eviction;
     let observed = observe(&context).await;
-    let due = context.pressure.lock().note(limits, &observed, Instant::now());
+    let due = context.pressure.note(limits, &observed);
     let mut victims = vec![];
     for pod in pods.iter().filter(|pod| usage::has_limits(pod) && !resources::is_critical(pod)) {
         let (used, volumes) = usage::pod_use(&context, pod, true).await;
