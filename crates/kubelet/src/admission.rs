@@ -17,8 +17,8 @@ use crate::settings::Settings;
 #[derive(Debug, PartialEq)]
 pub enum Decision {
     Admit,
-    /// It can run once the pods of these uids have ended.
-    Preempt(Vec<String>),
+    /// It is short of this resource, and can run once the pods of these uids have ended.
+    Preempt(String, Vec<String>),
     /// Reason and message.
     Refuse(Cow<'static, str>, String),
 }
@@ -63,7 +63,10 @@ pub fn decide<'a>(
 fn preempt(pod: &Pod, others: &[&Pod], short: &[Shortage]) -> Decision {
     let missing: Vec<Missing> = short.iter().map(Shortage::missing).collect();
     match preemption::victims(pod, others.iter().copied(), &missing) {
-        Ok(victims) => Decision::Preempt(victims.iter().map(|victim| victim.uid().to_owned()).collect()),
+        Ok(victims) => {
+            let victims = victims.iter().map(|victim| victim.uid().to_owned()).collect();
+            Decision::Preempt(short.first().map_or_else(String::new, |short| short.name.clone()), victims)
+        }
         Err(why) => {
             let what = "Unexpected error while attempting to recover from admission failure";
             let message = format!("{what}: preemption: error finding a set of pods to preempt: {why}");
@@ -262,7 +265,7 @@ mod tests {
     fn refused(spec: Value, others: &[Pod], want: Option<&str>) {
         let got = match decided(&bearing(spec), others) {
             Decision::Admit => None,
-            Decision::Preempt(uids) => panic!("{uids:?}"),
+            Decision::Preempt(_, uids) => panic!("{uids:?}"),
             Decision::Refuse(reason, message) => Some(format!("{reason}: {message}")),
         };
         assert_eq!(got.as_deref(), want);
@@ -315,7 +318,9 @@ mod tests {
         };
         let critical = |cpu: &str| of("new", 2_000_000_000, cpu);
         let others = [of("a", 0, "1"), of("b", 0, "500m"), of("c", 2_000_000_000, "500m")];
-        let preempted = |uids: &[&str]| Decision::Preempt(uids.iter().map(|u| (*u).to_owned()).collect());
+        let preempted = |uids: &[&str]| {
+            Decision::Preempt("pods".to_owned(), uids.iter().map(|uid| (*uid).to_owned()).collect())
+        };
         assert_eq!(decided(&critical("500m"), &others[..2]), Decision::Admit);
         // One pod too many, and it must be the one that gives enough CPU as well.
         assert_eq!(decided(&critical("500m"), &others), preempted(&["b"]));

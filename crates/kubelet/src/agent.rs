@@ -201,6 +201,7 @@ impl Agent {
     fn end(&mut self, uid: &str, eviction: Eviction) -> Option<impl Future<Output = ()> + use<>> {
         let handle = self.workers.get_mut(uid)?;
         tracing::warn!(pod = %handle.pod.long_name(), reason = eviction.reason, why = eviction.message, "Ending pod");
+        self.context.endings.add(&eviction);
         // What it has is free for others from now on.
         handle.admitted = false;
         let (events, pod, patience) = (self.context.events.clone(), handle.pod.clone(), eviction.patience());
@@ -289,10 +290,10 @@ impl Agent {
         let (mut rejected, mut ends) = (None, vec![]);
         match decision {
             Decision::Admit => {}
-            Decision::Preempt(victims) => {
+            Decision::Preempt(resource, victims) => {
                 for victim in victims {
                     if let Some(handle) = self.workers.get(&victim) {
-                        let eviction = Eviction::preemption(&handle.pod);
+                        let eviction = Eviction::preemption(&handle.pod, &resource);
                         ends.extend(self.end(&victim, eviction));
                     }
                 }

@@ -57,6 +57,8 @@ pub struct Context {
     pub prober: Prober,
     pub grants: resize::Grants,
     pub pressure: eviction::Pressure,
+    /// Pods that the node has ended for its own sake, or another pod's.
+    pub endings: eviction::Counts,
     /// Asks for all images to be removed that nobody uses; the sender is dropped when that is done.
     pub unused_images: mpsc::Sender<oneshot::Sender<()>>,
     /// What the cgroups of the classes of service have, by class.

@@ -200,6 +200,7 @@ impl Kubelet {
             probe_counts,
             grants: resize::Grants::default(),
             pressure: eviction::Pressure::new(&settings.eviction),
+            endings: eviction::Counts::default(),
             unused_images,
             classes: Default::default(),
             settings,

@@ -123,7 +123,10 @@ impl Node {
         let typed: Option<Arc<core::Node>> = minke_client::typed(&known);
         let spec = typed.as_ref().and_then(|node| node.spec.as_ref());
         if self.identity.pod_cidr.is_some() && spec.is_none_or(|spec| spec.pod_cidr.is_none()) {
-            change["spec"] = json!(wanted.spec);
+            let spec = wanted.spec.as_ref();
+            // Taints are only for a node that is new.
+            change["spec"] = json!({"podCIDR": spec.and_then(|spec| spec.pod_cidr.as_ref()),
+                "podCIDRs": spec.and_then(|spec| spec.pod_cidrs.as_ref())});
         }
         let node = client.patch(self.target(), Patch::Merge(change)).await?;
         let info = typed.as_ref().and_then(|node| node.status.as_ref()?.node_info.as_ref());

@@ -124,6 +124,7 @@ impl World {
             grants: crate::resize::Grants::default(),
             classes: Default::default(),
             pressure: crate::eviction::Pressure::default(),
+            endings: crate::eviction::Counts::default(),
             unused_images: tokio::sync::mpsc::channel(1).0,
             for_pods: Resources::default(),
             settings,

@@ -563,6 +563,29 @@ mod tests {
         assert_eq!(read("m/pod1/cgroup.procs"), "42");
     }
 
+    /// Settings may have changed since the cgroup of all pods was made.
+    #[test]
+    fn a_cgroup_that_is_there_gets_its_new_limits() {
+        let tmp = tempfile::tempdir().unwrap();
+        let pods = tmp.path().join("m/kubepods");
+        for dir in [tmp.path(), &tmp.path().join("m"), &pods] {
+            fake(dir);
+        }
+        let cgroups = Cgroups::fake_v2(tmp.path());
+        let set = |memory: i64, pids: i64| {
+            // The kernel replaces what a plain file would keep.
+            fake(&pods);
+            let (memory_limit, pids_limit) = (Some(memory), Some(pids));
+            let limits = Resources { cpu_shares: Some(1945), memory_limit, pids_limit, ..Default::default() };
+            cgroups.create("m/kubepods", &limits).unwrap();
+            ["cpu.weight", "memory.max", "memory.swap.max", "pids.max"]
+                .map(|file| fs::read_to_string(pods.join(file)).unwrap())
+        };
+        assert_eq!(set(3 << 30, 30_000), ["75", "3221225472", "0", "30000"]);
+        assert_eq!(set(2 << 30, 29_000), ["75", "2147483648", "0", "29000"]);
+        assert_eq!(set(-1, -1), ["75", "max", "max", "max"]);
+    }
+
     #[test]
     fn v2_numbers_are_read() {
         let tmp = tempfile::tempdir().unwrap();

@@ -7,6 +7,7 @@ mod usage;
 
 pub use thresholds::{Limits, Signal, Statements};
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -90,6 +91,8 @@ pub fn refuses(pod: &Pod, conditions: &[&str]) -> Option<(&'static str, String)>
 /// Why the node ends a pod that would go on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Eviction {
+    /// What it is counted under: the signal of a threshold or limit, or the resource that a critical pod is short of.
+    pub signal: String,
     /// Of the pod's status and event, with the message.
     pub reason: &'static str,
     pub message: String,
@@ -101,19 +104,25 @@ pub struct Eviction {
 
 impl Eviction {
     /// At once, for having outgrown its limits.
-    fn own_fault(message: String) -> Eviction {
-        Eviction { reason: "Evicted", message, disruption: None, grace: GRACE_SECONDS }
+    fn own_fault(signal: &str, message: String) -> Eviction {
+        let signal = signal.to_owned();
+        Eviction { signal, reason: "Evicted", message, disruption: None, grace: GRACE_SECONDS }
     }
 
     /// For what the node is short of: at once if it is too short, else with time to end.
-    fn shortage(pod: &Pod, message: String, hard: bool, grace_max: i64) -> Eviction {
-        let grace = if hard { GRACE_SECONDS } else { pod.grace_seconds().min(grace_max).max(GRACE_SECONDS) };
-        Eviction { disruption: Some(message.clone()), grace, ..Eviction::own_fault(message) }
+    fn shortage(pod: &Pod, threshold: &Threshold, message: String, grace_max: i64) -> Eviction {
+        let grace = match threshold.is_hard() {
+            true => GRACE_SECONDS,
+            false => pod.grace_seconds().min(grace_max).max(GRACE_SECONDS),
+        };
+        let disruption = Some(message.clone());
+        Eviction { disruption, grace, ..Eviction::own_fault(threshold.signal.name(), message) }
     }
 
     /// So that a pod can run here that is needed more.
-    pub fn preemption(pod: &Pod) -> Eviction {
+    pub fn preemption(pod: &Pod, resource: &str) -> Eviction {
         Eviction {
+            signal: resource.to_owned(),
             reason: preemption::REASON,
             message: preemption::MESSAGE.to_owned(),
             disruption: Some(preemption::DISRUPTION.to_owned()),
@@ -128,6 +137,24 @@ impl Eviction {
     }
 }
 
+/// How many pods were ended, by reason and signal.
+#[derive(Default)]
+pub struct Counts(Mutex<BTreeMap<(&'static str, String), u64>>);
+
+impl Counts {
+    pub fn add(&self, eviction: &Eviction) {
+        let mut counts = self.0.lock().expect("nothing panics while counting");
+        *counts.entry((eviction.reason, eviction.signal.clone())).or_default() += 1;
+    }
+
+    /// By signal.
+    pub fn of(&self, reason: &str) -> Vec<(String, u64)> {
+        let counts = self.0.lock().expect("nothing panics while counting");
+        let of = counts.iter().filter(|((counted, _), _)| *counted == reason);
+        of.map(|((_, signal), count)| (signal.clone(), *count)).collect()
+    }
+}
+
 /// Looks once; returns the pods to end and why.
 pub async fn survey(context: Arc<Context>, pods: Vec<Pod>) -> Vec<(String, Eviction)> {
     let limits = &context.settings.eviction;
@@ -137,7 +164,7 @@ pub async fn survey(context: Arc<Context>, pods: Vec<Pod>) -> Vec<(String, Evict
     for pod in pods.iter().filter(|pod| usage::has_limits(pod) && !resources::is_critical(pod)) {
         let (used, volumes) = usage::pod_use(&context, pod, true).await;
         let why = usage::outgrown(pod, &used, &volumes);
-        victims.extend(why.map(|why| (pod.uid().to_owned(), Eviction::own_fault(why))));
+        victims.extend(why.map(|(signal, why)| (pod.uid().to_owned(), Eviction::own_fault(signal, why))));
     }
     let (Some(threshold), true) = (due.first(), victims.is_empty()) else { return victims };
     let resource = threshold.signal.resource();
@@ -178,7 +205,7 @@ async fn victim(
     let pod = pods.iter().find(|pod| pod.uid() == victim.uid)?;
     let message = usage::message(threshold, left, victim);
     let grace_max = context.settings.eviction.pod_grace_max;
-    Some((victim.uid.clone(), Eviction::shortage(pod, message, threshold.is_hard(), grace_max)))
+    Some((victim.uid.clone(), Eviction::shortage(pod, threshold, message, grace_max)))
 }
 
 /// What is left of everything.
@@ -242,14 +269,25 @@ mod tests {
     #[test]
     fn pods_get_time_to_end_when_the_node_has_it() {
         let pod = pod(json!({"spec": {"terminationGracePeriodSeconds": 60}}));
-        let shortage = |hard, grace_max| Eviction::shortage(&pod, "m".to_owned(), hard, grace_max);
+        let shortage = |hard: bool, grace_max| {
+            let mut limits = Limits::default();
+            limits.thresholds[0].grace = Duration::from_secs(u64::from(!hard));
+            Eviction::shortage(&pod, &limits.thresholds[0], "m".to_owned(), grace_max)
+        };
         ends(shortage(true, 90), 1, 10);
         ends(shortage(false, 90), 60, 90);
         ends(shortage(false, 30), 30, 45);
         ends(shortage(false, 0), 1, 10);
-        ends(Eviction::preemption(&pod), 60, 90);
-        ends(Eviction::own_fault("m".to_owned()), 1, 10);
-        assert_eq!(shortage(true, 0).disruption.as_deref(), Some("m"));
-        assert_eq!(Eviction::own_fault("m".to_owned()).disruption, None);
+        ends(Eviction::preemption(&pod, "cpu"), 60, 90);
+        let own = Eviction::own_fault("emptydirfs.limit", "m".to_owned());
+        ends(own.clone(), 1, 10);
+        assert_eq!((shortage(true, 0).disruption.as_deref(), own.disruption.as_deref()), (Some("m"), None));
+        let counts = Counts::default();
+        [shortage(true, 0), shortage(false, 0), own, Eviction::preemption(&pod, "cpu")]
+            .iter()
+            .for_each(|eviction| counts.add(eviction));
+        let evicted = [("emptydirfs.limit".to_owned(), 1), ("memory.available".to_owned(), 2)];
+        assert_eq!(counts.of("Evicted"), evicted);
+        assert_eq!(counts.of("Preempting"), [("cpu".to_owned(), 1)]);
     }
 }

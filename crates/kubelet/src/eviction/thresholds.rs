@@ -44,6 +44,10 @@ impl Signal {
         }
     }
 
+    pub fn name(self) -> &'static str {
+        NAMES.iter().find(|(_, signal)| *signal == self).map_or("", |(name, _)| name)
+    }
+
     /// The node's condition.
     pub fn condition(self) -> &'static str {
         match self {
@@ -280,7 +284,7 @@ fn read(
     let mut all = each(hard)?;
     let graces = signals(grace, parse_go_duration)?;
     for mut threshold in each(soft)? {
-        let name = NAMES.iter().find(|(_, signal)| *signal == threshold.signal).map_or("", |(name, _)| name);
+        let name = threshold.signal.name();
         let grace = graces.get(&threshold.signal);
         threshold.grace = *grace.ok_or_else(|| {
             format!("grace period must be specified for the soft eviction threshold {name}")

@@ -104,8 +104,8 @@ pub fn message(threshold: &Threshold, left: Left, pod: &PodUse) -> String {
     text
 }
 
-/// Why a pod must go that has outgrown its own limits; `volumes` are the bytes in each `emptyDir`.
-pub fn outgrown(pod: &Pod, used: &PodUse, volumes: &BTreeMap<String, u64>) -> Option<String> {
+/// Which of its own limits a pod has outgrown, and why it must go, therefore; `volumes` are the bytes in each `emptyDir`.
+pub fn outgrown(pod: &Pod, used: &PodUse, volumes: &BTreeMap<String, u64>) -> Option<(&'static str, String)> {
     for volume in pod.spec().volumes.iter().flatten() {
         let limit = volume.empty_dir.as_ref().and_then(|empty| empty.size_limit.as_ref());
         let Some(limit) = limit.and_then(|limit| Quantity::try_from(limit).ok()).filter(|q| !q.is_zero())
@@ -115,21 +115,23 @@ pub fn outgrown(pod: &Pod, used: &PodUse, volumes: &BTreeMap<String, u64>) -> Op
         let size = volumes.get(&volume.name).copied().unwrap_or(0);
         if i64::try_from(size).is_ok_and(|size| size > limit.value()) {
             let name = &volume.name;
-            return Some(format!("Usage of EmptyDir volume \"{name}\" exceeds the limit \"{limit}\". "));
+            let why = format!("Usage of EmptyDir volume \"{name}\" exceeds the limit \"{limit}\". ");
+            return Some(("emptydirfs.limit", why));
         }
     }
     let limit = resources::pod_limit(pod, "ephemeral-storage").and_then(|limit| u64::try_from(limit).ok());
     if let Some(limit) = limit.filter(|limit| used.disk() > *limit) {
         let limit = Resource::Disk.amount(limit);
-        return Some(format!(
-            "Pod ephemeral local storage usage exceeds the total limit of containers {limit}. "
-        ));
+        let why =
+            format!("Pod ephemeral local storage usage exceeds the total limit of containers {limit}. ");
+        return Some(("ephemeralpodfs.limit", why));
     }
     let mut main = used.containers.iter().filter(|container| container.class == Some(Class::Main));
     main.find_map(|container| {
         let limit = container.disk_limit.filter(|limit| container.disk > *limit)?;
         let (name, limit) = (&container.name, Resource::Disk.amount(limit));
-        Some(format!("Container {name} exceeded its local ephemeral storage limit \"{limit}\". "))
+        let why = format!("Container {name} exceeded its local ephemeral storage limit \"{limit}\". ");
+        Some(("ephemeralcontainerfs.limit", why))
     })
 }
 
@@ -324,7 +326,7 @@ mod tests {
         });
         let used = PodUse { containers: containers.collect(), volumes: volume, ..PodUse::default() };
         let volumes = BTreeMap::from([("v".to_owned(), volume)]);
-        assert_eq!(outgrown(&pod, &used, &volumes).as_deref(), want);
+        assert_eq!(outgrown(&pod, &used, &volumes).map(|(_, why)| why).as_deref(), want);
     }
 
     #[test]

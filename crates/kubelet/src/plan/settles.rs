@@ -315,7 +315,7 @@ impl World {
             (33, _) => self.o.gone = true,
             (34, _) => {
                 self.trail.push(format!("{:?} evicted", self.now));
-                self.o.evicted = Some(crate::eviction::Eviction::preemption(&self.pod()));
+                self.o.evicted = Some(crate::eviction::Eviction::preemption(&self.pod(), "cpu"));
             }
             _ => {}
         }

@@ -549,7 +549,8 @@ fn the_node_may_refuse_and_time_may_run_out() {
     let evicted = |grace| {
         move |o: &mut Observed| {
             let (message, disruption) = ("m".to_owned(), None);
-            o.evicted = Some(Eviction { reason: "Evicted", message, disruption, grace });
+            o.evicted =
+                Some(Eviction { signal: String::new(), reason: "Evicted", message, disruption, grace });
         }
     };
     check(json!({}), evicted(1), &["end Failed { reason: \"Evicted\", message: \"m\" } 1s"]);

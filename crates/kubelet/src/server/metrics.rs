@@ -489,6 +489,25 @@ pub async fn kubelet(api: &Api) -> String {
         "[ALPHA] The number of pods the kubelet is being instructed to run.",
     );
     text.sample(&[("static", "")], bound.len() as f64);
+    for (name, reason, label, help) in [
+        (
+            "kubelet_evictions",
+            "Evicted",
+            "eviction_signal",
+            "[ALPHA] Cumulative number of pod evictions by eviction signal",
+        ),
+        (
+            "kubelet_preemptions",
+            "Preempting",
+            "preemption_signal",
+            "[ALPHA] Cumulative number of pod preemptions by preemption resource",
+        ),
+    ] {
+        text.family(name, "counter", help);
+        for (signal, count) in api.context.endings.of(reason) {
+            text.sample(&[(label, signal.as_str())], count as f64);
+        }
+    }
     text.family("kubelet_node_name", "gauge", "[ALPHA] The node's name. The count is always 1.");
     text.sample(&[("node", &api.context.node_name)], 1.0);
     text.family("kubelet_running_containers", "gauge", "[ALPHA] Number of containers currently running");
