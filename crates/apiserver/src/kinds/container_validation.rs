@@ -117,6 +117,14 @@ fn validate_container(
                     errors.forbidden(&at(path, field), "cannot be set for an Ephemeral Container");
                 }
             }
+            for (n, mount) in container.items("volumeMounts").iter().enumerate() {
+                for field in ["subPath", "subPathExpr"] {
+                    if mount.has(field) {
+                        let path = format!("{path}.volumeMounts[{n}].{field}");
+                        errors.forbidden(&path, "cannot be set for an Ephemeral Container");
+                    }
+                }
+            }
             let target = container.text("targetContainerName");
             let known = spec.items("containers").iter().chain(spec.items("initContainers"));
             if !target.is_empty() && !known.into_iter().any(|c| c.text("name") == target) {

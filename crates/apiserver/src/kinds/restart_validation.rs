@@ -265,6 +265,12 @@ mod tests {
             json!({}),
             "restartPolicy: Forbidden: cannot be set for an Ephemeral Container",
         );
+        check(
+            "ephemeralContainers",
+            json!({"volumeMounts": [{"name": "v", "mountPath": "/v", "subPath": "x"}]}),
+            json!({"volumes": [{"name": "v", "emptyDir": {}}]}),
+            "volumeMounts[0].subPath: Forbidden: cannot be set for an Ephemeral Container",
+        );
     }
 
     #[test]
