@@ -112,6 +112,9 @@ impl ImageGc {
     }
 
     pub async fn run(mut self, stop: CancellationToken) {
+        // Before the pods are known, nothing is known to be in use.
+        let pods = self.pods.clone();
+        tokio::select! { () = pods.synced() => {}, () = stop.cancelled() => return }
         let mut ticks = tokio::time::interval(PERIOD);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
