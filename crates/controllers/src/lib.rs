@@ -24,6 +24,7 @@ mod namespace;
 mod node_lifecycle;
 mod node_zones;
 mod persistent_volume;
+mod pod_certificate_requests;
 mod pod_gc;
 mod pods;
 mod replicaset;
@@ -127,5 +128,6 @@ static CONTROLLERS: &[Row] = &[
     Row { name: "persistentvolume-protection", account: "pv-protection-controller", component: "pv-protection-controller", make: |_| Box::new(volume_protection::VolumeProtection) },
     Row { name: "ephemeral-volume", account: "ephemeral-volume-controller", component: "ephemeral_volume", make: |_| Box::new(ephemeral_volume::EphemeralVolumes) },
     Row { name: "certificatesigningrequest", account: "certificate-controller", component: "certificate-controller", make: |config| Box::new(certificates::Certificates { authority: config.authority.clone() }) },
+    Row { name: "podcertificaterequest-cleaner", account: "podcertificaterequestcleaner", component: "podcertificaterequestcleaner", make: |_| Box::new(pod_certificate_requests::PodCertificateRequests) },
     Row { name: "clusterrole-aggregation", account: "clusterrole-aggregation-controller", component: "clusterrole-aggregation-controller", make: |_| Box::new(clusterrole_aggregation::Aggregation) },
 ];

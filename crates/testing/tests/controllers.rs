@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::certificates::v1::PodCertificateRequest;
 use k8s_openapi::api::core::v1::{ConfigMap, Endpoints, Namespace, Node, Pod, Service, ServiceAccount};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use minke_api::Kind;
@@ -377,4 +378,22 @@ async fn jobs_give_up_after_their_limit() {
     sim.patch::<Job>("work", json!({"spec": {"ttlSecondsAfterFinished": 60}})).await;
     sim.pass(minutes(2)).await;
     assert!(sim.get::<Job>("work").is_none() && sim.list::<Pod>().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_for_certificates_of_pods_are_cleared_away() {
+    /// An empty request for a certificate, signed with a key that nobody has any more.
+    const REQUEST: &str = "MIG6MGICAQAwADBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABPHJn/K28z0mwRbFLzCcb8N5dLdzu85ms52MFNVPkE8V3B48VxvH5BZeErBtshhOK4iXNAiEs5e/u9j/zUP2E3ygADAKBggqhkjOPQQDAgNIADBFAiEA66C3zu+SGPhjJdUk0hG9YUTAT5tZVo9BKhGHF9di5LoCIE2abWWm0BTBcqbnPpZbUp70MSCLO5VVHTD1prXetzjp";
+    let mut sim = Sim::new(14).nodes(1);
+    sim.create(json!({
+        "apiVersion": "certificates.k8s.io/v1", "kind": "PodCertificateRequest", "metadata": { "name": "r" },
+        "spec": {
+            "signerName": "example.com/ca", "podName": "p", "podUID": "u", "nodeName": "n", "nodeUID": "u",
+            "serviceAccountName": "default", "serviceAccountUID": "u", "stubPKCS10Request": REQUEST,
+        },
+    }));
+    sim.pass(minutes(14)).await;
+    assert!(sim.get::<PodCertificateRequest>("r").is_some());
+    sim.pass(minutes(2)).await;
+    assert!(sim.get::<PodCertificateRequest>("r").is_none());
 }
