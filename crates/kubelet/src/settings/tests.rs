@@ -194,3 +194,16 @@ fn sysctls_are_allowed_by_name_or_beginning() {
     let allowed = |name: &str| settings.allows_sysctl(name);
     assert!(allowed("kernel.msgmax") && allowed("net.a") && !allowed("net.ab") && !allowed("kernel.sem"));
 }
+
+/// What `docs/kubelet.md` says of a field is said of one that is in force.
+#[test]
+fn every_field_of_the_documentation_is_read() {
+    let text = include_str!("../../../../docs/kubelet.md");
+    let rows = text.lines().filter_map(|line| line.strip_prefix("| `")?.split(" | ").next());
+    let fields: Vec<&str> =
+        rows.flat_map(|cell| cell.split(", ")).map(|name| name.trim_matches('`')).collect();
+    assert!(fields.len() > 30, "{fields:?}");
+    for field in fields {
+        check(&format!("{field}: null\n"), |_| {});
+    }
+}
