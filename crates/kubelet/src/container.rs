@@ -162,7 +162,7 @@ pub fn container(
     let mut mounts = inputs.mounts;
     add_own_files(pod, container, paths, &id, &mut mounts);
     let capabilities = security.capabilities.unwrap_or_default();
-    let mut limits = resources::of_container(container);
+    let mut limits = resources::of_container(pod, container);
     if class == Class::Ephemeral {
         limits = minke_runtime::Resources::default();
     }

@@ -150,8 +150,7 @@ pub fn resource(
     let resources = container.resources.as_ref();
     let amount = match selector.resource.split_once('.') {
         Some(("limits", name)) => {
-            let set = resources::limit(resources, name).filter(|q| !q.is_zero());
-            set.or_else(|| facts.allocatable.get(name).copied())
+            resources::limit_of(pod, container, name).or_else(|| facts.allocatable.get(name).copied())
         }
         Some(("requests", name)) => resources::request(resources, name),
         _ => return Err(format!("unsupported container resource : {}", selector.resource)),

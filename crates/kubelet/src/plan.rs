@@ -335,7 +335,7 @@ fn plan_changes(pod: &Pod, o: &Observed, now: Timestamp, plan: &mut Plan) {
         if class == Class::Ephemeral || is_dying(o, &running.id, now, plan) {
             continue;
         }
-        let wanted = resources::of_container(container);
+        let wanted = resources::of_container(pod, container);
         let why = if class != Class::Init && is_changed(container, running) {
             Kill::Changed
         } else if resources::same(&wanted, &running.resources) {

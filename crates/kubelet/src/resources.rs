@@ -78,15 +78,21 @@ pub fn cgroup(root: &str, pod: &Pod) -> String {
     }
 }
 
-pub fn of_container(container: &core::Container) -> Resources {
+/// What limits a container: its own limit, or what the pod may have as a whole.
+pub fn limit_of(pod: &Pod, container: &core::Container, name: &str) -> Option<Quantity> {
+    let both = [container.resources.as_ref(), pod.spec().resources.as_ref()];
+    both.into_iter().find_map(|resources| limit(resources, name).filter(|limit| !limit.is_zero()))
+}
+
+pub fn of_container(pod: &Pod, container: &core::Container) -> Resources {
     let resources = container.resources.as_ref();
-    let cpu_limit = limit(resources, "cpu").map(Quantity::milli_value).filter(|milli| *milli > 0);
+    let cpu_limit = limit_of(pod, container, "cpu").map(Quantity::milli_value).filter(|milli| *milli > 0);
     let cpu = request(resources, "cpu").map(Quantity::milli_value).or(cpu_limit).unwrap_or(0);
     Resources {
         cpu_shares: Some(shares(cpu)),
         cpu_quota_us: cpu_limit.map(quota),
         cpu_period_us: cpu_limit.map(|_| QUOTA_PERIOD_US),
-        memory_limit: limit(resources, "memory").map(Quantity::value).filter(|bytes| *bytes > 0),
+        memory_limit: limit_of(pod, container, "memory").map(Quantity::value).filter(|bytes| *bytes > 0),
         hugepages: hugepages(resources),
         oom_group: true,
         ..Resources::default()
@@ -230,7 +236,20 @@ pub fn oom_score_adj(pod: &Pod, container: &core::Container, node_memory: u64) -
         "BestEffort" => return 1000,
         _ => {}
     }
-    let asked = request(container.resources.as_ref(), "memory").map_or(0, Quantity::value).max(0);
+    let memory =
+        |c: &core::Container| request(c.resources.as_ref(), "memory").map_or(0, Quantity::value).max(0);
+    let long_lived = || pod.containers().filter(|(class, _)| matches!(class, Class::Main | Class::Sidecar));
+    let mut asked = memory(container);
+    // A sidecar does not go before those that it serves.
+    if long_lived().any(|(class, c)| class == Class::Sidecar && c.name == container.name) {
+        asked = pod.spec().containers.iter().map(memory).min().unwrap_or(0).max(asked);
+    }
+    // What the pod asks for beyond its containers' requests is everybody's.
+    if let Some(whole) = request(pod.spec().resources.as_ref(), "memory").map(Quantity::value) {
+        let sum = total(pod, false, |c| Some(memory(c))).unwrap_or(0);
+        let count = i64::try_from(long_lived().count()).unwrap_or(1).max(1);
+        asked = asked.saturating_add(whole.saturating_sub(sum).max(0) / count);
+    }
     let share = 1000 * i128::from(asked) / i128::from(node_memory.max(1));
     let score = i32::try_from(1000 - share).unwrap_or(0);
     // Below 3 would be the Guaranteed ones'; 1000 is BestEffort's.
@@ -251,7 +270,7 @@ mod tests {
     fn check(resources: Value, class: &str, want: Resources) {
         let pod = with(resources);
         assert_eq!(qos_class(&pod), class);
-        assert_eq!(of_container(&pod.spec().containers[0]), want);
+        assert_eq!(of_container(&pod, &pod.spec().containers[0]), want);
     }
 
     #[test]
@@ -315,6 +334,37 @@ mod tests {
             "overhead": {"cpu": "100m"},
         }}));
         assert_eq!(pod_request(&pod, "cpu"), 4_100);
+    }
+
+    #[test]
+    fn what_a_pod_may_have_limits_its_containers() {
+        let pod =
+            pod(json!({"spec": {"resources": {"limits": {"cpu": "1", "memory": "8Mi"}}, "containers": [
+            {"name": "a"}, {"name": "b", "resources": {"limits": {"memory": "2Mi"}}}]}}));
+        let limits = |n: usize| {
+            let limits = of_container(&pod, &pod.spec().containers[n]);
+            (limits.memory_limit, limits.cpu_quota_us, limits.cpu_shares)
+        };
+        assert_eq!(limits(0), (Some(8 << 20), Some(100_000), Some(1024)));
+        assert_eq!(limits(1), (Some(2 << 20), Some(100_000), Some(1024)));
+    }
+
+    #[test]
+    fn sidecars_and_what_the_pod_asks_for_count_when_memory_runs_out() {
+        let asking = |memory: &str| json!({"requests": {"memory": memory}});
+        let scores = |whole: Value| {
+            let pod = pod(json!({"spec": {"resources": whole,
+                "initContainers": [{"name": "s", "restartPolicy": "Always", "resources": asking("128Mi")}],
+                "containers": [{"name": "a", "resources": asking("256Mi")}, {"name": "b", "resources": asking("512Mi")}]}}));
+            let score = |name: &str| {
+                let (_, container) = pod.container(name).expect("a container");
+                oom_score_adj(&pod, container, 1 << 30)
+            };
+            [score("a"), score("b"), score("s")]
+        };
+        assert_eq!(scores(json!({})), [750, 500, 750]);
+        // 896 MiB is what they ask for together; 96 more are 32 for each.
+        assert_eq!(scores(asking("992Mi")), [719, 469, 719]);
     }
 
     #[test]

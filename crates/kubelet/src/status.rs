@@ -311,7 +311,8 @@ fn container_status(
         // Until new limits hold, the old ones are what there is.
         resources: match latest {
             Some(latest)
-                if running && !resources::same(&resources::of_container(container), &latest.resources) =>
+                if running
+                    && !resources::same(&resources::of_container(pod, container), &latest.resources) =>
             {
                 known.and_then(|known| known.resources.clone())
             }
@@ -346,7 +347,7 @@ pub fn is_resizing(pod: &Pod, o: &Observed) -> bool {
             let latest = o.latest(&container.name);
             let latest =
                 latest.filter(|c| c.state == ContainerState::Running || o.restarting.contains_key(&c.id));
-            latest.is_some_and(|c| !resources::same(&resources::of_container(container), &c.resources))
+            latest.is_some_and(|c| !resources::same(&resources::of_container(pod, container), &c.resources))
         })
 }
 

@@ -251,7 +251,7 @@ impl World {
         status.annotations.insert(BACKOFF_ANNOTATION.into(), backoff.as_millis().to_string());
         status.annotations.insert(ROUND_ANNOTATION.into(), round.to_string());
         status.annotations.insert(ASKED_IMAGE_ANNOTATION.into(), wanted.image.clone().unwrap_or_default());
-        status.resources = resources::of_container(wanted);
+        status.resources = resources::of_container(&pod, wanted);
         // A sandbox that went meanwhile takes it along.
         let Some(sandbox) = self.o.sandboxes.last_mut() else { return };
         status.sandbox_id.clone_from(&sandbox.spec.id);
@@ -399,7 +399,7 @@ impl World {
             assert!(runs || stays_down, "{} neither runs nor has ended for good", spec.name);
             if runs {
                 assert_eq!(latest.annotations.get(ASKED_IMAGE_ANNOTATION), spec.image.as_ref());
-                assert!(resources::same(&resources::of_container(spec), &latest.resources));
+                assert!(resources::same(&resources::of_container(&pod, spec), &latest.resources));
             }
         }
     }

@@ -538,6 +538,13 @@ fn changes_of_the_specification_reach_what_runs() {
     let memory = json!([{"resourceName": "memory", "restartPolicy": "RestartContainer"}]);
     check(sized(more, memory.clone()), |_| {}, &["kill c-0 Resize", "resize [] pod=true"]);
     check(sized(json!({"requests": {"cpu": "1"}}), memory), |_| {}, &["resize [\"c-0\"] pod=true"]);
+    // What the pod may have limits those that have no limit of their own.
+    let whole = json!({"resources": {"limits": {"memory": "9Mi"}}});
+    check(whole, |_| {}, &["resize [\"c-0\"] pod=true"]);
+    let asked = json!({"resources": {"requests": {"cpu": "1"}}});
+    check(asked, |_| {}, &["resize [] pod=true"]);
+    let init = json!({"initContainers": [{"name": "i", "resources": {"requests": {"cpu": "1"}}}]});
+    check(init, with(vec![container("i", 0, Running)]), &["resize [\"i-0\"] pod=true"]);
 }
 
 #[test]
