@@ -144,6 +144,7 @@ async fn rounds(args: &Args, machine: &mut Machine, mut rng: StdRng) -> Result<(
             let pods: Vec<&core::Pod> = pods.iter().map(|pod| &**pod).collect();
             wrong = inventory::differences(&machine.data, &pods, &snapshots)?;
             wrong.extend(unreachable(&pods));
+            wrong.extend(of_the_same_users(machine.data.path()));
         }
         Ok(wrong)
     })
@@ -209,6 +210,26 @@ fn unreachable(pods: &[&core::Pod]) -> Vec<String> {
     wrong
 }
 
+/// Sandboxes that run and have users of the node in common, though each was to have its own.
+fn of_the_same_users(data: &Path) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let mut owners = BTreeMap::new();
+    for dir in fs::read_dir(data.join("shims")).into_iter().flatten().flatten() {
+        let record = fs::read(dir.path().join("sandbox.json")).unwrap_or_default();
+        let Ok(record) = serde_json::from_slice::<Value>(&record) else { continue };
+        let id = dir.file_name().to_string_lossy().into_owned();
+        let line = fs::read_to_string(format!("/proc/{}/cmdline", record["pid"])).unwrap_or_default();
+        let Some(first) = record["spec"]["user_namespace"]["first"].as_u64().filter(|_| line.contains(&id))
+        else {
+            continue;
+        };
+        if let Some(other) = owners.insert(first, id.clone()) {
+            wrong.push(format!("sandboxes {id} and {other} both have the users from {first}"));
+        }
+    }
+    wrong
+}
+
 /// What the pods refer to.
 async fn prepare(client: &dyn Client) -> Result<()> {
     let map = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "settings"},
@@ -261,6 +282,9 @@ fn pod(name: &str, kind: &str, rng: &mut StdRng) -> Value {
     };
     let mut pod = json!({"apiVersion": "v1", "kind": "Pod",
         "metadata": {"name": name, "labels": {"kind": kind}}, "spec": spec});
+    if kind != "host" && rng.random_bool(0.3) {
+        pod["spec"]["hostUsers"] = false.into();
+    }
     pod["spec"]["terminationGracePeriodSeconds"] = rng.random_range(1..4).into();
     pod
 }
