@@ -11,6 +11,7 @@ pub mod https;
 mod informer;
 pub mod leader;
 mod queue;
+pub mod trusting;
 
 pub use clock::Clock;
 pub use events::{EventRecorder, EventSource, Happening, reference};

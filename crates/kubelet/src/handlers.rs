@@ -4,8 +4,6 @@
 //! nothing has to be kept of the pod. Results carry upstream's texts (pkg/probe), which end up in `Unhealthy`
 //! events.
 
-mod trusting;
-
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -263,7 +261,7 @@ async fn get_once(uri: &Uri, headers: &HeaderMap) -> Result<http::Response<hyper
     if uri.scheme_str() == Some("https") {
         let name = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
         let name = rustls::pki_types::ServerName::try_from(name).map_err(|error| error.to_string())?;
-        let connector = tokio_rustls::TlsConnector::from(trusting::config());
+        let connector = tokio_rustls::TlsConnector::from(minke_client::trusting::config());
         let stream = connector.connect(name, stream).await.map_err(|error| error.to_string())?;
         return send(stream, request).await;
     }

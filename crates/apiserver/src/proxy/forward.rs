@@ -14,10 +14,9 @@ use hyper::body::{Body as _, Incoming};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use minke_api::{Kind, Status};
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::{ClientConfig, RootCertStore};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
@@ -84,22 +83,15 @@ impl Proxy {
         }
         let key = PrivateKeyDer::from_pem_slice(client_key.as_bytes()).map_err(|e| text(&e))?;
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let builder = || {
-            ClientConfig::builder_with_provider(provider.clone())
-                .with_safe_default_protocol_versions()
-                .map_err(|e| text(&e))
-        };
-        let kubelets = builder()?
+        let kubelets = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .map_err(|e| text(&e))?
             .with_root_certificates(roots)
             .with_client_auth_cert(certificates(client_cert)?, key)
             .map_err(|e| text(&e))?;
-        let unverified = builder()?
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(AnyServer(provider.clone())))
-            .with_no_client_auth();
         Ok(Proxy {
             kubelets: TlsConnector::from(Arc::new(kubelets)),
-            unverified: TlsConnector::from(Arc::new(unverified)),
+            unverified: TlsConnector::from(minke_client::trusting::config()),
         })
     }
 
@@ -313,45 +305,4 @@ pub async fn log_answer(response: Response<Body>, kind: &Kind, pod: &str) -> Res
         ),
     };
     Err(status.about(kind, pod))
-}
-
-/// Takes any certificate, for servers that nobody has told us how to know.
-#[derive(Debug)]
-struct AnyServer(Arc<rustls::crypto::CryptoProvider>);
-
-impl ServerCertVerifier for AnyServer {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.0.signature_verification_algorithms;
-        rustls::crypto::verify_tls12_signature(message, certificate, signature, algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.0.signature_verification_algorithms;
-        rustls::crypto::verify_tls13_signature(message, certificate, signature, algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
-    }
 }

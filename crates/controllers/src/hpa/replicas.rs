@@ -75,7 +75,11 @@ struct Groups<'a> {
     ignored: Vec<&'a str>,
 }
 
-fn group<'a>(facts: &Facts<'a>, metrics: &PodMetrics, cpu: bool) -> Groups<'a> {
+/// Leaves the metrics of the pods that count, of which there must be some.
+fn group<'a>(facts: &Facts<'a>, metrics: &mut PodMetrics, cpu: bool) -> Result<Groups<'a>, String> {
+    if facts.pods.is_empty() {
+        return Err("no pods returned by selector while calculating replica count".to_owned());
+    }
     let mut groups = Groups::default();
     for pod in facts.pods {
         let name = pod.object.name();
@@ -92,7 +96,13 @@ fn group<'a>(facts: &Facts<'a>, metrics: &PodMetrics, cpu: bool) -> Groups<'a> {
             groups.missing.push(name);
         }
     }
-    groups
+    for name in groups.ignored.iter().chain(&groups.unready) {
+        metrics.remove(*name);
+    }
+    if metrics.is_empty() {
+        return Err("did not receive metrics for targeted pods (pods might be unready)".to_owned());
+    }
+    Ok(groups)
 }
 
 /// While a pod starts, it uses CPU that it will not use later.
@@ -120,16 +130,7 @@ pub(crate) fn for_utilization(
     container: Option<&str>,
     target: i32,
 ) -> Result<Utilization, String> {
-    if facts.pods.is_empty() {
-        return Err("no pods returned by selector while calculating replica count".to_owned());
-    }
-    let groups = group(facts, &metrics, resource == "cpu");
-    for name in groups.ignored.iter().chain(&groups.unready) {
-        metrics.remove(*name);
-    }
-    if metrics.is_empty() {
-        return Err("did not receive metrics for targeted pods (pods might be unready)".to_owned());
-    }
+    let groups = group(facts, &mut metrics, resource == "cpu")?;
     let requests = requests(facts.pods, resource, container)?;
     let (ratio, percent, raw) = utilization(&metrics, &requests, target)?;
     let stay = Utilization { replicas: facts.spec_replicas, percent, raw };
@@ -154,16 +155,7 @@ pub(crate) fn for_average(
     resource: &str,
     target: i64,
 ) -> Result<(i32, i64), String> {
-    if facts.pods.is_empty() {
-        return Err("no pods returned by selector while calculating replica count".to_owned());
-    }
-    let groups = group(facts, &metrics, resource == "cpu");
-    for name in groups.ignored.iter().chain(&groups.unready) {
-        metrics.remove(*name);
-    }
-    if metrics.is_empty() {
-        return Err("did not receive metrics for targeted pods (pods might be unready)".to_owned());
-    }
+    let groups = group(facts, &mut metrics, resource == "cpu")?;
     let average = |metrics: &PodMetrics| {
         let sum = metrics.values().fold(0i64, |sum, metric| sum.saturating_add(metric.value));
         sum / metrics.len() as i64

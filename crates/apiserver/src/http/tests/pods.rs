@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::*;
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_pod_waits_for_the_account_of_its_new_namespace() {
     let api = Api::new().await;
     api.json("POST /api/v1/namespaces", json!({"metadata": {"name": "new"}})).await.ok();
