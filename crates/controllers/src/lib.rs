@@ -35,6 +35,7 @@ mod run;
 mod service_lb;
 mod serviceaccount;
 mod services;
+mod serving_bundle;
 mod statefulset;
 mod taint_eviction;
 mod token_secrets;
@@ -128,6 +129,7 @@ static CONTROLLERS: &[Row] = &[
     Row { name: "persistentvolume-protection", account: "pv-protection-controller", component: "pv-protection-controller", make: |_| Box::new(volume_protection::VolumeProtection) },
     Row { name: "ephemeral-volume", account: "ephemeral-volume-controller", component: "ephemeral_volume", make: |_| Box::new(ephemeral_volume::EphemeralVolumes) },
     Row { name: "certificatesigningrequest", account: "certificate-controller", component: "certificate-controller", make: |config| Box::new(certificates::Certificates { authority: config.authority.clone() }) },
+    Row { name: "kube-apiserver-serving-clustertrustbundle-publisher", account: "kube-apiserver-serving-clustertrustbundle-publisher", component: "kube-apiserver-serving-clustertrustbundle-publisher", make: |config| Box::new(serving_bundle::ServingBundle { pem: config.root_ca.clone() }) },
     Row { name: "podcertificaterequest-cleaner", account: "podcertificaterequestcleaner", component: "podcertificaterequestcleaner", make: |_| Box::new(pod_certificate_requests::PodCertificateRequests) },
     Row { name: "clusterrole-aggregation", account: "clusterrole-aggregation-controller", component: "clusterrole-aggregation-controller", make: |_| Box::new(clusterrole_aggregation::Aggregation) },
 ];
