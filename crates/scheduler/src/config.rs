@@ -241,6 +241,29 @@ impl FileProfile {
 
 impl Plugins {
     fn apply(self, path: &str, profile: &mut Profile) -> Checked<()> {
+        self.leave_the_rest(path)?;
+        let points = [
+            (Point { name: "multiPoint", filters: true, scores: true }, &self.multi_point),
+            (Point { name: "filter", filters: true, scores: false }, &self.filter),
+            (Point { name: "score", filters: false, scores: true }, &self.score),
+        ];
+        for (point, set) in points {
+            let path = format!("{path}.{}", point.name);
+            for (n, named) in set.disabled.iter().enumerate() {
+                point.switch_off(&format!("{path}.disabled[{n}].name"), &named.name, profile)?;
+            }
+            for (n, named) in set.enabled.iter().enumerate() {
+                point.switch_on(&format!("{path}.enabled[{n}]"), named, profile)?;
+            }
+        }
+        let Profile { preemption, gates, .. } = profile;
+        self.post_filter.switch_only(&format!("{path}.postFilter"), DEFAULT_PREEMPTION, preemption)?;
+        self.pre_enqueue.switch_only(&format!("{path}.preEnqueue"), SCHEDULING_GATES, gates)?;
+        self.reserve.switch_reserving(&format!("{path}.reserve"), profile)
+    }
+
+    /// The points at which nothing can be switched say so, unless they are told what is so anyway.
+    fn leave_the_rest(&self, path: &str) -> Checked<()> {
         let fixed = [
             ("queueSort", &self.queue_sort, PRIORITY_SORT),
             ("bind", &self.bind, DEFAULT_BINDER),
@@ -265,109 +288,122 @@ impl Plugins {
                 return refuse(&format!("{path}.{point}"), why);
             }
         }
-        let all: Vec<usize> = (0..PLUGINS.len()).collect();
-        let row = |name: &str| all.iter().copied().find(|row| PLUGINS[*row].name == name);
-        let points = [
-            ("multiPoint", &self.multi_point, true, true),
-            ("filter", &self.filter, true, false),
-            ("score", &self.score, false, true),
-        ];
-        for (point, set, filters, scores) in points {
-            for (n, named) in set.disabled.iter().enumerate() {
-                let path = format!("{path}.{point}.disabled[{n}].name");
-                let name = named.name.as_str();
-                if name == "*" {
-                    if filters {
-                        profile.filters.clear();
-                        profile.without.extend(reserve::NAMES.iter().map(|name| (*name).to_owned()));
-                    }
-                    if scores {
-                        profile.scores.clear();
-                    }
-                    if point == "multiPoint" {
-                        profile.preemption = false;
-                        profile.gates = false;
-                    }
-                    continue;
-                }
-                if ABSENT.contains(&name) {
-                    continue;
-                }
-                known(&path, name)?;
-                match name {
-                    PRIORITY_SORT | DEFAULT_BINDER => {
-                        return refuse(&path, format!("{name} cannot be switched off"));
-                    }
-                    DEFAULT_PREEMPTION if point == "multiPoint" => profile.preemption = false,
-                    SCHEDULING_GATES if point == "multiPoint" => profile.gates = false,
-                    _ => {}
-                }
-                if filters {
-                    profile.filters.retain(|row| PLUGINS[*row].name != name);
-                    if reserve::NAMES.contains(&name) {
-                        profile.without.insert(name.to_owned());
-                    }
-                }
-                if scores {
-                    profile.scores.retain(|(row, _)| PLUGINS[*row].name != name);
-                }
+        Ok(())
+    }
+}
+
+/// A point at which any plugin can be switched, and what is switched there.
+struct Point {
+    name: &'static str,
+    filters: bool,
+    scores: bool,
+}
+
+impl Point {
+    fn is_all(&self) -> bool {
+        self.filters && self.scores
+    }
+
+    fn switch_off(&self, path: &str, name: &str, profile: &mut Profile) -> Checked<()> {
+        if name == "*" {
+            if self.filters {
+                profile.filters.clear();
+                profile.without.extend(reserve::NAMES.iter().map(|name| (*name).to_owned()));
             }
-            for (n, named) in set.enabled.iter().enumerate() {
-                let path = format!("{path}.{point}.enabled[{n}]");
-                let name = named.name.as_str();
-                known(&format!("{path}.name"), name)?;
-                if named.weight.is_some_and(|weight| !(0..=10_000).contains(&weight)) {
-                    return refuse(&format!("{path}.weight"), "must be from 0 to 10000");
-                }
-                match name {
-                    DEFAULT_PREEMPTION if point == "multiPoint" => profile.preemption = true,
-                    SCHEDULING_GATES if point == "multiPoint" => profile.gates = true,
-                    _ => {}
-                }
-                if filters {
-                    profile.without.remove(name);
-                }
-                let Some(row) = row(name) else { continue };
-                if filters && PLUGINS[row].filter.is_some() {
-                    profile.filters.retain(|other| *other != row);
-                    profile.filters.push(row);
-                    // Cheap ones first, as in the table.
-                    profile.filters.sort_unstable();
-                }
-                if scores && PLUGINS[row].score.is_some() {
-                    let weight = named.weight.filter(|weight| *weight > 0).unwrap_or(PLUGINS[row].weight);
-                    profile.scores.retain(|(other, _)| *other != row);
-                    profile.scores.push((row, weight));
-                }
+            if self.scores {
+                profile.scores.clear();
+            }
+            if self.is_all() {
+                profile.preemption = false;
+                profile.gates = false;
+            }
+            return Ok(());
+        }
+        if ABSENT.contains(&name) {
+            return Ok(());
+        }
+        known(path, name)?;
+        match name {
+            PRIORITY_SORT | DEFAULT_BINDER => {
+                return refuse(path, format!("{name} cannot be switched off"));
+            }
+            DEFAULT_PREEMPTION if self.is_all() => profile.preemption = false,
+            SCHEDULING_GATES if self.is_all() => profile.gates = false,
+            _ => {}
+        }
+        if self.filters {
+            profile.filters.retain(|row| PLUGINS[*row].name != name);
+            if reserve::NAMES.contains(&name) {
+                profile.without.insert(name.to_owned());
             }
         }
-        let switches = [
-            ("postFilter", &self.post_filter, DEFAULT_PREEMPTION, &mut profile.preemption),
-            ("preEnqueue", &self.pre_enqueue, SCHEDULING_GATES, &mut profile.gates),
-        ];
-        for (point, set, name, on) in switches {
-            for (list, given, to) in [("disabled", &set.disabled, false), ("enabled", &set.enabled, true)] {
-                for (n, named) in given.iter().enumerate() {
-                    if named.name == name || (!to && named.name == "*") {
-                        *on = to;
-                    } else if !ABSENT.contains(&named.name.as_str()) || to {
-                        let path = format!("{path}.{point}.{list}[{n}].name");
-                        return refuse(&path, format!("only {name} is known here"));
-                    }
-                }
-            }
+        if self.scores {
+            profile.scores.retain(|(row, _)| PLUGINS[*row].name != name);
         }
-        for (list, given) in [("disabled", &self.reserve.disabled), ("enabled", &self.reserve.enabled)] {
+        Ok(())
+    }
+
+    fn switch_on(&self, path: &str, named: &Named, profile: &mut Profile) -> Checked<()> {
+        let name = named.name.as_str();
+        known(&format!("{path}.name"), name)?;
+        if named.weight.is_some_and(|weight| !(0..=10_000).contains(&weight)) {
+            return refuse(&format!("{path}.weight"), "must be from 0 to 10000");
+        }
+        match name {
+            DEFAULT_PREEMPTION if self.is_all() => profile.preemption = true,
+            SCHEDULING_GATES if self.is_all() => profile.gates = true,
+            _ => {}
+        }
+        if self.filters {
+            profile.without.remove(name);
+        }
+        let Some(row) = PLUGINS.iter().position(|plugin| plugin.name == name) else { return Ok(()) };
+        if self.filters && PLUGINS[row].filter.is_some() {
+            profile.filters.retain(|other| *other != row);
+            profile.filters.push(row);
+            // Cheap ones first, as in the table.
+            profile.filters.sort_unstable();
+        }
+        if self.scores && PLUGINS[row].score.is_some() {
+            let weight = named.weight.filter(|weight| *weight > 0).unwrap_or(PLUGINS[row].weight);
+            profile.scores.retain(|(other, _)| *other != row);
+            profile.scores.push((row, weight));
+        }
+        Ok(())
+    }
+}
+
+impl Set {
+    fn lists(&self) -> [(&'static str, &[Named], bool); 2] {
+        [("disabled", &self.disabled, false), ("enabled", &self.enabled, true)]
+    }
+
+    /// Switches the one plugin that this point has.
+    fn switch_only(&self, path: &str, name: &str, on: &mut bool) -> Checked<()> {
+        for (list, given, to) in self.lists() {
             for (n, named) in given.iter().enumerate() {
-                let path = format!("{path}.reserve.{list}[{n}].name");
-                if named.name == "*" && list == "disabled" {
+                if named.name == name || (!to && named.name == "*") {
+                    *on = to;
+                } else if !ABSENT.contains(&named.name.as_str()) || to {
+                    return refuse(&format!("{path}.{list}[{n}].name"), format!("only {name} is known here"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn switch_reserving(&self, path: &str, profile: &mut Profile) -> Checked<()> {
+        for (list, given, to) in self.lists() {
+            for (n, named) in given.iter().enumerate() {
+                if named.name == "*" && !to {
                     profile.without.extend(reserve::NAMES.iter().map(|name| (*name).to_owned()));
                 } else if !reserve::NAMES.contains(&named.name.as_str()) {
-                    return refuse(&path, format!("{:?} reserves nothing", named.name));
-                } else if list == "disabled" {
-                    profile.without.insert(named.name.clone());
-                } else {
+                    let why = format!("{:?} reserves nothing", named.name);
+                    return refuse(&format!("{path}.{list}[{n}].name"), why);
+                } else if to {
                     profile.without.remove(&named.name);
+                } else {
+                    profile.without.insert(named.name.clone());
                 }
             }
         }

@@ -111,7 +111,7 @@ async fn a_dead_resolver_costs_nothing() {
     let forwarder = forwarder(&[gone, resolver(1, Arc::default()).await]);
     let start = Instant::now();
     assert_eq!(ask(&forwarder, 512).await.answers.len(), 1);
-    assert!(start.elapsed() < Duration::from_secs(1));
+    assert!(start.elapsed() < PATIENCE, "a silent one would take as long");
 }
 
 #[tokio::test]
