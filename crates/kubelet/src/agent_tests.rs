@@ -204,3 +204,26 @@ async fn a_critical_pod_does_not_wait_for_ever() {
     stop.cancel();
     std::fs::remove_dir_all(&world.dir).expect("removed");
 }
+
+#[tokio::test]
+async fn a_sandbox_needs_a_handler_that_can_do_what_the_pod_wants() {
+    let world = World::new("handlers");
+    let stop = world.start_agent().await;
+    let class = |handler: &str| json!({"metadata": {"name": handler}, "handler": handler});
+    let kind = minke_api::Kind::of::<k8s_openapi::api::node::v1::RuntimeClass>();
+    world.api.write(kind, "", "kata", Some(class("kata")));
+    let told = async |spec: Value, why: &str| {
+        world.api.put_pod("p", why, spec);
+        world.until_told("FailedCreatePodSandBox", &format!("Failed to create pod sandbox: {why}")).await;
+        world.api.write(crate::worker::pods(), "ns", "p", None);
+    };
+    told(json!({"runtimeClassName": "none"}), "runtimeclass.node.k8s.io \"none\" not found").await;
+    let unknown = "failed to get sandbox runtime: no runtime for \"kata\" is configured";
+    told(json!({"runtimeClassName": "kata"}), unknown).await;
+    let unable = "can't set `spec.hostUsers: false`, runtime does not support user namespaces";
+    told(json!({"hostUsers": false}), unable).await;
+    // Nothing was made in vain.
+    assert!(world.log().iter().all(|line| !line.starts_with("run ") && !line.starts_with("attach")));
+    stop.cancel();
+    std::fs::remove_dir_all(&world.dir).expect("removed");
+}
