@@ -83,7 +83,7 @@ impl Images {
         container: &core::Container,
         held: &Held,
     ) -> Result<Image, ImageFailure> {
-        let name = Some(container.name.as_str());
+        let name = told_of(container);
         let reference = container.image.as_deref().unwrap_or_default();
         let failure = |reason, message: String| ImageFailure { reason, message, pulled: false };
         let present = match self.service.resolve(reference).await {
@@ -102,7 +102,7 @@ impl Images {
         let policy = policy(container);
         if let ("IfNotPresent" | "Never", Some(image)) = (policy, &present)
             && !self.access.is_free(image)
-            && !self.access.allows(image, &self.logins(pod, container, reference, held).await)
+            && !self.access.allows(image, &self.logins(pod, reference, held).await)
         {
             // Whoever could not have pulled it shall not find it by chance.
             if policy == "IfNotPresent" {
@@ -133,13 +133,7 @@ impl Images {
     }
 
     /// The ways to ask the registry of an image.
-    async fn logins(
-        &self,
-        pod: &Pod,
-        container: &core::Container,
-        reference: &str,
-        held: &Held,
-    ) -> Vec<Auth> {
+    async fn logins(&self, pod: &Pod, reference: &str, held: &Held) -> Vec<Auth> {
         let secrets = held.fetch(references::of_pulls(pod)).await.secrets;
         let missing = secrets.iter().filter(|(_, secret)| !matches!(secret, Ok(Some(_))));
         let missing: Vec<&str> = missing.map(|(name, _)| name.as_str()).collect();
@@ -148,12 +142,8 @@ impl Images {
                 "Unable to retrieve some image pull secrets ({}); attempting to pull the image may not succeed.",
                 missing.join(", ")
             );
-            self.events.warning(
-                pod,
-                Some(container.name.as_str()),
-                "FailedToRetrieveImagePullSecret",
-                message,
-            );
+            // As upstream, of the pod: they are all its containers'.
+            self.events.warning(pod, None, "FailedToRetrieveImagePullSecret", message);
         }
         credentials(reference, secrets.into_values().filter_map(|secret| secret.ok().flatten()))
     }
@@ -176,9 +166,9 @@ impl Images {
         reference: &str,
         held: &Held,
     ) -> Result<Image, ImageFailure> {
-        let name = Some(container.name.as_str());
+        let name = told_of(container);
         let waited = Instant::now();
-        let auths = self.logins(pod, container, reference, held).await;
+        let auths = self.logins(pod, reference, held).await;
         self.events.normal(pod, name, "Pulling", format!("Pulling image \"{reference}\""));
         let _turn = self.turns.acquire().await.expect("turns are never closed");
         let started = Instant::now();
@@ -220,6 +210,11 @@ impl Images {
         };
         Err(ImageFailure { reason, message: error.to_string(), pulled: true })
     }
+}
+
+/// The container that events are about; of a volume's image they are about the pod.
+fn told_of(container: &core::Container) -> Option<&str> {
+    Some(container.name.as_str()).filter(|name| !name.is_empty())
 }
 
 fn policy(container: &core::Container) -> &str {

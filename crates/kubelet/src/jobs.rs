@@ -339,7 +339,6 @@ async fn image_volumes(
     for volume in pod.spec().volumes.iter().flatten().filter(mounted) {
         let Some(source) = &volume.image else { continue };
         let as_container = core::Container {
-            name: container.name.clone(),
             image: source.reference.clone(),
             image_pull_policy: source.pull_policy.clone(),
             ..core::Container::default()
