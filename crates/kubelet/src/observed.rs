@@ -143,6 +143,8 @@ pub struct Observed {
     pub kills: BTreeMap<String, (Timestamp, u32)>,
     /// Containers that were killed so that they run again, by id; true when at once.
     pub restarting: BTreeMap<String, bool>,
+    /// How many runs there were, as the API server shows, of containers of which nothing may be left here; by name.
+    pub runs: BTreeMap<String, u32>,
     /// No container that ended waits longer than this to run again, when the node is set up so.
     pub longest_wait: Option<SignedDuration>,
     /// A resize that the node has no room for.
@@ -197,6 +199,12 @@ impl Observed {
 
     pub fn latest(&self, name: &str) -> Option<&ContainerStatus> {
         self.all_containers().filter(|c| c.name == name).max_by_key(|c| (c.attempt, c.created_at))
+    }
+
+    /// Which run of a container the next one is.
+    pub fn next_attempt(&self, name: &str) -> u32 {
+        let known = self.runs.get(name).copied().unwrap_or(0);
+        self.latest(name).map_or(0, |latest| latest.attempt + 1).max(known)
     }
 
     pub fn by_id(&self, id: &str) -> Option<&ContainerStatus> {

@@ -443,7 +443,7 @@ fn plan_container(
         plan.wake_at(waiting.retry_at);
         return;
     }
-    let attempt = latest.map_or(0, |c| c.attempt + 1);
+    let attempt = o.next_attempt(name);
     let backoff = round.next_backoff(container, latest, o);
     plan.actions.push(Action::Start { name: name.clone(), attempt, backoff, round: round.number });
 }

@@ -3,6 +3,7 @@
 //! Phases, conditions, reasons and messages are upstream's (`getPhase`, `GenerateContainersReadyCondition`
 //! and their relatives in pkg/kubelet), since controllers and people match on them.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use jiff::{SignedDuration, Timestamp};
@@ -349,6 +350,14 @@ pub fn is_resizing(pod: &Pod, o: &Observed) -> bool {
                 latest.filter(|c| c.state == ContainerState::Running || o.restarting.contains_key(&c.id));
             latest.is_some_and(|c| !resources::same(&resources::of_container(pod, container), &c.resources))
         })
+}
+
+/// How often containers ran, by name, as far as a status tells.
+pub fn runs(status: &core::PodStatus) -> BTreeMap<String, u32> {
+    let lists = [&status.container_statuses, &status.init_container_statuses];
+    let ran = lists.into_iter().flatten().flatten().filter(|known| known.container_id.is_some());
+    ran.map(|known| (known.name.clone(), u32::try_from(known.restart_count).unwrap_or(0).saturating_add(1)))
+        .collect()
 }
 
 fn known_status<'a>(status: &'a core::PodStatus, name: &str) -> Option<&'a core::ContainerStatus> {

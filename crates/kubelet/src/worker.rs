@@ -141,6 +141,7 @@ impl Worker {
             }
         }
         self.o.sandboxes = sandboxes;
+        self.o.runs = status::runs(self.told.last());
         let containers: Vec<ContainerStatus> = self.o.all_containers().cloned().collect();
         for container in containers {
             self.observe(&container);

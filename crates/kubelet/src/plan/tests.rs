@@ -144,6 +144,17 @@ fn things_happen_in_order() {
     check(json!({}), |o| *o = Observed { volumes: true, ..Observed::default() }, &["sandbox 0"]);
     check(json!({}), with(vec![]), &["start c 0 0s"]);
     check(json!({}), |_| {}, &[]);
+    // Of one that ran before all that was known of it here went away, the count goes on.
+    let lost = |o: &mut Observed| {
+        *o = observed(vec![]);
+        o.runs.insert("c".into(), 3);
+    };
+    check(json!({}), lost, &["start c 3 0s"]);
+    let found = |o: &mut Observed| {
+        lost(o);
+        o.sandboxes[0].containers.push(exited("c", 5, 1, 50));
+    };
+    check(json!({}), found, &["start c 6 10s"]);
 }
 
 #[test]

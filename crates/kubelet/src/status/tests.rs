@@ -338,6 +338,16 @@ fn a_resize_is_told_of_until_it_is_done() {
 }
 
 #[test]
+fn runs_are_counted_from_what_was_told() {
+    let status = |id: Value| {
+        let c = json!({"name": "c", "image": "", "imageID": "", "ready": true, "restartCount": 2, "containerID": id});
+        serde_json::from_value(json!({"containerStatuses": [c]})).expect("a status")
+    };
+    assert_eq!(runs(&status(json!("minke://1"))), [("c".to_owned(), 3)].into());
+    assert_eq!(runs(&status(Value::Null)), [].into(), "it never ran");
+}
+
+#[test]
 fn a_pod_tells_what_it_has_as_a_whole() {
     let spec = |cpu: i64| {
         json!({"spec": {"resources": {"requests": {"cpu": cpu.to_string()}}, "containers": [{"name": "c"}]},
