@@ -265,12 +265,12 @@ pub fn exec_error(name: &str, e: nix::errno::Errno) -> String {
     format!("exec: {name:?}: {lower}")
 }
 
-pub fn join_cgroups(dirs: &[PathBuf], pid: i32) -> Result<(), String> {
-    for dir in dirs {
-        let file = dir.join("cgroup.procs");
-        fs::write(&file, pid.to_string()).map_err(|e| format!("write {}: {e}", file.display()))?;
+/// Moves this process, which is one thread, into these cgroups.
+pub fn join_cgroups(dirs: &[PathBuf]) -> Result<(), String> {
+    match join_v1(dirs)? {
+        Some(mut unified) => unified.procs.write_all(b"0").map_err(|e| format!("join a cgroup: {e}")),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 /// Gives the pipes that are a program's streams to its user, who may open them anew as /dev/stdout and the like.

@@ -162,7 +162,7 @@ impl Run {
             record.spec.tty.then(|| Console::bind(dir)).transpose().map_err(|e| format!("console: {e}"))?;
         // libcontainer knows v1's controllers or v2; the rest is ours, and inherited. Now, because moving into a
         // cgroup waits for a grace period of the kernel (10 ms or more), and what follows at once does not.
-        join_cgroups(&record.cgroup_dirs_beside, std::process::id() as i32)?;
+        join_cgroups(&record.cgroup_dirs_beside)?;
         let executor = Program { report: report.as_raw_fd(), confine };
         let built = ContainerBuilder::new(self.id.clone(), SyscallType::default())
             .with_executor(executor)

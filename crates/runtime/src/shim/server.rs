@@ -129,7 +129,7 @@ impl Shim {
         let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
             .map_err(at("signalfd"))?;
 
-        super::exec::join_cgroups(&record.cgroup_dirs, std::process::id() as i32)?;
+        super::exec::join_cgroups(&record.cgroup_dirs)?;
         let node_mounts: OwnedFd =
             fs::File::open("/proc/self/ns/mnt").map_err(io_at("open mount namespace"))?.into();
         let users = spec.user_namespace.map(userns::enter).transpose()?;
