@@ -8,6 +8,7 @@ use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1 as core;
 use minke_runtime::{ContainerState, ContainerStatus, Resources, SandboxState};
 
+use crate::eviction::Eviction;
 use crate::observed::{
     ASKED_IMAGE_ANNOTATION, Cause, Cleanup, Ending, Job, Observed, ProbeState, Waiting, backoff,
 };
@@ -512,7 +513,9 @@ fn plan_end(pod: &Pod, o: &Observed, ending: &Ending, now: Timestamp, plan: &mut
     if !o.running_jobs.is_empty() {
         return;
     }
-    let leaves = matches!(ending.cause, Cause::Deleted | Cause::Gone);
+    // What it has written is why it went, so that must go as well.
+    let in_the_way = o.evicted.as_ref().is_some_and(Eviction::is_for_disk);
+    let leaves = in_the_way || matches!(ending.cause, Cause::Deleted | Cause::Gone);
     let wanted = if leaves { Cleanup::Removed } else { Cleanup::Stopped };
     if o.cleanup < wanted {
         if can(o, &Job::Teardown, now, plan) {

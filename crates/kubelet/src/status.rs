@@ -240,6 +240,11 @@ fn container_status(
     let name = &container.name;
     let history = o.history(name);
     let known = known_status(previous, name);
+    // Of a pod that is over, what was told stays true when nothing is left of it.
+    let over = matches!(previous.phase.as_deref(), Some("Succeeded" | "Failed"));
+    if let Some(known) = known.filter(|_| over && history.is_empty()) {
+        return known.clone();
+    }
     let round = Round::of(pod, o);
     let as_terminated = |c: &ContainerStatus| core::ContainerState {
         terminated: Some(terminated(o, c)),

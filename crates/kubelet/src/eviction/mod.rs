@@ -52,9 +52,13 @@ impl Pressure {
 
     /// Takes down what is left; the thresholds to act for.
     fn note(&self, limits: &Limits, observed: &Observed) -> Vec<Threshold> {
+        // One that has lapsed since the last look and is back is news, too.
+        let before = self.all();
         let due = self.lock().note(limits, observed, Instant::now());
         let all = self.all();
-        self.told.send_if_modified(|told| std::mem::replace(told, all.clone()) != all);
+        if all != before {
+            self.told.send_replace(all);
+        }
         due
     }
 
@@ -128,6 +132,12 @@ impl Eviction {
             disruption: Some(preemption::DISRUPTION.to_owned()),
             grace: pod.grace_seconds(),
         }
+    }
+
+    /// Whether the pod goes for what it, or somebody, has written.
+    pub fn is_for_disk(&self) -> bool {
+        let signals = ["nodefs.", "imagefs.", "emptydirfs.", "ephemeral"];
+        signals.iter().any(|start| self.signal.starts_with(start))
     }
 
     /// How long its end may take before that is worth a word; upstream's timeout of killing a pod.
@@ -282,6 +292,7 @@ mod tests {
         let own = Eviction::own_fault("emptydirfs.limit", "m".to_owned());
         ends(own.clone(), 1, 10);
         assert_eq!((shortage(true, 0).disruption.as_deref(), own.disruption.as_deref()), (Some("m"), None));
+        assert!(own.is_for_disk() && !shortage(true, 0).is_for_disk());
         let counts = Counts::default();
         [shortage(true, 0), shortage(false, 0), own, Eviction::preemption(&pod, "cpu")]
             .iter()

@@ -490,6 +490,16 @@ fn what_is_left_is_taken_down_before_the_object_goes() {
     let never = json!({"spec": {"restartPolicy": "Never"}});
     check_at(never.clone(), over(Cleanup::None, Cause::Finished), 100, &["teardown remove=false"], None);
     check_at(never, over(Cleanup::Stopped, Cause::Finished), 100, &[], None);
+    // What a pod has written goes with it when that is why it was ended.
+    let evicted = |signal: &'static str| {
+        move |o: &mut Observed| {
+            over(Cleanup::None, Cause::Failed { reason: "Evicted".into(), message: "m".into() })(o);
+            let (signal, message) = (signal.to_owned(), "m".to_owned());
+            o.evicted = Some(Eviction { signal, reason: "Evicted", message, disruption: None, grace: 30 });
+        }
+    };
+    check_at(json!({}), evicted("nodefs.available"), 100, &["teardown remove=true"], None);
+    check_at(json!({}), evicted("memory.available"), 100, &["teardown remove=false"], None);
     // A finished pod that is deleted later still has records and logs to lose.
     check_at(deleted(30), over(Cleanup::Stopped, Cause::Finished), 100, &["end Deleted 30s"], None);
     let busy = |o: &mut Observed| {

@@ -281,6 +281,10 @@ fn the_end_of_a_pod_is_final() {
     let status = work_out(json!({}), &o, 100);
     assert_eq!((status.phase.as_deref(), status.reason.as_deref()), (Some("Failed"), Some("OutOfcpu")));
     assert_eq!((status.container_statuses, status.pod_ip), (None, None));
+    // Nor does another agent forget it, which finds nothing left of the pod.
+    let known = work_out(json!({}), &observed(vec![exited("c", 0, 143, 90)]), 100).container_statuses;
+    let known = json!({"phase": "Failed", "containerStatuses": known});
+    check(json!({"status": known}), &Observed::default(), "Failed", "c:143");
 }
 
 #[test]
