@@ -3,13 +3,14 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::future::join_all;
 use k8s_openapi::api::core::v1 as core;
 use minke_api::Object;
 use minke_client::{Change, Informer};
 use minke_runtime::{Event, SandboxStatus};
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::sync::{broadcast, mpsc};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
@@ -24,6 +25,9 @@ use crate::pod::Pod;
 use crate::qos;
 use crate::resize;
 use crate::worker::{Message, Worker};
+
+/// How long the clearing away of evicted pods may hold up the next look; upstream's.
+const CLEAR_MAX: Duration = Duration::from_secs(30);
 
 pub struct Agent {
     context: Arc<Context>,
@@ -185,33 +189,40 @@ impl Agent {
         });
     }
 
-    /// Ends these pods. There is no new look before they have ended: it may have been enough.
+    /// Ends these pods. There is no new look before they are cleared away: it may have been enough.
     fn evict(&mut self, victims: Vec<(String, Eviction)>) {
         let ends: Vec<_> =
             victims.into_iter().filter_map(|(uid, eviction)| self.end(&uid, eviction)).collect();
         if !ends.is_empty() {
             self.survey.spawn(async move {
-                join_all(ends).await;
+                let cleared = join_all(ends).await.into_iter().map(async |mut cleared| cleared.recv().await);
+                let _ = tokio::time::timeout(CLEAR_MAX, join_all(cleared)).await;
                 vec![]
             });
         }
     }
 
-    /// Has the pod ended. What it returns waits until nothing of it runs any more, or for as long as that may take.
-    fn end(&mut self, uid: &str, eviction: Eviction) -> Option<impl Future<Output = ()> + use<>> {
+    /// Has the pod ended. What it returns waits until nothing of it runs any more, or for as long as that may take, and
+    /// gives something that ends when the pod has been cleared away.
+    fn end(
+        &mut self,
+        uid: &str,
+        eviction: Eviction,
+    ) -> Option<impl Future<Output = mpsc::Receiver<()>> + use<>> {
         let handle = self.workers.get_mut(uid)?;
         tracing::warn!(pod = %handle.pod.long_name(), reason = eviction.reason, why = eviction.message, "Ending pod");
         self.context.endings.add(&eviction);
         // What it has is free for others from now on.
         handle.admitted = false;
         let (events, pod, patience) = (self.context.events.clone(), handle.pod.clone(), eviction.patience());
-        let (sender, ended) = oneshot::channel();
+        let (sender, mut ended) = mpsc::channel(1);
         let _ = handle.inbox.send(Message::Evict(eviction, sender));
         Some(async move {
-            if tokio::time::timeout(patience, ended).await.is_err() {
+            if tokio::time::timeout(patience, ended.recv()).await.is_err() {
                 let message = "Container runtime did not kill the pod within specified grace period.";
                 events.warning(&pod, None, "ExceededGracePeriod", message);
             }
+            ended
         })
     }
 
@@ -403,7 +414,7 @@ impl Agent {
                 let key = uid.clone();
                 let task = self.running.spawn(async move {
                     // Not at once: what made it panic may still be there.
-                    tokio::time::sleep(std::time::Duration::from_secs(10)).await;
+                    tokio::time::sleep(Duration::from_secs(10)).await;
                     let all = context.runtime.list().await.unwrap_or_default();
                     let own = all.into_iter().filter(|sandbox| sandbox.spec.uid == key).collect();
                     Worker::new(context, pod, own, None, mailbox).run().await;
@@ -451,7 +462,7 @@ async fn remove_orphan(context: &Context, uid: &str, sandboxes: Vec<SandboxStatu
         let spec = &sandbox.spec;
         logs.clone_from(&spec.log_dir);
         for container in &sandbox.containers {
-            let grace = std::time::Duration::from_secs(1);
+            let grace = Duration::from_secs(1);
             if container.state == minke_runtime::ContainerState::Running
                 && let Err(error) = context.runtime.stop_container(&container.id, grace).await
             {

@@ -14,7 +14,7 @@ use k8s_openapi::api::core::v1 as core;
 use minke_api::{Kind, Object};
 use minke_client::DeleteOptions;
 use minke_runtime::{ContainerState, ContainerStatus, Event, Resources, SandboxState, SandboxStatus};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -49,7 +49,7 @@ pub enum Message {
     Mirror(Option<Arc<Object>>),
     /// The pod is to go, for the node's sake or because it has outgrown its limits. The sender is dropped once nothing
     /// of it runs any more.
-    Evict(Eviction, oneshot::Sender<()>),
+    Evict(Eviction, mpsc::Sender<()>),
     /// An object that the pod refers to changed.
     Changed,
     /// Events were missed: this is what the runtime has of the pod.
@@ -79,8 +79,8 @@ pub struct Worker {
     probing: HashMap<(String, probes::Kind), Probing>,
     /// Ends jobs that only make sense while the pod is to run.
     cancel: CancellationToken,
-    /// Of those who wait for the pod's end; dropped when it has come.
-    ended: Vec<oneshot::Sender<()>>,
+    /// Of those who wait for the pod's end: told when nothing of it runs any more, dropped when it has been cleared away.
+    ended: Vec<mpsc::Sender<()>>,
     inbox: mpsc::UnboundedReceiver<Message>,
     me: mpsc::UnboundedSender<Message>,
     told: Told,
@@ -546,7 +546,9 @@ impl Worker {
                     sandbox.spec.annotations.remove(ADDRESS_ANNOTATION);
                 }
                 self.held = Held::default();
-                self.ended.clear();
+                for ended in &self.ended {
+                    let _ = ended.try_send(());
+                }
                 self.spawn(Job::Teardown, jobs::teardown(context, pod, sandboxes, remove));
             }
             Action::Delete | Action::Exit => {}
@@ -687,6 +689,7 @@ impl Worker {
             (_, Done::TornDown { removed }) => {
                 self.o.cleanup = if removed { Cleanup::Removed } else { Cleanup::Stopped };
                 self.o.volumes = false;
+                self.ended.clear();
                 self.context.grants.release(self.pod.uid());
                 for sandbox in &mut self.o.sandboxes {
                     sandbox.state = SandboxState::NotReady;
