@@ -108,11 +108,15 @@ pub fn exit_now(code: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
-/// Undoes what Rust's start-up and the shim did: a program expects SIGPIPE to end it, and no signal blocked.
+/// Undoes what Rust's start-up, the shim and whoever started the agent did: a program expects no signal to be blocked or
+/// ignored. `nohup` has SIGHUP ignored, and a shell can't trap what was ignored when it began.
 pub fn default_signals() {
     let _ = nix::sys::signal::SigSet::empty().thread_set_mask();
-    // SAFETY: SIG_DFL installs no handler, so no code of ours can run in signal context.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    for signal in 1..=libc::SIGRTMAX() {
+        // SAFETY: SIG_DFL installs no handler, so no code of ours can run in signal context. Signals that cannot be set
+        // are left as they are.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
 }
 
 /// Until it executes another program, this process can't be looked into by what runs in a container it enters, which
