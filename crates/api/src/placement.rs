@@ -40,12 +40,14 @@ fn requirement_holds(requirement: &NodeSelectorRequirement, value: Option<&str>)
 
 /// Whether the toleration bears the taint.
 pub fn tolerates(toleration: &Toleration, taint: &Taint) -> bool {
-    let text = |field: &'_ Option<String>| field.clone().unwrap_or_default();
+    fn text(field: &Option<String>) -> &str {
+        field.as_deref().unwrap_or_default()
+    }
     let (key, effect) = (text(&toleration.key), text(&toleration.effect));
     if !(effect.is_empty() || effect == taint.effect) || !(key.is_empty() || key == taint.key) {
         return false;
     }
-    match toleration.operator.as_deref().unwrap_or_default() {
+    match text(&toleration.operator) {
         "Exists" => true,
         "" | "Equal" => !key.is_empty() && text(&toleration.value) == text(&taint.value),
         // Gt and Lt as well, which no cluster of v1.37 lets in unless it is asked to.

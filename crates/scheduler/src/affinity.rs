@@ -101,25 +101,7 @@ fn requirement_holds(requirement: &NodeSelectorRequirement, value: Option<&str>)
 
 /// Whether one of the tolerations bears the taint.
 pub fn tolerated(tolerations: &[Toleration], taint: &Taint) -> bool {
-    fn text(field: &Option<String>) -> &str {
-        field.as_deref().unwrap_or_default()
-    }
-    tolerations.iter().any(|toleration| {
-        let effect = text(&toleration.effect);
-        if !effect.is_empty() && effect != taint.effect {
-            return false;
-        }
-        let key = text(&toleration.key);
-        if !key.is_empty() && key != taint.key {
-            return false;
-        }
-        match text(&toleration.operator) {
-            "Exists" => true,
-            "" | "Equal" => !key.is_empty() && text(&toleration.value) == text(&taint.value),
-            // Gt and Lt as well, which no cluster of v1.37 lets in unless it is asked to.
-            _ => false,
-        }
-    })
+    tolerations.iter().any(|toleration| minke_api::placement::tolerates(toleration, taint))
 }
 
 /// A selector of pods that stands in a pod's specification; one that can't be read selects nothing.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 use minke_runtime::ImageStore;
-use minke_runtime::build::{Draft, EntryMeta, unpack_files};
+use minke_runtime::build::{Draft, unpack_files};
 
 use super::mounts::fields;
 use super::sandbox::Sandbox;
@@ -115,27 +115,17 @@ async fn archive(
     tokio::task::spawn_blocking(move || {
         let tree = Tree::of(images.view(&draft, &scratch)?);
         let mut tar = tar::Builder::new(io::BufWriter::new(out));
-        let header = |kind, meta: &EntryMeta, size| {
-            let mut header = tar::Header::new_gnu();
-            header.set_entry_type(kind);
-            header.set_mode(meta.mode);
-            header.set_uid(meta.uid.into());
-            header.set_gid(meta.gid.into());
-            header.set_mtime(meta.mtime);
-            header.set_size(size);
-            header
-        };
         tree.walk(Path::new(""), Path::new(""), true, &mut |path, item| {
             match item {
                 Item::Directory(meta) => {
-                    let mut header = header(tar::EntryType::Directory, &meta, 0);
+                    let mut header = meta.header(tar::EntryType::Directory, 0);
                     tar.append_data(&mut header, path.join(""), io::empty())?;
                 }
                 Item::Link(meta, to) => {
-                    tar.append_link(&mut header(tar::EntryType::Symlink, &meta, 0), path, &to)?;
+                    tar.append_link(&mut meta.header(tar::EntryType::Symlink, 0), path, &to)?;
                 }
                 Item::File(meta, size, file, _) => {
-                    let mut header = header(tar::EntryType::Regular, &meta, size);
+                    let mut header = meta.header(tar::EntryType::Regular, size);
                     tar.append_data(&mut header, path, io::Read::take(file, size))?;
                 }
             }

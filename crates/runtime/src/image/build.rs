@@ -159,21 +159,24 @@ impl<W: Write> Write for Hashing<W> {
     }
 }
 
-fn header(kind: tar::EntryType, meta: &EntryMeta, size: u64) -> tar::Header {
-    let mut header = tar::Header::new_gnu();
-    header.set_entry_type(kind);
-    header.set_mode(meta.mode);
-    header.set_uid(meta.uid.into());
-    header.set_gid(meta.gid.into());
-    header.set_mtime(meta.mtime);
-    header.set_size(size);
-    header
+impl EntryMeta {
+    /// The header of an entry without its name.
+    pub fn header(&self, kind: tar::EntryType, size: u64) -> tar::Header {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_mode(self.mode);
+        header.set_uid(self.uid.into());
+        header.set_gid(self.gid.into());
+        header.set_mtime(self.mtime);
+        header.set_size(size);
+        header
+    }
 }
 
 impl LayerWriter {
     pub fn directory(&mut self, path: &Path, meta: &EntryMeta) -> io::Result<()> {
         self.entries += 1;
-        self.tar.append_data(&mut header(tar::EntryType::Directory, meta, 0), path, io::empty())
+        self.tar.append_data(&mut meta.header(tar::EntryType::Directory, 0), path, io::empty())
     }
 
     /// `size` bytes of `content`; fewer are an error. `capability` is the attribute of that name.
@@ -190,7 +193,7 @@ impl LayerWriter {
             self.tar.append_pax_extensions([("SCHILY.xattr.security.capability", value)])?;
         }
         let mut content = Exactly { inner: content, left: size };
-        self.tar.append_data(&mut header(tar::EntryType::Regular, meta, size), path, &mut content)?;
+        self.tar.append_data(&mut meta.header(tar::EntryType::Regular, size), path, &mut content)?;
         match content.left {
             0 => Ok(()),
             left => Err(io::Error::other(format!("{}: {left} bytes fewer than before", path.display()))),
@@ -199,12 +202,12 @@ impl LayerWriter {
 
     pub fn symlink(&mut self, path: &Path, meta: &EntryMeta, target: &Path) -> io::Result<()> {
         self.entries += 1;
-        self.tar.append_link(&mut header(tar::EntryType::Symlink, meta, 0), path, target)
+        self.tar.append_link(&mut meta.header(tar::EntryType::Symlink, 0), path, target)
     }
 
     fn hard_link(&mut self, path: &Path, meta: &EntryMeta, target: &Path) -> io::Result<()> {
         self.entries += 1;
-        self.tar.append_link(&mut header(tar::EntryType::Link, meta, 0), path, target)
+        self.tar.append_link(&mut meta.header(tar::EntryType::Link, 0), path, target)
     }
 
     fn special(
@@ -215,7 +218,7 @@ impl LayerWriter {
         device: u64,
     ) -> io::Result<()> {
         self.entries += 1;
-        let mut header = header(kind, meta, 0);
+        let mut header = meta.header(kind, 0);
         if kind != tar::EntryType::Fifo {
             header.set_device_major(rustix::fs::major(device))?;
             header.set_device_minor(rustix::fs::minor(device))?;
@@ -225,11 +228,7 @@ impl LayerWriter {
 
     fn marker(&mut self, path: &Path) -> io::Result<()> {
         self.entries += 1;
-        self.tar.append_data(
-            &mut header(tar::EntryType::Regular, &EntryMeta::default(), 0),
-            path,
-            io::empty(),
-        )
+        self.tar.append_data(&mut EntryMeta::default().header(tar::EntryType::Regular, 0), path, io::empty())
     }
 
     /// All that a container changed in its upper directory, but for `except`.
